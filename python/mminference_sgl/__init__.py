@@ -1,0 +1,11 @@
+"""Sparse multimodal prefill attention for SGLang.
+
+Importing this package imports neither SGLang nor Triton nor PyTorch: SGLang loads the plugin in
+every one of its processes, whether or not the backend is used.
+"""
+
+from importlib.metadata import version
+
+__version__ = version("mminference-sgl")
+
+__all__ = ["__version__"]
