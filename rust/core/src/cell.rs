@@ -1,0 +1,145 @@
+//! Cells: groups of neighbouring spatial positions of a frame, along a space-filling curve.
+
+/// The spatial positions (`row * cols + col`) of a `rows` x `cols` frame along a generalised Hilbert
+/// curve, which exists for every size (the recursion halves the longer side, or walks a U).
+///
+/// Source: J. Cerveny, "gilbert: space-filling curve for rectangular domains of arbitrary size".
+#[must_use]
+pub fn curve(rows: usize, cols: usize) -> Vec<u32> {
+    let mut walk = Walk { cols: cols as i64, places: Vec::with_capacity(rows * cols) };
+    let (rows, cols) = (rows as i64, cols as i64);
+    if cols >= rows {
+        walk.rectangle((0, 0), (cols, 0), (0, rows));
+    } else {
+        walk.rectangle((0, 0), (0, rows), (cols, 0));
+    }
+    walk.places
+}
+
+type Vector = (i64, i64);
+
+struct Walk {
+    cols: i64,
+    places: Vec<u32>,
+}
+
+impl Walk {
+    /// Walks the rectangle spanned at `at` by the axis-parallel vectors `a` (direction of travel) and `b`.
+    fn rectangle(&mut self, at: Vector, a: Vector, b: Vector) {
+        let (width, height) = ((a.0 + a.1).abs(), (b.0 + b.1).abs());
+        let (unit_a, unit_b) = ((a.0.signum(), a.1.signum()), (b.0.signum(), b.1.signum()));
+        if height == 1 {
+            return self.line(at, unit_a, width);
+        }
+        if width == 1 {
+            return self.line(at, unit_b, height);
+        }
+        let (mut half_a, mut half_b) =
+            ((a.0.div_euclid(2), a.1.div_euclid(2)), (b.0.div_euclid(2), b.1.div_euclid(2)));
+        if 2 * width > 3 * height {
+            // Long: two rectangles in a row, the first of even width.
+            if (half_a.0 + half_a.1) % 2 != 0 && width > 2 {
+                half_a = add(half_a, unit_a);
+            }
+            self.rectangle(at, half_a, b);
+            self.rectangle(add(at, half_a), sub(a, half_a), b);
+        } else {
+            // Square-like: up, across, down.
+            if (half_b.0 + half_b.1) % 2 != 0 && height > 2 {
+                half_b = add(half_b, unit_b);
+            }
+            self.rectangle(at, half_b, half_a);
+            self.rectangle(add(at, half_b), a, sub(b, half_b));
+            let corner = add(at, add(sub(a, unit_a), sub(half_b, unit_b)));
+            self.rectangle(corner, neg(half_b), neg(sub(a, half_a)));
+        }
+    }
+
+    fn line(&mut self, mut at: Vector, step: Vector, count: i64) {
+        for _ in 0..count {
+            self.places.push((at.1 * self.cols + at.0) as u32);
+            at = add(at, step);
+        }
+    }
+}
+
+fn add(a: Vector, b: Vector) -> Vector {
+    (a.0 + b.0, a.1 + b.1)
+}
+
+fn sub(a: Vector, b: Vector) -> Vector {
+    (a.0 - b.0, a.1 - b.1)
+}
+
+fn neg(a: Vector) -> Vector {
+    (-a.0, -a.1)
+}
+
+/// The cells of a frame: `size` consecutive places of the curve each, the last one maybe fewer.
+#[derive(Debug)]
+pub struct CellTable {
+    size: usize,
+    places: Vec<u32>,
+}
+
+impl CellTable {
+    /// Cells of `size` places (1 to `rows * cols`) of a `rows` x `cols` frame.
+    #[must_use]
+    pub fn new(rows: usize, cols: usize, size: usize) -> Self {
+        let size = size.clamp(1, (rows * cols).max(1));
+        let mut places = curve(rows, cols);
+        // Raster order inside a cell, so that token positions ascend in the cell's run.
+        places.chunks_mut(size).for_each(<[u32]>::sort_unstable);
+        Self { size, places }
+    }
+
+    /// Places of every cell but the last one, which may have fewer.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Places of a frame.
+    #[must_use]
+    pub fn area(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Number of cells.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.places.len().div_ceil(self.size)
+    }
+
+    /// Never true for a frame that has a place.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// The cells along the curve, each as its places in raster order.
+    #[must_use]
+    pub fn cells(&self) -> impl ExactSizeIterator<Item = &[u32]> {
+        self.places.chunks(self.size)
+    }
+}
+
+/// Cell size that lets one query tile hold one whole cell of one chunk.
+///
+/// A chunk of `chunk_tokens` shows every place of a frame `ceil(chunk_tokens / area)` times at most, so a cell of
+/// `tile_queries / that` places has at most `tile_queries` rows in the chunk. Then a query tile needs the keys of
+/// one cell for its slash lines, about `1 / cells` of the item. Larger cells would be split and read their keys
+/// once per part; smaller ones would share a tile, which then reads all their keys for every row. An item shorter
+/// than the chunk (`extent` tokens, gaps included) is seen whole, and `chunk_tokens` 0 means that there are no
+/// chunks: then every place is seen once per frame.
+#[must_use]
+pub fn automatic_cell_size(
+    chunk_tokens: usize,
+    tile_queries: usize,
+    extent: usize,
+    frames: usize,
+    area: usize,
+) -> usize {
+    let repeats = if chunk_tokens == 0 { frames } else { chunk_tokens.min(extent).div_ceil(area) };
+    (tile_queries / repeats.max(1)).clamp(1, area)
+}
