@@ -1,0 +1,144 @@
+"""Entry point of block-sparse prefill attention: validates, dispatches to one implementation, merges the passes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from .tiles import TileLists, TilePass
+
+
+class Attend(Protocol):
+    """One pass of one implementation; see :func:`.reference.attend`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_pool: torch.Tensor,
+        value_pool: torch.Tensor,
+        tile_pass: TilePass,
+        lists: TileLists,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+_MODULES = {"reference": ".reference", "torch": ".torch_tiles"}
+"""Implementations and the module of each; a module is imported when it is first used."""
+
+IMPLEMENTATIONS = ("reference", "torch", "triton", "flashinfer")
+
+
+class ImplementationUnavailableError(RuntimeError):
+    """An implementation that was asked for by name cannot run here; the message says why."""
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """Turns ``auto`` into the implementation for a device and checks that a named one can run on it.
+
+    Raises:
+        ImplementationUnavailableError: the named implementation is not available; nothing else is tried.
+    """
+    if name == "auto":
+        return "torch"
+    reason = _unavailable(name, device)
+    if reason:
+        raise ImplementationUnavailableError(
+            f"implementation {name!r} is not available: {reason}; use one of {', '.join(_MODULES)} or 'auto'"
+        )
+    return name
+
+
+def available_implementations(device: torch.device | None = None) -> dict[str, str]:
+    """For each implementation ``"ok"`` or why it cannot run on a device (default: the GPU if there is one)."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: _unavailable(name, device) or "ok" for name in IMPLEMENTATIONS}
+
+
+def sparse_prefill(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    passes: Sequence[tuple[TilePass, TileLists]],
+    scale: float,
+    out: torch.Tensor,
+    implementation: str,
+) -> None:
+    """Attention of all rows of the first pass, the passes merged exactly through their LSE.
+
+    Args:
+        query: [batch rows, H, D].
+        key_pool, value_pool: [slots, KV heads, D] and [slots, KV heads, Dv].
+        passes: the sequence pass, whose rows are all rows to compute, then others over a part of the same rows.
+            Their regions are disjoint, so no (row, key) pair counts twice.
+        out: [batch rows, H, Dv]; the rows of the first pass are written, others left alone.
+        implementation: a resolved name.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check(query, key_pool, value_pool, passes, out)
+    attend: Attend = importlib.import_module(_MODULES[implementation], __package__).attend
+    (first, lists), *others = passes
+    merged, merged_lse = attend(query, key_pool, value_pool, first, lists, scale)
+    if others:
+        slot_of_row = torch.zeros(query.shape[0], dtype=torch.long, device=query.device)
+        slot_of_row[first.rows] = torch.arange(first.rows.numel(), device=query.device)
+    for tile_pass, lists in others:
+        part, part_lse = attend(query, key_pool, value_pool, tile_pass, lists, scale)
+        slots = slot_of_row[tile_pass.rows]
+        merged[slots], merged_lse[slots] = merge(merged[slots], merged_lse[slots], part, part_lse)
+    out[first.rows] = merged
+
+
+def merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the union of two disjoint key sets, from the attention over each.
+
+    ``out_*`` [n, H, D], ``lse_*`` natural log [n, H]; a side without keys has LSE -inf.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    share = torch.exp(lse_b - lse).nan_to_num_(0.0)[..., None]
+    return torch.lerp(out_a.to(lse.dtype), out_b.to(lse.dtype), share).to(out_a.dtype), lse
+
+
+def _unavailable(name: str, device: torch.device) -> str:
+    if name not in _MODULES:
+        return f"this version has {', '.join(_MODULES)}"
+    try:
+        importlib.import_module(_MODULES[name], __package__)
+    except ImportError as error:
+        return f"its module does not import on {device}: {error}"
+    return ""
+
+
+def _check(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    passes: Sequence[tuple[TilePass, TileLists]],
+    out: torch.Tensor,
+) -> None:
+    if query.dim() != 3 or key_pool.dim() != 3 or value_pool.dim() != 3:
+        raise ValueError(
+            f"query and pools must be 3-d, got {query.shape}, {key_pool.shape}, {value_pool.shape}"
+        )
+    if query.shape[1] % key_pool.shape[1] or key_pool.shape[1] != value_pool.shape[1]:
+        raise ValueError(
+            f"{query.shape[1]} query heads do not divide over {key_pool.shape[1]} key and "
+            f"{value_pool.shape[1]} value heads"
+        )
+    if query.shape[2] != key_pool.shape[2]:
+        raise ValueError(f"head size of query {query.shape[2]} and keys {key_pool.shape[2]} differ")
+    if out.shape != (*query.shape[:2], value_pool.shape[2]):
+        raise ValueError(f"out has shape {tuple(out.shape)}, must be rows x heads x head size of the values")
+    for tile_pass, lists in passes:
+        if lists.sink.shape != (query.shape[1], tile_pass.num_tiles):
+            raise ValueError(
+                f"lists are for {tuple(lists.sink.shape)} (heads, query tiles), the pass has "
+                f"({query.shape[1]}, {tile_pass.num_tiles})"
+            )

@@ -1,0 +1,154 @@
+"""Data that selection and attention exchange: key orders, query tiles, tile lists.
+
+Shapes use these letters: ``H`` query heads, ``T`` query tiles of a pass, ``R`` requests, ``D`` head size.
+A query tile is up to ``tile_queries`` rows of the chunk; a key tile is ``tile_keys`` keys that are consecutive in an
+order. All index tensors live on the device of the KV pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+UNBOUNDED = 1 << 30
+"""A reach that covers every earlier key: the row sees all keys of its tiles up to its own position."""
+
+ABSENT = (1 << 31) - 1
+"""Token position of the padding at the end of a short key tile: in the future of every row."""
+
+
+class Region(Enum):
+    """Which keys of its tiles a pass may see; the two regions split the causal keys of a row by position.
+
+    With ``sink`` and ``reach`` of a query tile, a key at position ``k`` is *near* the row at ``q`` when
+    ``k <= q and (k < sink or k > q - reach)``, and *far* when ``sink <= k <= q - reach``.
+    """
+
+    NEAR = "near"
+    FAR = "far"
+
+
+@dataclass(frozen=True)
+class KeyOrder:
+    """Keys of every sparse request of one forward in one token order, tile after tile, request after request.
+
+    ``slots`` int64 [n, tile_keys]: rows of the KV pool; 0, the pool's padding row, for tokens that are not there (yet).
+    ``positions`` int32 [n, tile_keys]: token positions, :data:`ABSENT` where a tile is short.
+    ``tile_min``, ``tile_max`` int32 [n]: smallest and largest position in each key tile (a short tile's is ABSENT).
+    ``tile_indptr`` int32 [R + 1]: where a request's key tiles begin; ``widest``: most key tiles of any request.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    tile_min: torch.Tensor
+    tile_max: torch.Tensor
+    tile_indptr: torch.Tensor
+    widest: int
+
+    @property
+    def tile_keys(self) -> int:
+        return self.slots.shape[1]
+
+
+@dataclass(frozen=True)
+class TilePass:
+    """Query tiles of one pass over the sparse requests of one forward.
+
+    ``rows`` int64 [n]: batch row of each row slot; ``positions`` int32 [n]: its token position.
+    ``indptr`` int32 [T + 1]: row slots of each query tile; ``request`` int32 [T].
+    ``min_pos``, ``max_pos`` int32 [T]: smallest and largest token position among a tile's rows.
+    """
+
+    region: Region
+    keys: KeyOrder
+    rows: torch.Tensor
+    positions: torch.Tensor
+    indptr: torch.Tensor
+    request: torch.Tensor
+    min_pos: torch.Tensor
+    max_pos: torch.Tensor
+    tile_queries: int
+
+    @property
+    def num_tiles(self) -> int:
+        return self.request.numel()
+
+
+@dataclass(frozen=True)
+class TileLists:
+    """For every (head, query tile) the ascending key tiles it reads, in CSR form: list ``h * T + t``.
+
+    ``indptr`` int32 [H * T + 1]; ``tiles`` int32 [n]: key tile, counted within the request.
+    ``full`` bool [n]: every key of the tile is visible to every row of the query tile, no positions to compare.
+    ``sink``, ``reach`` int32 [H, T]: bounds of the near region (see :class:`Region`).
+    """
+
+    indptr: torch.Tensor
+    tiles: torch.Tensor
+    full: torch.Tensor
+    sink: torch.Tensor
+    reach: torch.Tensor
+
+    @property
+    def num_heads(self) -> int:
+        return self.sink.shape[0]
+
+
+def tile_visibility(
+    region: Region,
+    query_min: torch.Tensor,
+    query_max: torch.Tensor,
+    key_min: torch.Tensor,
+    key_max: torch.Tensor,
+    sink: torch.Tensor,
+    reach: torch.Tensor,
+) -> torch.Tensor:
+    """Whether a key tile holds a key of ``region`` for some row, from position bounds alone.
+
+    ``query_*`` int32 [t], ``key_*`` int32 [n], ``sink`` and ``reach`` int32 [H, t]. Returns bool [H, t, n].
+    """
+    q_min, q_max = query_min[None, :, None], query_max[None, :, None]
+    k_min, k_max = key_min[None, None, :], key_max[None, None, :]
+    sink, reach = sink[..., None], reach[..., None]
+    if region is Region.NEAR:
+        return (k_min <= q_max) & ((k_min < sink) | (k_max > q_min - reach))
+    return (k_max >= sink) & (k_min <= q_max - reach)
+
+
+def lists_from_map(
+    tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tensor, reach: torch.Tensor
+) -> TileLists:
+    """Turns a tile map into :class:`TileLists` and marks the full tiles.
+
+    ``selected`` bool [H, T, n]: key tile ``n`` counted within the tile's request; ``sink``, ``reach`` int32 [H, T].
+    """
+    heads, tiles, _ = selected.shape
+    head, query, key = selected.nonzero(as_tuple=True)
+    counts = torch.bincount(head * tiles + query, minlength=heads * tiles)
+    indptr = torch.zeros(heads * tiles + 1, dtype=torch.int32, device=selected.device)
+    indptr[1:] = counts.cumsum(0)
+    keys = tile_pass.keys
+    key_tile = keys.tile_indptr[tile_pass.request[query].long()].long() + key
+    k_min, k_max = keys.tile_min[key_tile], keys.tile_max[key_tile]
+    q_min, q_max = tile_pass.min_pos[query], tile_pass.max_pos[query]
+    pair_sink, pair_reach = sink[head, query], reach[head, query]
+    if tile_pass.region is Region.NEAR:
+        full = (k_max <= q_min) & ((k_max < pair_sink) | (k_min > q_max - pair_reach))
+    else:
+        full = (k_min >= pair_sink) & (k_max <= q_min - pair_reach)
+    return TileLists(indptr, key.int(), full, sink, reach)
+
+
+def element_mask(
+    region: Region,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    sink: torch.Tensor | int,
+    reach: torch.Tensor | int,
+) -> torch.Tensor:
+    """The definition of :class:`Region`, element by element; arguments broadcast against one another."""
+    near = (key_positions < sink) | (key_positions > query_positions - reach)
+    causal = key_positions <= query_positions
+    return causal & near if region is Region.NEAR else causal & ~near

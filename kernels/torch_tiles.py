@@ -1,0 +1,183 @@
+"""Portable block-sparse prefill attention in plain PyTorch: batches of lists of similar length through SDPA.
+
+Keys and values are copied once per pass into the pass's order, so that a list gathers whole tiles. Lists are sorted by
+length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their batch, and each
+batch is one gather and one fused attention call. On the CPU that call is PyTorch's
+flash kernel, which returns the LSE; elsewhere scores are materialised within the same bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .tiles import ABSENT, Region, TileLists, TilePass
+
+WORKSPACE_BYTES = 8 << 20
+"""Bound on the mask (or score) matrix of one batch."""
+
+_POSITION_SCALE = 2.0**80
+"""Token positions below 2**24 times this are exact in fp32, and a difference of one is a mask of -1.2e24: it vanishes in
+exp, yet stays finite, so that a row without keys stays finite too."""
+
+_NO_KEY_LSE = -1e20
+"""A row whose LSE is below this saw only masked keys."""
+
+
+def attend(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    tile_pass: TilePass,
+    lists: TileLists,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one pass; arguments and result as in :func:`.reference.attend` (LSE in fp32)."""
+    heads, tiles = query.shape[1], tile_pass.num_tiles
+    problem = _Problem(
+        query=query[tile_pass.rows].transpose(0, 1).flatten(0, 1),
+        keys=_tile_major(key_pool, tile_pass.keys.slots).to(query.dtype),
+        values=_tile_major(value_pool, tile_pass.keys.slots).to(query.dtype),
+        tile_pass=tile_pass,
+        lists=lists,
+        group=heads // key_pool.shape[1],
+        scale=scale,
+    )
+    out = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1])
+    lse = torch.full(out.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
+    lengths = lists.indptr.diff().long()
+    row_counts = tile_pass.indptr.diff().long().repeat(heads)
+    work = torch.nonzero(lengths).squeeze(1)
+    # Longest lists first; among equal ones those with the same number of rows stay together.
+    work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
+    for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys):
+        _attend_batch(problem, batch, tiles, out, lse)
+    return out.unflatten(0, (heads, -1)).transpose(0, 1), lse.unflatten(0, (heads, -1)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A pass with its operands gathered once, so that a list reads whole tiles.
+
+    ``query`` [H * row slots, D]; ``keys``, ``values`` [KV heads, key tiles, tile_keys * D]; ``group``: GQA group.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    tile_pass: TilePass
+    lists: TileLists
+    group: int
+    scale: float
+
+
+def _tile_major(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Pool rows of each key tile: [slots, KV heads, D] -> [KV heads, key tiles, tile_keys * D]."""
+    return pool.index_select(0, slots.flatten()).unflatten(0, slots.shape).permute(2, 0, 1, 3).flatten(2)
+
+
+def _batches(
+    work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor, tile_keys: int
+) -> list[torch.Tensor]:
+    """Cuts the sorted work so that a batch's padded score matrix fits and at most a third of it is padding."""
+    batches = []
+    host_lengths, host_rows = lengths[work].tolist(), row_counts[work].tolist()
+    start = 0
+    while start < len(host_lengths):
+        longest, rows, end = host_lengths[start], host_rows[start], start + 1
+        while end < len(host_lengths):
+            rows_with = max(rows, host_rows[end])
+            if 4 * (end + 1 - start) * rows_with * longest * tile_keys > WORKSPACE_BYTES:
+                break
+            if 3 * host_lengths[end] < 2 * longest:
+                break
+            rows, end = rows_with, end + 1
+        batches.append(work[start:end])
+        start = end
+    return batches
+
+
+def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Attention of some lists, given as ``head * tiles + query tile``, into ``out`` and ``lse``."""
+    tile_pass, lists, keys = problem.tile_pass, problem.lists, problem.tile_pass.keys
+    device = work.device
+    head, tile = work // tiles, work % tiles
+
+    # Row slots [B, M]; slots past a short query tile repeat its first row and are dropped at the end.
+    row_start = tile_pass.indptr[tile].long()
+    row_count = tile_pass.indptr[tile + 1] - row_start
+    lane = torch.arange(int(row_count.max()), device=device)
+    row_valid = lane < row_count[:, None]
+    row_slot = row_start[:, None] + torch.where(row_valid, lane, 0)
+    row_index = head[:, None] * tile_pass.rows.numel() + row_slot
+
+    # Key tiles [B, L]; entries past a short list repeat its first tile and are masked.
+    first = lists.indptr[work].long()
+    count = lists.indptr[work + 1] - first
+    lane = torch.arange(int(count.max()), device=device)
+    listed = lane < count[:, None]
+    entry = first[:, None] + torch.where(listed, lane, 0)
+    key_tile = keys.tile_indptr[tile_pass.request[tile].long()][:, None].long() + lists.tiles[entry]
+
+    mask = None
+    if not bool((lists.full[entry] & listed).all()):
+        key_pos = torch.where(listed[..., None], keys.positions[key_tile], ABSENT).flatten(1)
+        sink, reach = lists.sink[head, tile], lists.reach[head, tile]
+        mask = _mask(tile_pass.region, tile_pass.positions[row_slot], key_pos, sink, reach)
+
+    def gather(operand: torch.Tensor) -> torch.Tensor:
+        index = (head // problem.group)[:, None] * operand.shape[1] + key_tile
+        rows = operand.flatten(0, 1).index_select(0, index.flatten())
+        return rows.view(len(work), 1, -1, operand.shape[2] // keys.tile_keys)
+
+    q = problem.query.index_select(0, row_index.flatten()).view(len(work), 1, row_index.shape[1], -1)
+    part, part_lse = _attention(q, gather(problem.keys), gather(problem.values), mask, problem.scale)
+    part, part_lse = part[:, 0], part_lse[:, 0]
+    sees_key = part_lse > _NO_KEY_LSE
+    target = row_index[row_valid]
+    out[target] = torch.where(sees_key[..., None], part, 0)[row_valid]
+    lse[target] = torch.where(sees_key, part_lse, float("-inf"))[row_valid]
+
+
+def _mask(
+    region: Region,
+    row_pos: torch.Tensor,
+    key_pos: torch.Tensor,
+    sink: torch.Tensor,
+    reach: torch.Tensor,
+) -> torch.Tensor:
+    """Additive mask fp32 [B, 1, M, N]: 0 where the row sees the key, at most -1e24 elsewhere.
+
+    Each bound on positions is one subtraction and one clamp over the matrix, a quarter of what boolean masks cost.
+    """
+    upper, key_upper = row_pos, key_pos
+    beyond_sink = key_pos.masked_fill(key_pos < sink[:, None], ABSENT)
+    if region is Region.FAR:
+        upper, key_upper = row_pos - reach[:, None], beyond_sink
+    mask = _bound(upper[:, None, :, None], key_upper[:, None, None, :])
+    if region is Region.NEAR and bool((reach <= row_pos.amax(1)).any()):
+        lower = row_pos - reach[:, None] + 1
+        torch.minimum(mask, _bound(beyond_sink[:, None, None, :], lower[:, None, :, None]), out=mask)
+    return mask
+
+
+def _bound(larger: torch.Tensor, smaller: torch.Tensor) -> torch.Tensor:
+    """0 where ``smaller <= larger``, hugely negative elsewhere."""
+    return (larger.float() * _POSITION_SCALE - smaller.float() * _POSITION_SCALE).clamp_max_(0)
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batched attention [B, 1, M, D] with its natural-log LSE [B, 1, M] in fp32."""
+    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=mask, scale=scale
+        )
+    scores = torch.matmul(q.float(), k.float().mT) * scale
+    if mask is not None:
+        scores += mask
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None])
+    return torch.matmul(weights, v.float()).to(q.dtype), lse

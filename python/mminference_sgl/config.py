@@ -1,0 +1,223 @@
+"""Configuration: one frozen dataclass; environment > server JSON > pattern file > defaults.
+
+Every source is a mapping with the same keys. Unknown keys and bad values raise :class:`ConfigError`, whose message
+names the source, the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "flashinfer")
+ENV_CONFIG = "MMINFERENCE_CONFIG"
+ENV_DISABLE = "MMINFERENCE_DISABLE"
+ENV_SHORTHANDS = {
+    "MMINFERENCE_MIN_TOKENS": "min_tokens",
+    "MMINFERENCE_PATTERN": "pattern",
+    "MMINFERENCE_IMPL": "implementation",
+}
+SERVER_JSON_KEY = "mminference"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the operator."""
+
+
+@dataclass(frozen=True)
+class AShapeBudget:
+    """A-shape: the first ``sink`` keys and the last ``window`` keys, the row's own included."""
+
+    sink: int = 128
+    window: int = 4096
+
+
+@dataclass(frozen=True)
+class VerticalSlashBudget:
+    """Vertical-slash: always the first ``sink`` keys and the last ``window`` ones; columns and diagonals by mass."""
+
+    sink: int = 64
+    window: int = 128
+
+
+@dataclass(frozen=True)
+class GridBudget:
+    """Grid: ``sink`` keys, a window of ``window_frames`` frames, the row's own cells, at least ``min_lines`` v-line tiles."""
+
+    sink: int = 64
+    window_frames: int = 1
+    min_lines: int = 0
+
+
+@dataclass(frozen=True)
+class PatternBudgets:
+    """Budgets per pattern."""
+
+    a_shape: AShapeBudget = field(default_factory=AShapeBudget)
+    vertical_slash: VerticalSlashBudget = field(default_factory=VerticalSlashBudget)
+    grid: GridBudget = field(default_factory=GridBudget)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one server, fixed for its life. docs/configuration.md says what each does."""
+
+    enabled: bool = True
+    min_tokens: int = 4096
+    pattern: str = "auto"
+    implementation: str = "auto"
+    coverage: float = 0.95
+    error_ceiling: float = 1.0
+    max_density: float = 0.08
+    probe_rows: int = 64
+    tile_queries: int = 128
+    tile_keys: int = 64
+    cell_size: int = 0
+    patterns: PatternBudgets = field(default_factory=PatternBudgets)
+
+    def __post_init__(self) -> None:
+        """Checks every value.
+
+        Raises:
+            ConfigError: a value is of the wrong type or out of range.
+        """
+        _check(isinstance(self.enabled, bool), "enabled", self.enabled, "true or false")
+        _check_int("min_tokens", self.min_tokens, 0)
+        _check(isinstance(self.pattern, str) and self.pattern != "", "pattern", self.pattern, "an id, a path, auto or off")
+        _check(
+            self.implementation in IMPLEMENTATIONS,
+            "implementation",
+            self.implementation,
+            "one of " + ", ".join(IMPLEMENTATIONS),
+        )
+        _check_float("coverage", self.coverage, 0.0, 1.0)
+        _check_float("error_ceiling", self.error_ceiling, 0.0, None)
+        _check_float("max_density", self.max_density, 0.0, 1.0)
+        _check_int("probe_rows", self.probe_rows, 1)
+        for name in ("tile_queries", "tile_keys"):
+            _check(getattr(self, name) in (16, 32, 64, 128), name, getattr(self, name), "16, 32, 64 or 128")
+        _check_int("cell_size", self.cell_size, 0)
+        for pattern in dataclasses.fields(self.patterns):
+            budget = getattr(self.patterns, pattern.name)
+            for item in dataclasses.fields(budget):
+                _check_int(f"patterns.{pattern.name}.{item.name}", getattr(budget, item.name), 0)
+
+    @property
+    def active(self) -> bool:
+        """Whether any request may run sparse."""
+        return self.enabled and self.pattern != "off"
+
+
+def from_sources(*sources: tuple[str, Mapping[str, Any]]) -> Config:
+    """Builds a configuration; later sources override earlier ones.
+
+    Args:
+        sources: (name for messages, settings), weakest first.
+
+    Raises:
+        ConfigError: an unknown key or a bad value; the message starts with the name of its source.
+    """
+    config = Config()
+    for name, settings in sources:
+        try:
+            config = _replace(config, settings, "")
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return config
+
+
+def server_source(hf_config: object) -> tuple[str, Mapping[str, Any]]:
+    """Settings given as ``--json-model-override-args '{"mminference": {...}}'``, found on the model's ``hf_config``.
+
+    Raises:
+        ConfigError: they are not an object.
+    """
+    name = f"--json-model-override-args {SERVER_JSON_KEY}"
+    settings = getattr(hf_config, SERVER_JSON_KEY, None)
+    if settings is None:
+        return name, {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{name}: must be an object, got {settings!r}")
+    return name, settings
+
+
+def environment_sources(environ: Mapping[str, str] | None = None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Settings from the environment, weakest first: MMINFERENCE_CONFIG, the shorthands, MMINFERENCE_DISABLE.
+
+    Raises:
+        ConfigError: MMINFERENCE_CONFIG is neither JSON nor a readable JSON file, or a shorthand is not of its type.
+    """
+    environ = os.environ if environ is None else environ
+    sources: list[tuple[str, Mapping[str, Any]]] = []
+    inline = environ.get(ENV_CONFIG, "").strip()
+    if inline:
+        sources.append((ENV_CONFIG, _json_or_path(inline)))
+    for variable, key in ENV_SHORTHANDS.items():
+        text = environ.get(variable, "").strip()
+        if text:
+            sources.append((variable, {key: _integer(variable, text) if key == "min_tokens" else text}))
+    disable = environ.get(ENV_DISABLE, "").strip().lower()
+    if disable not in {"", "0", "false", "no", "1", "true", "yes"}:
+        raise ConfigError(f"{ENV_DISABLE}: must be 0 or 1, got {disable!r}")
+    if disable in {"1", "true", "yes"}:
+        sources.append((ENV_DISABLE, {"enabled": False}))
+    return sources
+
+
+def _json_or_path(text: str) -> Mapping[str, Any]:
+    if not text.startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{ENV_CONFIG}: neither a JSON object nor a readable file: {error}") from None
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{ENV_CONFIG}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{ENV_CONFIG}: must be a JSON object, got {settings!r}")
+    return settings
+
+
+def _integer(variable: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{variable}: must be an integer, got {text!r}") from None
+
+
+def _replace(target: Any, settings: Mapping[str, Any], path: str) -> Any:
+    """``dataclasses.replace`` with unknown keys refused and nested objects merged."""
+    known = {item.name for item in dataclasses.fields(target)}
+    changes: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"unknown key {path + key!r}; known keys: {', '.join(sorted(known))}")
+        current = getattr(target, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path + key} must be an object, got {value!r}")
+            value = _replace(current, value, f"{path}{key}.")
+        changes[key] = value
+    return dataclasses.replace(target, **changes)
+
+
+def _check(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    _check(ok, name, value, f"an integer of at least {low}")
+
+
+def _check_float(name: str, value: object, low: float, high: float | None) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    ok = number and low <= float(value) and (high is None or float(value) <= high)  # type: ignore[arg-type]
+    _check(ok, name, value, f"a number of at least {low}" + ("" if high is None else f" and at most {high}"))

@@ -1,0 +1,309 @@
+"""Per-forward plan: from layouts and chunk bounds to the device tensors that selection and attention read.
+
+Built once per forward in ``init_forward_metadata``; every layer of the forward uses the same plan. The flat arrays of
+the Rust plan reach the device in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from mminference_sgl import _core
+from mminference_sgl.kernels.probe import ProbeRows
+from mminference_sgl.kernels.select import CellView, KeyTiles, QueryTiles, View
+from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
+
+KIND_TEXT = 0
+"""Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class DeviceLayout:
+    """A request's layout with its order arrays on the device: uploaded once per request, read by every forward.
+
+    ``tokens`` int64 [length]: cell order -> token position; ``key_tile`` int64 [length]: token position -> cell-order
+    key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
+    """
+
+    def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
+        self.layout = layout
+        self.has_media = layout.num_items > 0
+        self.stride = layout.max_frame_stride
+        self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
+        if self.has_media:
+            self.tokens = _to_device(layout.order("cell"), device).long()
+            self.key_tile = _to_device(layout.inverse("cell"), device).long() // tile_keys
+            self.cell_tiles = _key_tiles(layout, "cell", tile_keys, device)
+
+
+@dataclass(frozen=True)
+class SparseRequest:
+    """One request of the batch that runs sparse.
+
+    ``pool_row`` [1] integer on the device: its row of ``req_to_token``. ``row_start``: where its rows begin in the batch.
+    """
+
+    layout: DeviceLayout
+    prefix: int
+    chunk: int
+    pool_row: torch.Tensor
+    row_start: int
+
+    @property
+    def num_keys(self) -> int:
+        return self.prefix + self.chunk
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of one request and one query modality, as selection sees them.
+
+    ``near`` and ``far``: the group's query tiles, as slices of the two passes' tiles.
+    """
+
+    request: int
+    modality: str
+    view: View
+    probe_rows: ProbeRows
+    near: slice
+    far: slice
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """Everything geometric about one forward."""
+
+    requests: Sequence[SparseRequest]
+    near: TilePass
+    far: TilePass | None
+    groups: Sequence[RowGroup]
+    key_tiles: Sequence[slice]
+    """Key tiles of each request in ``near.keys``."""
+
+
+def build(
+    requests: Sequence[SparseRequest],
+    req_to_token: torch.Tensor,
+    *,
+    tile_queries: int,
+    tile_keys: int,
+    probe_rows: int,
+) -> ForwardPlan:
+    """Plans one forward over its sparse requests.
+
+    Args:
+        requests: at least one.
+        req_to_token: [pool rows, context] integer; slots of each request's tokens.
+        probe_rows: most rows to probe per request and modality.
+    """
+    device = req_to_token.device
+    planned = _core.plan(
+        [(r.layout.layout, r.prefix, r.chunk, r.row_start) for r in requests],
+        tile_queries=tile_queries,
+        tile_keys=tile_keys,
+    )
+    host, fields = planned.buffer, planned.fields()
+    uploaded = _to_device(host, device)
+
+    def on_host(name: str) -> Int32Array:
+        offset, length = fields[name]
+        return host[offset : offset + length]
+
+    def on_device(name: str) -> torch.Tensor:
+        offset, length = fields[name]
+        return uploaded[offset : offset + length]
+
+    slots = [req_to_token[r.pool_row][0, : r.num_keys].long() for r in requests]
+    near_keys = _key_order(
+        [
+            _tiled(own, torch.arange(r.num_keys, dtype=torch.int32, device=device), tile_keys)
+            for r, own in zip(requests, slots, strict=True)
+        ]
+    )
+
+    def tile_pass(prefix: str, region: Region, keys: KeyOrder) -> TilePass:
+        return TilePass(
+            region=region,
+            keys=keys,
+            rows=on_device(f"{prefix}.rows").long(),
+            positions=on_device(f"{prefix}.positions"),
+            indptr=on_device(f"{prefix}.row_indptr"),
+            request=on_device(f"{prefix}.tile_request"),
+            min_pos=on_device(f"{prefix}.tile_min_pos"),
+            max_pos=on_device(f"{prefix}.tile_max_pos"),
+            tile_queries=tile_queries,
+        )
+
+    near = tile_pass("seq", Region.NEAR, near_keys)
+    far = None
+    if fields["cell.tile_request"][1] > 0:
+        far = tile_pass("cell", Region.FAR, _key_order([_cell_tiles(r, own, tile_keys) for r, own in zip(requests, slots, strict=True)]))
+    own_lo, own_hi = on_device("cell.own_lo"), on_device("cell.own_hi")
+
+    groups: list[RowGroup] = []
+    near_request, near_kind = on_host("seq.tile_request"), on_host("seq.tile_kind")
+    far_request = on_host("cell.tile_request")
+    for index, request in enumerate(requests):
+        far_slice = _span(far_request == index)
+        for modality in ("text", "media"):
+            near_slice = _span((near_request == index) & ((near_kind == KIND_TEXT) == (modality == "text")))
+            if near_slice.start == near_slice.stop:
+                continue
+            has_cells = modality == "media"
+            group_far = far_slice if has_cells else slice(far_slice.start, far_slice.start)
+            rows = _probe_rows(
+                _Rows.of(on_host, "seq", near_slice),
+                _Rows.of(on_host, "cell", group_far) if has_cells else None,
+                request.layout.stride,
+                probe_rows,
+            )
+            cell = None
+            if has_cells:
+                assert far is not None
+                cell = CellView(
+                    queries=QueryTiles(far.min_pos[group_far], far.max_pos[group_far]),
+                    keys=request.layout.cell_tiles,
+                    own_lo=own_lo[group_far],
+                    own_hi=own_hi[group_far],
+                    key_tile=request.layout.key_tile,
+                    stride=request.layout.stride,
+                )
+            view = View(
+                queries=QueryTiles(near.min_pos[near_slice], near.max_pos[near_slice]),
+                keys=_visible(request, request.layout.sequence_tiles),
+                row_tiles=torch.from_numpy(rows.near_tiles).to(device),
+                cell=cell,
+            )
+            probed = ProbeRows(
+                rows=torch.from_numpy(rows.rows).to(device),
+                positions=torch.from_numpy(rows.positions).to(device),
+                cell_tiles=torch.from_numpy(rows.far_tiles).to(device),
+            )
+            groups.append(RowGroup(index, modality, view, probed, near_slice, group_far))
+    ends = np.cumsum([-(-r.num_keys // tile_keys) for r in requests]).tolist()
+    key_tiles = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return ForwardPlan(requests, near, far, groups, key_tiles)
+
+
+_Tiled = tuple[torch.Tensor, torch.Tensor]
+"""Slots int64 and positions int32 of one request's key tiles, [tiles, tile_keys] each."""
+
+
+def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> _Tiled:
+    padding = -slots.numel() % tile_keys
+    return (
+        F.pad(slots, (0, padding)).view(-1, tile_keys),
+        F.pad(positions, (0, padding), value=ABSENT).view(-1, tile_keys),
+    )
+
+
+def _cell_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> _Tiled:
+    """Keys in cell order; tokens that later chunks will bring have their place already and point to the padding row."""
+    if not request.layout.has_media:
+        return _tiled(slots[:0], slots[:0].int(), tile_keys)
+    tokens = request.layout.tokens
+    present = tokens < request.num_keys
+    return _tiled(torch.where(present, slots[torch.where(present, tokens, 0)], 0), tokens.int(), tile_keys)
+
+
+def _key_order(requests: Sequence[_Tiled]) -> KeyOrder:
+    slots, positions = (torch.cat(parts) for parts in zip(*requests, strict=True))
+    counts = [own.shape[0] for own, _ in requests]
+    return KeyOrder(
+        slots=slots,
+        positions=positions,
+        tile_min=positions.amin(1),
+        tile_max=positions.amax(1),
+        tile_indptr=_indptr(counts, slots.device),
+        widest=max(counts),
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Row slots of some tiles on the host: batch rows, positions, and each slot's tile counted from the first one."""
+
+    rows: Int32Array
+    positions: Int32Array
+    tiles: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, on_host, prefix: str, tiles: slice) -> _Rows:  # type: ignore[no-untyped-def]
+        indptr = on_host(f"{prefix}.row_indptr")
+        first, end = int(indptr[tiles.start]), int(indptr[tiles.stop])
+        tile = np.repeat(np.arange(tiles.stop - tiles.start), np.diff(indptr[tiles.start : tiles.stop + 1]))
+        return cls(on_host(f"{prefix}.rows")[first:end], on_host(f"{prefix}.positions")[first:end], tile)
+
+
+@dataclass(frozen=True)
+class _ProbeRows:
+    rows: npt.NDArray[np.int64]
+    positions: Int32Array
+    near_tiles: npt.NDArray[np.int64]
+    far_tiles: npt.NDArray[np.int64]
+
+
+def _probe_rows(near: _Rows, far: _Rows | None, stride: int, count: int) -> _ProbeRows:
+    """Chooses the rows to probe: for media evenly over the cells of the chunk's last frame, for text the last rows.
+
+    A media row's cell is one of the last frame's exactly when its position is within a frame stride of the last one.
+    """
+    if far is None:
+        picked = np.arange(max(0, near.rows.size - count), near.rows.size)
+        rows, positions = near.rows[picked], near.positions[picked]
+        far_tiles = np.zeros(0, dtype=np.int64)
+    else:
+        last = np.flatnonzero(far.positions > far.positions.max() - max(stride, 1))
+        picked = last[np.linspace(0, last.size - 1, min(count, last.size)).round().astype(np.int64)]
+        rows, positions, far_tiles = far.rows[picked], far.positions[picked], far.tiles[picked]
+    # Row slots ascend in the sequence pass, so a position finds its slot and with it its tile.
+    near_tiles = near.tiles[np.searchsorted(near.positions, positions)]
+    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_tiles, far_tiles)
+
+
+def _key_tiles(layout: _core.Layout, order: str, tile_keys: int, device: torch.device) -> KeyTiles:
+    low, high, modalities = layout.key_tiles(order, tile_keys)  # type: ignore[arg-type]
+    modalities = _to_device(modalities, device)
+    return KeyTiles(
+        min_pos=_to_device(low, device),
+        max_pos=_to_device(high, device),
+        has_text=(modalities & 1) != 0,
+        has_media=(modalities & ~1) != 0,
+        tile_keys=tile_keys,
+    )
+
+
+def _visible(request: SparseRequest, tiles: KeyTiles) -> KeyTiles:
+    """The sequence-order tiles that hold keys by now; the last one ends with the chunk."""
+    count = -(-request.num_keys // tiles.tile_keys)
+    return KeyTiles(
+        min_pos=tiles.min_pos[:count],
+        max_pos=tiles.max_pos[:count].clamp_max(request.num_keys - 1),
+        has_text=tiles.has_text[:count],
+        has_media=tiles.has_media[:count],
+        tile_keys=tiles.tile_keys,
+    )
+
+
+def _span(mask: npt.NDArray[np.bool_]) -> slice:
+    """The contiguous range where the mask holds."""
+    where = np.flatnonzero(mask)
+    return slice(0, 0) if where.size == 0 else slice(int(where[0]), int(where[-1]) + 1)
+
+
+def _indptr(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+
+
+def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

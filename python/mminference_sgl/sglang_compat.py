@@ -1,0 +1,40 @@
+"""The few places where SGLang's internals moved between the versions this package supports (0.5.17 to 0.5.23)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+def default_dense_backend(runner: ModelRunner) -> str:
+    """Name of the attention backend that SGLang would have chosen for this model and machine."""
+    try:
+        from sglang.srt.arg_groups.model_override_base import get_default_attn_backend
+    except ImportError:
+        server_args: Any = runner.server_args
+        name = server_args._get_default_attn_backend(runner.use_mla_backend, runner.model_config)
+    else:
+        name = get_default_attn_backend(runner.server_args, runner.use_mla_backend, runner.model_config)
+    return str(name)
+
+
+def head_offset(runner: ModelRunner) -> int:
+    """Rank of this process among those that share the attention heads; head ids are rank * heads per rank + h."""
+    del runner  # Both versions keep it in the process's context.
+    parallel = get_parallel()
+    return int(parallel.attn_tp_rank) if parallel.attn_tp_size > 1 else 0
+
+
+def set_kv_buffer(
+    pool: Any, layer: RadixAttention, batch: ForwardBatch, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Writes a chunk's keys and values of one layer into the pool."""
+    pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), key, value)
