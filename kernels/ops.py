@@ -22,7 +22,9 @@ class Attend(Protocol):
         tile_pass: TilePass,
         lists: TileLists,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [row slots, H, Dv] and LSE [row slots, H]."""
+        ...
 
 
 _MODULES = {"reference": ".reference", "torch": ".torch_tiles"}
@@ -124,9 +126,7 @@ def _check(
     out: torch.Tensor,
 ) -> None:
     if query.dim() != 3 or key_pool.dim() != 3 or value_pool.dim() != 3:
-        raise ValueError(
-            f"query and pools must be 3-d, got {query.shape}, {key_pool.shape}, {value_pool.shape}"
-        )
+        raise ValueError(f"query and pools must be 3-d, got {query.shape}, {key_pool.shape}, {value_pool.shape}")
     if query.shape[1] % key_pool.shape[1] or key_pool.shape[1] != value_pool.shape[1]:
         raise ValueError(
             f"{query.shape[1]} query heads do not divide over {key_pool.shape[1]} key and "

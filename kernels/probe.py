@@ -1,8 +1,8 @@
 """Probe: where the attention mass of a few query rows of the chunk lies.
 
-Cost per (request, layer) with ``P`` probe rows and ``N`` keys: ``2 * H * P * N * (D + 2 * Dv)`` FLOPs for the scores, the
-dense and the sparse output, and ``4 * H * P * N`` bytes of fp32 weights per pass over them. With 64 rows the scores are
-64 / chunk of the dense chunk's. Callers bound the memory by probing some heads at a time.
+Cost per (request, layer) with ``P`` probe rows and ``N`` keys: ``2 * H * P * N * (D + 2 * Dv)`` FLOPs for the scores,
+the dense and the sparse output, and ``4 * H * P * N`` bytes of fp32 weights per pass over them. With 64 rows the
+scores are 64 / chunk of the dense chunk's. Callers bound the memory by probing some heads at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Probe:
     """Dense attention of the probe rows, for some heads.
 
     ``weights`` fp32 [H, P, n * tile_keys]: softmax weights over the request's keys in sequence order, 0 in the future
-    and behind the last key. ``values`` [KV heads, n * tile_keys, Dv]; ``output`` fp32 [H, P, Dv]: the rows' dense output.
+    and behind the last key. ``values`` fp32 [KV heads, n * tile_keys, Dv].
+    ``output`` fp32 [H, P, Dv]: the rows' dense output.
     """
 
     rows: ProbeRows
@@ -43,7 +44,8 @@ class Probe:
 
     def tile_mass(self) -> torch.Tensor:
         """Mass per key tile of the sequence order: fp32 [H, P, n]."""
-        return self.weights.unflatten(-1, (-1, self.tile_keys)).sum(-1)
+        heads, rows, _ = self.weights.shape
+        return self.weights.view(heads, rows, -1, self.tile_keys).sum(-1)
 
     @cached_property
     def cumulative(self) -> torch.Tensor:
@@ -84,7 +86,7 @@ def run(
     values = value_pool.index_select(0, slots.flatten()).transpose(0, 1).float()
     q = query[rows.rows].float() * scale
     heads, kv_heads = q.shape[1], keys.shape[0]
-    grouped = q.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3).flatten(1, 2)
+    grouped = q.view(-1, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)
     weights = torch.matmul(grouped, keys).view(heads, len(rows.rows), -1)
     # Padding lies behind the last key, so it is in the future as well.
     future = torch.arange(keys.shape[2], device=slots.device) > rows.positions[:, None]

@@ -35,7 +35,10 @@ class QueryTiles:
 
 @dataclass(frozen=True)
 class KeyTiles:
-    """Key tiles of one request in one order: position bounds int32 [n] and whether text or media is in them, bool [n]."""
+    """Key tiles of one request in one order.
+
+    Position bounds int32 [n] and whether text or media is in them, bool [n].
+    """
 
     min_pos: torch.Tensor
     max_pos: torch.Tensor
@@ -285,7 +288,8 @@ def combine(view: View, on_text: Choice, on_media: Choice, *, text_pattern: str,
     is read if the pattern of a modality it holds asks for it, and a row sees what either pattern's region admits.
     """
     if media_pattern == "grid":
-        assert view.cell is not None and on_media.far is not None
+        assert view.cell is not None
+        assert on_media.far is not None
         text_tiles = view.cell.keys.has_text
         if text_pattern == "a_shape":
             return replace(on_media, far=on_media.far & ~(text_tiles & ~view.cell.keys.has_media))

@@ -49,6 +49,7 @@ class KeyOrder:
 
     @property
     def tile_keys(self) -> int:
+        """Keys of a tile."""
         return self.slots.shape[1]
 
 
@@ -73,6 +74,7 @@ class TilePass:
 
     @property
     def num_tiles(self) -> int:
+        """Query tiles."""
         return self.request.numel()
 
 
@@ -93,6 +95,7 @@ class TileLists:
 
     @property
     def num_heads(self) -> int:
+        """Query heads."""
         return self.sink.shape[0]
 
 
@@ -117,9 +120,7 @@ def tile_visibility(
     return (k_max >= sink) & (k_min <= q_max - reach)
 
 
-def lists_from_map(
-    tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tensor, reach: torch.Tensor
-) -> TileLists:
+def lists_from_map(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tensor, reach: torch.Tensor) -> TileLists:
     """Turns a tile map into :class:`TileLists` and marks the full tiles.
 
     ``selected`` bool [H, T, n]: key tile ``n`` counted within the tile's request; ``sink``, ``reach`` int32 [H, T].

@@ -1,8 +1,8 @@
 """Portable block-sparse prefill attention in plain PyTorch: batches of lists of similar length through SDPA.
 
-Keys and values are copied once per pass into the pass's order, so that a list gathers whole tiles. Lists are sorted by
-length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their batch, and each
-batch is one gather and one fused attention call. On the CPU that call is PyTorch's
+Keys and values are copied once per pass into the pass's order, so that a list gathers whole tiles. Lists are sorted
+by length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their batch, and
+each batch is one gather and one fused attention call. On the CPU that call is PyTorch's
 flash kernel, which returns the LSE; elsewhere scores are materialised within the same bound.
 """
 
@@ -18,8 +18,8 @@ WORKSPACE_BYTES = 8 << 20
 """Bound on the mask (or score) matrix of one batch."""
 
 _POSITION_SCALE = 2.0**80
-"""Token positions below 2**24 times this are exact in fp32, and a difference of one is a mask of -1.2e24: it vanishes in
-exp, yet stays finite, so that a row without keys stays finite too."""
+"""Token positions below 2**24 times this are exact in fp32, and a difference of one is a mask of -1.2e24: it vanishes
+in exp, yet stays finite, so that a row without keys stays finite too."""
 
 _NO_KEY_LSE = -1e20
 """A row whose LSE is below this saw only masked keys."""
@@ -53,7 +53,7 @@ def attend(
     work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
     for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys):
         _attend_batch(problem, batch, tiles, out, lse)
-    return out.unflatten(0, (heads, -1)).transpose(0, 1), lse.unflatten(0, (heads, -1)).transpose(0, 1)
+    return out.view(heads, -1, out.shape[1]).transpose(0, 1), lse.view(heads, -1).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,11 @@ class _Problem:
 
 def _tile_major(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Pool rows of each key tile: [slots, KV heads, D] -> [KV heads, key tiles, tile_keys * D]."""
-    return pool.index_select(0, slots.flatten()).unflatten(0, slots.shape).permute(2, 0, 1, 3).flatten(2)
+    rows = pool.index_select(0, slots.flatten())
+    return rows.view(*slots.shape, *pool.shape[1:]).permute(2, 0, 1, 3).flatten(2)
 
 
-def _batches(
-    work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor, tile_keys: int
-) -> list[torch.Tensor]:
+def _batches(work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor, tile_keys: int) -> list[torch.Tensor]:
     """Cuts the sorted work so that a batch's padded score matrix fits and at most a third of it is padding."""
     batches = []
     host_lengths, host_rows = lengths[work].tolist(), row_counts[work].tolist()
@@ -172,9 +171,9 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Batched attention [B, 1, M, D] with its natural-log LSE [B, 1, M] in fp32."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=mask, scale=scale
-        )
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        return out, lse
     scores = torch.matmul(q.float(), k.float().mT) * scale
     if mask is not None:
         scores += mask

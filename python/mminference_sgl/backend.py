@@ -175,13 +175,14 @@ class MMInferenceAttnBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Decode is dense."""
-        return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        out: torch.Tensor = self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return out
 
     def forward_extend(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
@@ -190,12 +191,12 @@ class MMInferenceAttnBackend(AttentionBackend):
         """Prefill of one layer: the plan's rows sparse, the other rows of the batch dense."""
         forward = self._forward
         if forward is None:
-            return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return self._dense_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         reason = layer_reason(layer, self.token_to_kv_pool, kwargs)
         if reason or k is None or v is None:
             self.counters["dense_layers:" + (reason or "no keys of its own")] += 1
             self._point_dense_at(forward, rows_only=False)
-            return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return self._dense_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache:
             set_kv_buffer(self.token_to_kv_pool, layer, forward_batch, k, v)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -214,15 +215,17 @@ class MMInferenceAttnBackend(AttentionBackend):
         if forward.dense_rows is not None:
             self._point_dense_at(forward, rows_only=True)
             rows = forward.dense_rows
-            part = self.dense.forward_extend(
-                q[rows], k[rows], v[rows], layer, forward.dense_batch, save_kv_cache=False, **kwargs
-            )
+            part = self._dense_extend(q[rows], k[rows], v[rows], layer, forward.dense_batch, False, **kwargs)
             out[rows] = part.view(-1, *out.shape[1:])
         self.counters["sparse_layers"] += 1
         forward.reports.extend(reports)
         if layer.layer_id == self._last_layer:
             self._report(forward)
         return out.view(q.shape)
+
+    def _dense_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = self.dense.forward_extend(*args, **kwargs)
+        return out
 
     # -- which requests ------------------------------------------------------------------------------------------------
 
@@ -354,7 +357,7 @@ class MMInferenceAttnBackend(AttentionBackend):
 
 
 def layer_reason(layer: RadixAttention, pool: Any, kwargs: dict[str, Any]) -> str:
-    """Why a layer is dense, empty if it may run sparse: causal decoder attention without extras over a plain KV pool."""
+    """Why a layer is dense; empty if it may run sparse: causal decoder attention without extras, a plain KV pool."""
     if layer.attn_type != AttentionType.DECODER or layer.is_cross_attention:
         return "not causal decoder attention"
     if layer.sliding_window_size is not None and layer.sliding_window_size > -1:

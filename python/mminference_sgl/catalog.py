@@ -147,9 +147,7 @@ def _check_spec(spec: HeadSpec, source: str) -> None:
             source,
             f"auto decides about all keys of {query} rows and cannot be mixed with {on_text!r} / {on_media!r}",
         )
-        _require(
-            on_text != "grid" or on_media == "grid", source, "grid on text keys needs grid on media keys"
-        )
+        _require(on_text != "grid" or on_media == "grid", source, "grid on text keys needs grid on media keys")
 
 
 def _require(ok: bool, source: str, message: str) -> None:

@@ -47,7 +47,7 @@ class VerticalSlashBudget:
 
 @dataclass(frozen=True)
 class GridBudget:
-    """Grid: ``sink`` keys, a window of ``window_frames`` frames, the row's own cells, at least ``min_lines`` v-line tiles."""
+    """Grid: ``sink`` keys, ``window_frames`` frames back, the row's own cells, at least ``min_lines`` v-line tiles."""
 
     sink: int = 64
     window_frames: int = 1
@@ -88,7 +88,8 @@ class Config:
         """
         _check(isinstance(self.enabled, bool), "enabled", self.enabled, "true or false")
         _check_int("min_tokens", self.min_tokens, 0)
-        _check(isinstance(self.pattern, str) and self.pattern != "", "pattern", self.pattern, "an id, a path, auto or off")
+        named = isinstance(self.pattern, str) and self.pattern != ""  # type: ignore[redundant-expr]
+        _check(named, "pattern", self.pattern, "an id, a path, auto or off")
         _check(
             self.implementation in IMPLEMENTATIONS,
             "implementation",
@@ -202,8 +203,9 @@ def _replace(target: Any, settings: Mapping[str, Any], path: str) -> Any:
         if dataclasses.is_dataclass(current):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{path + key} must be an object, got {value!r}")
-            value = _replace(current, value, f"{path}{key}.")
-        changes[key] = value
+            changes[key] = _replace(current, value, f"{path}{key}.")
+        else:
+            changes[key] = value
     return dataclasses.replace(target, **changes)
 
 

@@ -63,8 +63,11 @@ def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
             raise GeometryError(f"item {number}: its tokens are pruned, so its spans are not known")
         if not item.offsets:
             raise GeometryError(f"item {number}: no token spans")
-        spans = [(int(start), int(end)) for start, end in item.offsets]
-        items.extend(_split(modality, spans, _grids(data, geometry)))
+        try:
+            spans = [(int(start), int(end)) for start, end in item.offsets]
+            items.extend(_split(modality, spans, _grids(data, geometry)))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise GeometryError(f"item {number}: offsets or grid cannot be read: {error}") from None
     return items
 
 
@@ -82,11 +85,13 @@ def request_length(mm_inputs: Any, items: Sequence[Item], seen: int) -> int:
 class LayoutCache:
     """Layouts by request, kept on the life of SGLang's ``MultimodalInputs`` object and freed with it.
 
-    Sessions append items to a request and models without M-RoPE reveal its length chunk by chunk, so a layout is made
+    Sessions append items to a request, and models without M-RoPE reveal its length chunk by chunk: a layout is made
     anew when either grows.
     """
 
-    def __init__(self, geometry: ModelGeometry, *, chunk_tokens: int, tile_queries: int, tile_keys: int, cell_size: int):
+    def __init__(
+        self, geometry: ModelGeometry, *, chunk_tokens: int, tile_queries: int, tile_keys: int, cell_size: int
+    ):
         self._geometry = geometry
         self._sizes = {"chunk_tokens": chunk_tokens, "tile_queries": tile_queries, "cell_size": cell_size}
         self._tile_keys = tile_keys

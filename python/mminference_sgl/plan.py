@@ -6,13 +6,14 @@ the Rust plan reach the device in one copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.probe import ProbeRows
@@ -47,7 +48,8 @@ class DeviceLayout:
 class SparseRequest:
     """One request of the batch that runs sparse.
 
-    ``pool_row`` [1] integer on the device: its row of ``req_to_token``. ``row_start``: where its rows begin in the batch.
+    ``pool_row`` [1] integer on the device: its row of ``req_to_token``.
+    ``row_start``: where its rows begin in the batch.
     """
 
     layout: DeviceLayout
@@ -58,6 +60,7 @@ class SparseRequest:
 
     @property
     def num_keys(self) -> int:
+        """Keys in the pool once the chunk's are written."""
         return self.prefix + self.chunk
 
 
@@ -144,7 +147,11 @@ def build(
     near = tile_pass("seq", Region.NEAR, near_keys)
     far = None
     if fields["cell.tile_request"][1] > 0:
-        far = tile_pass("cell", Region.FAR, _key_order([_cell_tiles(r, own, tile_keys) for r, own in zip(requests, slots, strict=True)]))
+        far = tile_pass(
+            "cell",
+            Region.FAR,
+            _key_order([_cell_tiles(r, own, tile_keys) for r, own in zip(requests, slots, strict=True)]),
+        )
     own_lo, own_hi = on_device("cell.own_lo"), on_device("cell.own_hi")
 
     groups: list[RowGroup] = []
@@ -199,8 +206,8 @@ _Tiled = tuple[torch.Tensor, torch.Tensor]
 def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> _Tiled:
     padding = -slots.numel() % tile_keys
     return (
-        F.pad(slots, (0, padding)).view(-1, tile_keys),
-        F.pad(positions, (0, padding), value=ABSENT).view(-1, tile_keys),
+        functional.pad(slots, (0, padding)).view(-1, tile_keys),
+        functional.pad(positions, (0, padding), value=ABSENT).view(-1, tile_keys),
     )
 
 
@@ -235,7 +242,7 @@ class _Rows:
     tiles: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, on_host, prefix: str, tiles: slice) -> _Rows:  # type: ignore[no-untyped-def]
+    def of(cls, on_host: Callable[[str], Int32Array], prefix: str, tiles: slice) -> _Rows:
         indptr = on_host(f"{prefix}.row_indptr")
         first, end = int(indptr[tiles.start]), int(indptr[tiles.stop])
         tile = np.repeat(np.arange(tiles.stop - tiles.start), np.diff(indptr[tiles.start : tiles.stop + 1]))
@@ -268,9 +275,11 @@ def _probe_rows(near: _Rows, far: _Rows | None, stride: int, count: int) -> _Pro
     return _ProbeRows(rows.astype(np.int64), positions.copy(), near_tiles, far_tiles)
 
 
-def _key_tiles(layout: _core.Layout, order: str, tile_keys: int, device: torch.device) -> KeyTiles:
-    low, high, modalities = layout.key_tiles(order, tile_keys)  # type: ignore[arg-type]
-    modalities = _to_device(modalities, device)
+def _key_tiles(
+    layout: _core.Layout, order: Literal["sequence", "cell"], tile_keys: int, device: torch.device
+) -> KeyTiles:
+    low, high, mask = layout.key_tiles(order, tile_keys)
+    modalities = _to_device(mask, device)
     return KeyTiles(
         min_pos=_to_device(low, device),
         max_pos=_to_device(high, device),

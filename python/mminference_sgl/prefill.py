@@ -5,7 +5,7 @@ Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,10 @@ from mminference_sgl.kernels.select import Choice, Limits, View
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, lists_from_map
 from mminference_sgl.plan import ForwardPlan, RowGroup
 
-
 PROBE_BYTES = 256 << 20
 """Bound on the probe weights held at a time."""
 PROBE_BYTES_CPU = 16 << 20
-"""The same on a CPU: temporaries of more than 32 MiB are mapped anew each time, which costs more than the arithmetic."""
+"""The same on a CPU, where temporaries beyond 32 MiB are mapped anew each time, at more than the arithmetic's cost."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ def _select_group(
     choice, guarded = select.guard(view, select.concatenate(blocks), error, energy, config.error_ceiling)
     coverage, error = torch.where(guarded, 1.0, coverage), error.masked_fill(guarded, 0.0)
     relative = (error.sum() / energy.clamp_min(1e-30)).sqrt()
-    return choice, LayerReport(
-        group.request, choice.tiles().sum(), causal, coverage.mean(), relative, guarded.sum()
-    )
+    return choice, LayerReport(group.request, choice.tiles().sum(), causal, coverage.mean(), relative, guarded.sum())
 
 
 def _head_blocks(heads: int, kv_heads: int, weights_per_head: int, device: torch.device) -> list[slice]:
@@ -152,14 +149,19 @@ def _choose(view: View, probed: probe.Probe, wanted: Sequence[tuple[str, str]], 
     return result
 
 
-def _propose(pattern, view, probed, limits, config, propose) -> Choice:  # type: ignore[no-untyped-def]
+def _propose(
+    pattern: str,
+    view: View,
+    probed: probe.Probe,
+    limits: Limits,
+    config: Config,
+    propose: Callable[[str], Choice],
+) -> Choice:
     budgets = config.patterns
     if pattern == "dense":
         return select.dense(view, probed.weights.shape[0])
     if pattern == "a_shape":
-        return select.a_shape(
-            view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window
-        )
+        return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
     if pattern == "vertical_slash":
         budget = budgets.vertical_slash
         return select.vertical_slash(view, probed, limits, sink=budget.sink, window=budget.window)
