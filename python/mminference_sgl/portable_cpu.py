@@ -15,17 +15,17 @@ earliest moment that all the processes concerned pass:
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-if TYPE_CHECKING:
-    import torch
-
 PLATFORM_NAME = "portable_cpu"
 DENSE_BACKEND_NAME = "portable_dense"
+DEFAULT_POOL_TOKENS = 256 * 1024
+"""KV slots of a server that was told neither tokens nor memory: one very long video, or many short."""
 
 
 def is_selected() -> bool:
@@ -68,22 +68,34 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         asked = given.get("attention_backend", server_args.attention_backend)
         if asked in {None, "intel_amx"}:
             server_args.attention_backend = DENSE_BACKEND_NAME
+        if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
+            # A pool takes its memory when it is made. SGLang would fill most of the machine with it.
+            server_args.max_total_tokens = DEFAULT_POOL_TOKENS
         if server_args.mem_fraction_static is None:
-            # Of the free memory, for weights and KV pool. The host needs the rest: frames, pixels,
-            # the vision tower's activations.
+            # The host needs the rest: frames, pixels, the vision tower's activations.
             server_args.mem_fraction_static = 0.5
+        if not hasattr(torch.cpu, "Event"):
+            # The overlapped scheduler waits for events, which older PyTorch has for GPUs only.
+            server_args.disable_overlap_schedule = True
+        if server_args.max_running_requests is None:
+            # SGLang's guess is 2048 or more, each with a row of the context's length in a table.
+            server_args.max_running_requests = 32
+
+    def get_device(self, *_device_id: Any, **_keywords: Any) -> str:
+        """The device of a server without `--device`: a name, where SGLang's mixin gives an object."""
+        return self.device_type
 
     def get_default_attention_backend(self) -> str:
         """Dense attention that costs what a chunk costs."""
         return DENSE_BACKEND_NAME
 
+    def get_compile_backend(self, mode: str | None = None) -> str:  # noqa: ARG002
+        """Small functions run as written: Inductor would need a C++ compiler on every machine."""
+        return "eager"
+
     def get_dispatch_key_name(self) -> str:
         """Fused operators run their plain PyTorch form."""
         return "native"
-
-    def is_pin_memory_available(self, device: Any = None) -> bool:
-        """Nothing is copied to a device."""
-        return False
 
     def init_backend(self) -> None:
         """Register the dense backend and replace the vision attention, in each scheduler."""
@@ -104,12 +116,10 @@ def _create_dense_backend(runner: Any) -> Any:
 
 
 def _make_pinning_the_identity() -> None:
-    import torch
-
-    def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
+    def pin_memory(self: torch.Tensor, *_device: Any, **_keywords: Any) -> torch.Tensor:
         return self
 
-    torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = pin_memory  # type: ignore[assignment,method-assign]
 
 
 def _replace_vision_attention() -> None:

@@ -35,8 +35,9 @@ def create(runner: ModelRunner) -> PortableDenseAttnBackend:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which this processor attends fastest to inputs of `dtype`.
 
-    Without matrix tiles (AMX) PyTorch's kernel takes twice as long in bfloat16 as in float32, also
-    where the processor has bfloat16 dot products.
+    Without matrix tiles (AMX) PyTorch's kernel needs 5 to 20 % less time in float32 than in
+    bfloat16, also where the processor has bfloat16 dot products, and the parts that are merged are
+    not rounded first.
     """
     if dtype in {torch.bfloat16, torch.float16} and not torch.cpu._is_amx_tile_supported():
         return torch.float32
@@ -71,9 +72,7 @@ def attend(
     )
 
 
-def extend_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
+def extend_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of the last rows of a sequence over all of it.
 
     q: [rows, heads, head_dim]; k, v: [keys, kv_heads, head_dim] with keys >= rows, all in one
@@ -106,9 +105,7 @@ class PortableDenseAttnBackend(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         """Attend to the chunk's rows. q: [tokens, heads * head_dim]; returns the same shape."""
         if kwargs or not _is_plain(layer, forward_batch):
-            out: torch.Tensor = super().forward_extend(
-                q, k, v, layer, forward_batch, save_kv_cache, **kwargs
-            )
+            out: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             return out
 
         if save_kv_cache and k is not None and v is not None:

@@ -46,12 +46,12 @@ class SegmentedVisionAttention(VisionSdpaAttention):
         bounds = torch.as_tensor(cu_seqlens, dtype=torch.int64, device="cpu")
         starts, lengths = bounds[:-1], bounds.diff()
         out = torch.zeros_like(q)
-        for length in lengths.unique().tolist():
-            if length == 0:
-                continue
-            for part in starts[lengths == length].split(max(1, _ROWS_AT_A_TIME // length)):
+        for length in sorted(set(lengths.tolist()) - {0}):
+            same = starts[lengths == length]
+            step = max(1, _ROWS_AT_A_TIME // length)
+            for first in range(0, len(same), step):
                 # [segments, length] patch numbers
-                patches = part.unsqueeze(1) + torch.arange(length)
+                patches = same[first : first + step].unsqueeze(1) + torch.arange(length)
                 out[patches] = self._attend(q[patches], k[patches], v[patches])
         return out
 

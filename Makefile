@@ -1,0 +1,49 @@
+# `make` alone tells the targets. DEMO_ARGS, PYTEST_ARGS and CARGO_ARGS are passed on.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+
+.PHONY: help venv demo test test-python test-rust lint format wheel doctor clean
+
+help: ## tell the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: ## make .venv, or bring it up to date
+	@scripts/bootstrap.sh
+
+demo: venv ## serve a model with dense and with sparse prefill, and compare
+	$(BIN)/python benchmarks/demo.py $(DEMO_ARGS)
+
+test: test-rust test-python ## all tests
+
+test-rust: venv ## tests of the Rust crates
+	cargo test --release --workspace $(CARGO_ARGS)
+
+test-python: venv ## tests of the Python package, real servers among them
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv ## check style, types and warnings; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+format: venv ## format Python and Rust, apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	cargo fmt --all
+
+wheel: venv ## build a wheel into dist/
+	$(BIN)/maturin build --release --out dist
+
+doctor: venv ## tell whether the installation works
+	$(BIN)/mminference doctor
+
+clean: ## remove what builds and tests left; keeps .venv
+	rm -rf target dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
