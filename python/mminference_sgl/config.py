@@ -23,6 +23,8 @@ ENV_SHORTHANDS = {
     "MMINFERENCE_IMPL": "implementation",
 }
 SERVER_JSON_KEY = "mminference"
+LARGEST_INTEGER = 1 << 30
+"""No sequence is longer, and sums of two still fit the int32 that positions have on the device."""
 
 
 class ConfigError(ValueError):
@@ -101,7 +103,8 @@ class Config:
         _check_float("max_density", self.max_density, 0.0, 1.0)
         _check_int("probe_rows", self.probe_rows, 1)
         for name in ("tile_queries", "tile_keys"):
-            _check(getattr(self, name) in (16, 32, 64, 128), name, getattr(self, name), "16, 32, 64 or 128")
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value in (16, 32, 64, 128), name, value, "16, 32, 64 or 128")
         _check_int("cell_size", self.cell_size, 0)
         for pattern in dataclasses.fields(self.patterns):
             budget = getattr(self.patterns, pattern.name)
@@ -174,7 +177,7 @@ def _json_or_path(text: str) -> Mapping[str, Any]:
     if not text.startswith("{"):
         try:
             text = Path(text).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{ENV_CONFIG}: neither a JSON object nor a readable file: {error}") from None
     try:
         settings = json.loads(text)
@@ -215,8 +218,8 @@ def _check(ok: bool, name: str, value: object, wanted: str) -> None:
 
 
 def _check_int(name: str, value: object, low: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    _check(ok, name, value, f"an integer of at least {low}")
+    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= LARGEST_INTEGER
+    _check(ok, name, value, f"an integer of at least {low} and at most {LARGEST_INTEGER}")
 
 
 def _check_float(name: str, value: object, low: float, high: float | None) -> None:
