@@ -79,10 +79,10 @@ def load(name: str) -> PatternFile:
     path = _FOLDER / f"{name}.json"
     if "/" in name or name.endswith(".json"):
         path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"no pattern {name!r}: neither a file nor one of {', '.join(ids())}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no pattern {name!r}: neither a file nor one of {', '.join(ids())}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"pattern file {path}: {error}") from None
     return parse(content, str(path))
@@ -119,7 +119,8 @@ def _rule(rule: Any, source: str) -> Rule:
     mapping = rule.get("map")
     _require(isinstance(mapping, dict), source, "map must be an object")
     entries: dict[tuple[str, str], str] = {}
-    for pair, pattern in mapping.items():
+    # An entry for one key modality overrides that for all, whatever their order in the file.
+    for pair, pattern in sorted(mapping.items(), key=lambda entry: "->" in entry[0]):
         query, arrow, key = pair.partition("->")
         keys = (key,) if arrow else MODALITIES
         known = query in MODALITIES and all(item in MODALITIES for item in keys)
