@@ -51,7 +51,7 @@ def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
     """Items of a request, from SGLang's ``MultimodalInputs``.
 
     Raises:
-        GeometryError: the spans cannot be known (pruned prompts), or there are none.
+        GeometryError: the spans cannot be known (pruned prompts), there are none, or they cannot be read.
     """
     items: list[Item] = []
     for number, item in enumerate(mm_inputs.mm_items):
@@ -61,13 +61,14 @@ def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
         data = item.model_specific_data or {}
         if "pre_chunked_input_ids" in data:
             raise GeometryError(f"item {number}: its tokens are pruned, so its spans are not known")
-        if not item.offsets:
-            raise GeometryError(f"item {number}: no token spans")
         try:
-            spans = [(int(start), int(end)) for start, end in item.offsets]
-            items.extend(_split(modality, spans, _grids(data, geometry)))
-        except (TypeError, ValueError, OverflowError) as error:
+            spans = [(int(start), int(end)) for start, end in item.offsets or ()]
+            grids = _grids(data, geometry)
+        except (TypeError, ValueError, OverflowError, IndexError, RuntimeError) as error:
             raise GeometryError(f"item {number}: offsets or grid cannot be read: {error}") from None
+        if not spans:
+            raise GeometryError(f"item {number}: no token spans")
+        items.extend(_split(modality, spans, grids))
     return items
 
 
@@ -104,7 +105,7 @@ class LayoutCache:
         """The layout of a request that has ``seen`` tokens by the end of this chunk; ``mm_inputs`` None: text only.
 
         Raises:
-            GeometryError: see :func:`items_of`.
+            GeometryError: see :func:`items_of`, and numbers that no integer of the planner holds.
             _core.LayoutError: spans overlap, leave the request, or do not match their grid.
         """
         if mm_inputs is None or not mm_inputs.mm_items:
@@ -122,7 +123,11 @@ class LayoutCache:
         return layout
 
     def _build(self, length: int, items: list[Item], device: torch.device) -> DeviceLayout:
-        return DeviceLayout(_core.Layout(length, items, **self._sizes), self._tile_keys, device)
+        try:
+            layout = _core.Layout(length, items, **self._sizes)
+        except OverflowError as error:
+            raise GeometryError(f"spans or grids are beyond any request: {error}") from None
+        return DeviceLayout(layout, self._tile_keys, device)
 
 
 def _grids(data: Any, geometry: ModelGeometry) -> list[Grid]:
