@@ -1,0 +1,21 @@
+"""Without a GPU, SGLang runs on this package's CPU platform: inside pytest and in the servers that tests start."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports SGLang, which looks once.
+    os.environ.setdefault("SGLANG_PLATFORM", "portable_cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
