@@ -149,12 +149,16 @@ def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, windo
     diagonal_cost = (high - low).sum(0).float()
     mass = torch.cat([row_mass.mean(1), diagonal_mass], dim=1)
     cost = torch.cat([column_cost, diagonal_cost]).clamp_min_(1)
-    always = torch.zeros_like(mass, dtype=torch.bool)
-    always[:, : -(-sink // tile)] = True
-    always[:, tiles : tiles + 1 + -(-window // tile)] = True
+    always = torch.zeros_like(cost, dtype=torch.bool)
+    always[: -(-sink // tile)] = True
+    always[tiles : tiles + 1 + -(-window // tile)] = True
+    # Diagonals side by side share tiles: what is always there is counted as painted, the rest item by item.
+    fixed = (always[None, None, :tiles] | _paint(always[None, tiles:], low, high, tiles)) & base.near[:1]
+    budget = limits.max_density * causal - fixed.sum()
     rank = (mass / cost).masked_fill(always, float("inf")).argsort(dim=1, descending=True)
     sorted_mass = mass.gather(1, rank).cumsum(1)
-    affordable = cost[rank].cumsum(1) <= limits.max_density * causal
+    affordable = cost.masked_fill(always, 0)[rank].cumsum(1) <= budget
+    always = always.expand_as(mass)
     kept_always = always.gather(1, rank)
 
     best: torch.Tensor | None = None
@@ -393,7 +397,8 @@ def _kept_elements(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
     if choice.far is not None and view.cell is not None:
         known = min(length, view.cell.key_tile.numel())
         index = view.cell.key_tile[:known].expand(heads, rows, -1)
-        kept[..., :known] |= choice.far[:, probe.rows.cell_tiles].gather(2, index) & ~near[..., :known]
+        far = (keys <= probe.rows.positions[:, None]) & ~near
+        kept[..., :known] |= choice.far[:, probe.rows.cell_tiles].gather(2, index) & far[..., :known]
     return kept
 
 
