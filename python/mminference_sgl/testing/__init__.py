@@ -1,0 +1,32 @@
+"""Real SGLang servers for tests, demonstrations and benchmarks.
+
+`Server` runs ``python -m sglang.launch_server`` in a process group of its own and speaks HTTP to it;
+nothing of SGLang is imported here. `prefills`, `fallbacks` and `start_lines` read the backend's log
+lines; `write_mp4` and `png_url` make media from arrays.
+"""
+
+from mminference_sgl.testing.log import (
+    Fallback,
+    Prefill,
+    fallbacks,
+    mean_density,
+    prefills,
+    start_lines,
+)
+from mminference_sgl.testing.media import png_url, write_mp4
+from mminference_sgl.testing.server import Answer, Server, ServerError, user_message
+
+__all__ = [
+    "Answer",
+    "Fallback",
+    "Prefill",
+    "Server",
+    "ServerError",
+    "fallbacks",
+    "mean_density",
+    "png_url",
+    "prefills",
+    "start_lines",
+    "user_message",
+    "write_mp4",
+]

@@ -1,0 +1,144 @@
+"""The server harness, with a small process in the place of SGLang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchcodec.decoders import VideoDecoder
+
+from mminference_sgl import testing
+
+LOG = """\
+[2026-01-01 00:00:00] mminference: model=Tiny pattern=auto active=True
+[2026-01-01 00:00:01] mminference: request runs dense: geometry: item 0: spans overlap: (4, 9), (7, 12)
+[2026-01-01 00:00:02] mminference prefill request=1 prefix=100 chunk=50 layers=2 density=0.25 coverage=0.9 error=0.1 x=7
+[2026-01-01 00:00:02] Prefill batch, #new-seq: 1
+[2026-01-01 00:00:03] mminference prefill request=0 prefix=0 chunk=100 layers=2 density=0.5 coverage=1.0 error=0.0
+"""
+
+
+def test_prefills():
+    first, second = testing.prefills(LOG)
+    assert first == testing.Prefill("1", prefix=100, chunk=50, layers=2, density=0.25, coverage=0.9, error=0.1)
+    assert (second.prefix, second.chunk, second.density) == (0, 100, 0.5)
+
+
+def test_fallbacks():
+    assert testing.fallbacks(LOG) == [testing.Fallback("geometry", "item 0: spans overlap: (4, 9), (7, 12)")]
+
+
+def test_start_lines():
+    assert testing.start_lines(LOG) == ["model=Tiny pattern=auto active=True"]
+
+
+def test_mean_density_weighs_by_area_and_counts_silent_chunks_as_dense():
+    lines = testing.prefills(LOG)
+    assert testing.mean_density([], 150) == 1.0
+    assert testing.mean_density(lines, 150) == pytest.approx((0.25 * 50 * 125.5 + 0.5 * 5050) / (150 * 151 / 2))
+    assert testing.mean_density(lines[1:], 150) == pytest.approx((50 * 125.5 + 0.5 * 5050) / (150 * 151 / 2))
+
+
+def test_user_message_keeps_the_order():
+    message = testing.user_message("after", images=["a.png"], videos=["b.mp4"], before="before")
+    assert [part["type"] for part in message["content"]] == ["text", "image_url", "video_url", "text"]
+
+
+def test_write_mp4_keeps_frames_and_rate(tmp_path: Path):
+    frames = np.zeros((7, 32, 64, 3), np.uint8)
+    frames[:, :, :32] = np.linspace(0, 240, 7, dtype=np.uint8)[:, None, None, None]
+    decoder = VideoDecoder(str(testing.write_mp4(tmp_path / "a.mp4", frames, fps=2)))
+    assert decoder.metadata.average_fps == 2
+    read = decoder[:].permute(0, 2, 3, 1).numpy()
+    assert read.shape == frames.shape
+    assert np.abs(read.astype(int) - frames).mean() < 5
+
+
+def standing_in(server: testing.Server, script: str) -> testing.Server:
+    """A server whose process runs `script` instead."""
+    server.command = [sys.executable, "-c", textwrap.dedent(script)]
+    return server
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+SPAWN = """
+    import subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", "import signal, time; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
+    print("child", child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_server_that_stops_shows_its_log():
+    server = standing_in(testing.Server("none"), "print('the reason'); raise SystemExit(3)")
+    with pytest.raises(testing.ServerError, match=r"exit code 3(.|\n)*the reason") as caught, server:
+        pytest.fail("it cannot be ready")
+    assert caught.value.returncode == 3
+    assert "the reason" in caught.value.log
+    assert "the reason" in server.log()
+
+
+def test_server_that_is_never_ready_ends_with_its_children():
+    server = standing_in(testing.Server("none", start_timeout=3), SPAWN)
+    with pytest.raises(testing.ServerError, match="not ready after 3 s"), server:
+        pytest.fail("it cannot be ready")
+    assert not is_alive(int(server.log().split()[1]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_signal_to_the_caller_ends_the_server(tmp_path: Path, number: signal.Signals):
+    log = tmp_path / "server.log"
+    script = f"""
+        import sys, textwrap
+        from mminference_sgl.testing import Server
+        server = Server("none", log_path={str(log)!r})
+        server.command = [sys.executable, "-c", textwrap.dedent({SPAWN!r})]
+        with server:
+            pass
+    """
+    caller = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.is_file() and log.read_text().startswith("child")):
+            assert time.monotonic() < deadline
+            assert caller.poll() is None
+            time.sleep(0.05)
+        child = int(log.read_text().split()[1])
+        assert is_alive(child)
+        os.kill(caller.pid, number)
+        assert caller.wait(30) != 0
+        assert not is_alive(child)
+    finally:
+        caller.kill()
+        caller.wait()
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("REMOVE_ME", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    script = """
+        import os
+        names = "SGLANG_PLATFORM", "OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE", "REMOVE_ME", "ADDED"
+        print([os.environ.get(name) for name in names])
+        raise SystemExit(1)
+    """
+    server = standing_in(testing.Server("none", env={"REMOVE_ME": None, "ADDED": "x"}), script)
+    with pytest.raises(testing.ServerError), server:
+        pytest.fail("it cannot be ready")
+    assert "['portable_cpu', '7', None, None, 'x']" in server.log()
