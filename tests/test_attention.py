@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import problems
 import pytest
 import torch
 
+import problems
 from mminference_sgl import prefill
 from mminference_sgl.catalog import HeadSpec, load
 from mminference_sgl.config import Config
