@@ -218,6 +218,7 @@ def server_args(**given):
         "max_total_tokens": None,
         "max_running_requests": None,
         "disable_overlap_schedule": False,
+        "watchdog_timeout": 300.0,
     }
     return SimpleNamespace(**(defaults | given), _raw_input={"attention_backend": None} | given)
 
@@ -228,6 +229,7 @@ def test_defaults():
     assert args.attention_backend == "portable_dense"
     assert (args.mem_fraction_static, args.max_total_tokens, args.max_running_requests) == (0.5, 262144, 32)
     assert args.disable_overlap_schedule is False
+    assert args.watchdog_timeout == 3600.0
 
 
 def test_defaults_of_sglang_on_arm():
@@ -244,6 +246,7 @@ def test_defaults_of_sglang_on_arm():
         {"attention_backend": "mminference"},
         {"max_total_tokens": 1000},
         {"max_running_requests": 3},
+        {"watchdog_timeout": 7.0},
     ],
     ids=lambda given: next(iter(given)),
 )

@@ -14,6 +14,10 @@ from mminference_sgl.portable_cpu import DENSE_BACKEND_NAME, register_dense_back
 DEFAULT_POOL_TOKENS = 256 * 1024
 """KV slots of a server that was told neither tokens nor memory: one very long video, or many short."""
 
+SGLANG_WATCHDOG_S = 300.0
+DEFAULT_WATCHDOG_S = 3600.0
+"""Seconds after which a forward counts as stuck: SGLang's default, made for GPUs, and this platform's."""
+
 
 class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
     """The CPU as an out-of-tree platform: PyTorch operators, gloo, no graphs, no Triton."""
@@ -43,6 +47,9 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         if not hasattr(torch.cpu, "Event"):
             # The overlapped scheduler waits for events, which older PyTorch has for GPUs only.
             server_args.disable_overlap_schedule = True
+        if given.get("watchdog_timeout", server_args.watchdog_timeout) == SGLANG_WATCHDOG_S:
+            # One forward is one tick of the watchdog, and a long clip's vision tower may take many minutes here.
+            server_args.watchdog_timeout = DEFAULT_WATCHDOG_S
         if server_args.max_running_requests is None:
             # SGLang's guess is 2048 or more, each with a row of the context's length in a table.
             server_args.max_running_requests = 32

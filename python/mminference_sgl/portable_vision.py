@@ -50,13 +50,15 @@ class SegmentedVisionAttention(VisionSdpaAttention):
             same = starts[lengths == length]
             step = max(1, _ROWS_AT_A_TIME // length)
             for first in range(0, len(same), step):
-                # [segments, length] patch numbers
-                patches = same[first : first + step].unsqueeze(1) + torch.arange(length)
-                out[patches] = self._attend(q[patches], k[patches], v[patches])
+                some = same[first : first + step]
+                patches = _patches(some, length)
+                shape = (len(some), length, -1, self.head_size)
+                attended = self._attend(q[patches].view(shape), k[patches].view(shape), v[patches].view(shape))
+                out[patches] = attended.flatten(0, 1)
         return out
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q, k, v: [segments, length, heads, head_dim]."""
+        """q, k, v: [segments, length, heads, head_dim]; returns q's shape."""
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -65,3 +67,11 @@ class SegmentedVisionAttention(VisionSdpaAttention):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return out.transpose(1, 2)
+
+
+def _patches(starts: torch.Tensor, length: int) -> slice | torch.Tensor:
+    """The patches of segments of one length: a slice where they follow one another, so that nothing is copied."""
+    begin, end = int(starts[0]), int(starts[-1]) + length
+    if end - begin == len(starts) * length:
+        return slice(begin, end)
+    return (starts.unsqueeze(1) + torch.arange(length)).flatten()
