@@ -1,4 +1,4 @@
-"""Entry point of block-sparse prefill attention: validates, dispatches to one implementation, merges the passes."""
+"""Entry point of block-sparse prefill attention: validates, and runs the passes with one implementation."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ class Attend(Protocol):
         tile_pass: TilePass,
         lists: TileLists,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [row slots, H, Dv] and LSE [row slots, H]."""
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        merge: bool,
+    ) -> None:
+        """Writes or merges output [batch rows, H, Dv] and LSE [batch rows, H]."""
         ...
 
 
@@ -84,28 +88,9 @@ def sparse_prefill(
     """
     _check(query, key_pool, value_pool, passes, out)
     attend: Attend = importlib.import_module(_MODULES[implementation], __package__).attend
-    (first, lists), *others = passes
-    merged, merged_lse = attend(query, key_pool, value_pool, first, lists, scale)
-    if others:
-        slot_of_row = torch.zeros(query.shape[0], dtype=torch.long, device=query.device)
-        slot_of_row[first.rows] = torch.arange(first.rows.numel(), device=query.device)
-    for tile_pass, lists in others:
-        part, part_lse = attend(query, key_pool, value_pool, tile_pass, lists, scale)
-        slots = slot_of_row[tile_pass.rows]
-        merged[slots], merged_lse[slots] = merge(merged[slots], merged_lse[slots], part, part_lse)
-    out[first.rows] = merged
-
-
-def merge(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over the union of two disjoint key sets, from the attention over each.
-
-    ``out_*`` [n, H, D], ``lse_*`` natural log [n, H]; a side without keys has LSE -inf.
-    """
-    lse = torch.logaddexp(lse_a, lse_b)
-    share = torch.exp(lse_b - lse).nan_to_num_(0.0)[..., None]
-    return torch.lerp(out_a.to(lse.dtype), out_b.to(lse.dtype), share).to(out_a.dtype), lse
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    for index, (tile_pass, lists) in enumerate(passes):
+        attend(query, key_pool, value_pool, tile_pass, lists, scale, out, lse, merge=index > 0)
 
 
 def _unavailable(name: str, device: torch.device) -> str:

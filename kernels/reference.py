@@ -17,18 +17,21 @@ def attend(
     tile_pass: TilePass,
     lists: TileLists,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one pass.
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    merge: bool,
+) -> None:
+    """Attention of one pass, into the batch rows of the pass; other rows of ``out`` and ``lse`` are left alone.
 
     ``query`` [batch rows, H, D]; ``key_pool`` [slots, KV heads, D]; ``value_pool`` [slots, KV heads, Dv].
-    Returns the output [row slots, H, Dv] in the query's dtype and the natural-log LSE [row slots, H] in fp32 (fp64 for
-    fp64 input), in the order of ``tile_pass.rows``; a row that sees no key has output 0 and LSE -inf.
+    ``out`` [batch rows, H, Dv]; ``lse`` [batch rows, H], natural logarithm, fp32 (fp64 for fp64 input). A row that sees
+    no key has output 0 and LSE -inf. With ``merge``, what ``out`` and ``lse`` hold is attention over other keys of the
+    same rows, and becomes the softmax over both.
     """
     heads = query.shape[1]
     group = heads // key_pool.shape[1]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_zeros(tile_pass.rows.numel(), heads, value_pool.shape[-1])
-    lse = torch.full(out.shape[:2], float("-inf"), dtype=compute, device=query.device)
     keys = tile_pass.keys
     for head in range(heads):
         for tile in range(tile_pass.num_tiles):
@@ -47,8 +50,30 @@ def attend(
             v = value_pool[slots, head // group].to(compute)
             scores = query[tile_pass.rows[rows], head].to(compute) @ k.T * scale
             scores = scores.masked_fill(~visible, float("-inf"))
-            row_lse = torch.logsumexp(scores, dim=1) if slots.numel() else lse[rows, head]
-            weights = torch.exp(scores - row_lse[:, None]).masked_fill(~visible, 0.0)
-            out[rows, head] = (weights @ v).to(out.dtype)
-            lse[rows, head] = row_lse
-    return out, lse
+            part_lse = torch.logsumexp(scores, dim=1)
+            weights = torch.exp(scores - part_lse[:, None]).masked_fill(~visible, 0.0)
+            batch_rows = tile_pass.rows[rows]
+            write(out[:, head], lse[:, head], batch_rows, weights @ v, part_lse, merge=merge)
+
+
+def write(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    index: torch.Tensor,
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    *,
+    merge: bool,
+) -> None:
+    """Writes attention ``part`` [n, Dv] and ``part_lse`` [n] to some rows of ``out`` and ``lse``, or merges it in.
+
+    Two attentions over disjoint keys, weighted by their share of the sum of exponentials, are attention over both.
+    """
+    if merge:
+        old_lse = lse[index]
+        total = torch.logaddexp(old_lse, part_lse)
+        old_share = torch.exp(old_lse - total).nan_to_num(0.0)[:, None]
+        part = part * torch.exp(part_lse - total).nan_to_num(0.0)[:, None] + out[index] * old_share
+        part_lse = total
+    out[index] = part.to(out.dtype)
+    lse[index] = part_lse.to(lse.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 
@@ -80,10 +81,13 @@ class TilePass:
 
 @dataclass(frozen=True)
 class TileLists:
-    """For every (head, query tile) the ascending key tiles it reads, in CSR form: list ``h * T + t``.
+    """For every (head, query tile) the key tiles it reads, in CSR form: list ``h * T + t``.
+
+    A list has its *full* tiles first, those of which every row of the query tile sees every key, so that no positions
+    need comparing; then the others. Both parts ascend.
 
     ``indptr`` int32 [H * T + 1]; ``tiles`` int32 [n]: key tile, counted within the request.
-    ``full`` bool [n]: every key of the tile is visible to every row of the query tile, no positions to compare.
+    ``full`` int32 [H * T]: number of full tiles of each list.
     ``sink``, ``reach`` int32 [H, T]: bounds of the near region (see :class:`Region`).
     """
 
@@ -93,10 +97,10 @@ class TileLists:
     sink: torch.Tensor
     reach: torch.Tensor
 
-    @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return self.sink.shape[0]
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """Lists by length, the longest first, int32 [H * T]: what to start first on a machine that runs many at once."""
+        return self.indptr.diff().argsort(descending=True).int()
 
 
 def tile_visibility(
@@ -121,25 +125,26 @@ def tile_visibility(
 
 
 def lists_from_map(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tensor, reach: torch.Tensor) -> TileLists:
-    """Turns a tile map into :class:`TileLists` and marks the full tiles.
+    """Turns a tile map into :class:`TileLists`.
 
     ``selected`` bool [H, T, n]: key tile ``n`` counted within the tile's request; ``sink``, ``reach`` int32 [H, T].
     """
-    heads, tiles, _ = selected.shape
-    head, query, key = selected.nonzero(as_tuple=True)
-    counts = torch.bincount(head * tiles + query, minlength=heads * tiles)
-    indptr = torch.zeros(heads * tiles + 1, dtype=torch.int32, device=selected.device)
-    indptr[1:] = counts.cumsum(0)
     keys = tile_pass.keys
-    key_tile = keys.tile_indptr[tile_pass.request[query].long()].long() + key
-    k_min, k_max = keys.tile_min[key_tile], keys.tile_max[key_tile]
-    q_min, q_max = tile_pass.min_pos[query], tile_pass.max_pos[query]
-    pair_sink, pair_reach = sink[head, query], reach[head, query]
+    first = keys.tile_indptr[tile_pass.request.long()].long()
+    key_tile = (first[:, None] + torch.arange(selected.shape[2], device=selected.device)).clamp_max(
+        keys.tile_min.numel() - 1
+    )
+    key_min, key_max = keys.tile_min[key_tile], keys.tile_max[key_tile]
+    query_min, query_max = tile_pass.min_pos[:, None], tile_pass.max_pos[:, None]
+    sinks, reaches = sink[..., None], reach[..., None]
     if tile_pass.region is Region.NEAR:
-        full = (k_max <= q_min) & ((k_max < pair_sink) | (k_min > q_max - pair_reach))
+        full = (key_max <= query_min) & ((key_max < sinks) | (key_min > query_max - reaches))
     else:
-        full = (k_min >= pair_sink) & (k_max <= q_min - pair_reach)
-    return TileLists(indptr, key.int(), full, sink, reach)
+        full = (key_min >= sinks) & (key_max <= query_min - reaches)
+    parts = torch.stack([selected & full, selected & ~full], dim=2)
+    counts = parts.sum(-1, dtype=torch.int32).flatten(0, 1)
+    indptr = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0)).int()
+    return TileLists(indptr, parts.nonzero()[:, 3].int(), counts[:, 0].contiguous(), sink, reach)
 
 
 def element_mask(

@@ -32,8 +32,12 @@ def attend(
     tile_pass: TilePass,
     lists: TileLists,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one pass; arguments and result as in :func:`.reference.attend` (LSE in fp32)."""
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    merge: bool,
+) -> None:
+    """Attention of one pass; arguments as in :func:`.reference.attend`."""
     heads, tiles = query.shape[1], tile_pass.num_tiles
     problem = _Problem(
         query=query[tile_pass.rows].transpose(0, 1).flatten(0, 1),
@@ -44,16 +48,24 @@ def attend(
         group=heads // key_pool.shape[1],
         scale=scale,
     )
-    out = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1])
-    lse = torch.full(out.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
+    part = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1])
+    part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
     lengths = lists.indptr.diff().long()
     row_counts = tile_pass.indptr.diff().long().repeat(heads)
     work = torch.nonzero(lengths).squeeze(1)
     # Longest lists first; among equal ones those with the same number of rows stay together.
     work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
     for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys):
-        _attend_batch(problem, batch, tiles, out, lse)
-    return out.view(heads, -1, out.shape[1]).transpose(0, 1), lse.view(heads, -1).transpose(0, 1)
+        _attend_batch(problem, batch, tiles, part, part_lse)
+    part = part.view(heads, -1, part.shape[1]).transpose(0, 1)
+    part_lse = part_lse.view(heads, -1).transpose(0, 1)
+    if merge:
+        old_lse = lse[tile_pass.rows]
+        total = torch.logaddexp(old_lse, part_lse)
+        share = torch.exp(part_lse - total).nan_to_num_(0.0)[..., None]
+        part, part_lse = torch.lerp(out[tile_pass.rows].float(), part.float(), share).to(out.dtype), total
+    out[tile_pass.rows] = part
+    lse[tile_pass.rows] = part_lse
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.
     key_tile = keys.tile_indptr[tile_pass.request[tile].long()][:, None].long() + lists.tiles[entry]
 
     mask = None
-    if not bool((lists.full[entry] & listed).all()):
+    if not bool((lists.full[work] == int(listed.shape[1])).all()):
         key_pos = torch.where(listed[..., None], keys.positions[key_tile], ABSENT).flatten(1)
         sink, reach = lists.sink[head, tile], lists.reach[head, tile]
         mask = _mask(tile_pass.region, tile_pass.positions[row_slot], key_pos, sink, reach)

@@ -52,6 +52,15 @@ def random_lists(problem: problems.Problem, tile_pass: TilePass, seed: int) -> T
     return lists_from_map(tile_pass, selected, sink, reach)
 
 
+def attend(implementation, problem: problems.Problem, tile_pass: TilePass, lists: TileLists, dtype=None):
+    """One pass of an implementation into memory full of NaN: output and LSE of the pass's rows."""
+    operands = [x if dtype is None else x.to(dtype) for x in (problem.query, problem.key_pool, problem.value_pool)]
+    out = torch.full_like(operands[0], torch.nan)
+    lse = torch.full(out.shape[:2], torch.nan, dtype=dtype or torch.float32)
+    implementation.attend(*operands, tile_pass, lists, problem.scale, out, lse, merge=False)
+    return out[tile_pass.rows], lse[tile_pass.rows]
+
+
 def assert_as_exact_as(plain: torch.Tensor, ours: torch.Tensor, exact: torch.Tensor) -> None:
     """Our error against fp64 is at most twice that of plain PyTorch in the same dtype plus two units of rounding."""
     assert not torch.isnan(ours).any()
@@ -65,12 +74,11 @@ def assert_as_exact_as(plain: torch.Tensor, ours: torch.Tensor, exact: torch.Ten
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_torch_equals_reference_on_random_lists(tiles: tuple[int, int], page_size: int) -> None:
     problem = problems.make(tile_queries=tiles[0], tile_keys=tiles[1], page_size=page_size)
-    operands = problem.query, problem.key_pool, problem.value_pool
     for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
         lists = random_lists(problem, tile_pass, seed)
-        out, lse = torch_tiles.attend(*operands, tile_pass, lists, problem.scale)
-        exact, exact_lse = reference.attend(*(x.double() for x in operands), tile_pass, lists, problem.scale)
-        plain, plain_lse = reference.attend(*operands, tile_pass, lists, problem.scale)
+        out, lse = attend(torch_tiles, problem, tile_pass, lists)
+        exact, exact_lse = attend(reference, problem, tile_pass, lists, torch.float64)
+        plain, plain_lse = attend(reference, problem, tile_pass, lists)
         blind = torch.isneginf(exact_lse)
         assert blind.any(), "some rows must see no key, or the empty case is not tested"
         assert not blind.all()
@@ -85,11 +93,10 @@ def test_torch_equals_reference_on_random_lists(tiles: tuple[int, int], page_siz
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_torch_equals_reference_on_heads_and_dtypes(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
     problem = problems.make(heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, tile_queries=64)
-    operands = problem.query, problem.key_pool, problem.value_pool
     lists = random_lists(problem, problem.plan.near, 3)
-    out, _ = torch_tiles.attend(*operands, problem.plan.near, lists, problem.scale)
-    exact, _ = reference.attend(*(x.double() for x in operands), problem.plan.near, lists, problem.scale)
-    plain, _ = reference.attend(*operands, problem.plan.near, lists, problem.scale)
+    out, _ = attend(torch_tiles, problem, problem.plan.near, lists)
+    exact, _ = attend(reference, problem, problem.plan.near, lists, torch.float64)
+    plain, _ = attend(reference, problem, problem.plan.near, lists)
     assert_as_exact_as(plain, out, exact)
 
 
@@ -165,36 +172,38 @@ def test_regions_split_the_causal_keys() -> None:
         assert torch.equal(near | far, key <= query)
 
 
-def test_full_tiles_need_no_mask() -> None:
-    problem = problems.make(tile_queries=32, tile_keys=16)
+@pytest.mark.parametrize("tiles", [(32, 16), (16, 64)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_full_tiles_come_first_and_need_no_mask(tiles: tuple[int, int]) -> None:
+    problem = problems.make(tile_queries=tiles[0], tile_keys=tiles[1])
     for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
         lists = random_lists(problem, tile_pass, seed)
-        full = 0
+        masked = 0
         for index in range(lists.indptr.numel() - 1):
             head, tile = divmod(index, tile_pass.num_tiles)
             rows = slice(*tile_pass.indptr[tile : tile + 2].tolist())
-            for entry in range(*lists.indptr[index : index + 2].tolist()):
-                if not lists.full[entry]:
-                    continue
-                full += 1
-                key_tile = int(tile_pass.keys.tile_indptr[tile_pass.request[tile]]) + int(lists.tiles[entry])
-                visible = element_mask(
-                    tile_pass.region,
-                    tile_pass.positions[rows, None],
-                    tile_pass.keys.positions[key_tile],
-                    lists.sink[head, tile],
-                    lists.reach[head, tile],
-                )
-                assert visible.all()
-        assert full > 0
+            listed = lists.tiles[slice(*lists.indptr[index : index + 2].tolist())]
+            count = int(lists.full[index])
+            assert (listed[:count].diff() > 0).all()
+            assert (listed[count:].diff() > 0).all()
+            assert not set(listed[:count].tolist()) & set(listed[count:].tolist())
+            key_tiles = tile_pass.keys.tile_indptr[tile_pass.request[tile]] + listed
+            visible = element_mask(
+                tile_pass.region,
+                tile_pass.positions[rows, None, None],
+                tile_pass.keys.positions[key_tiles.long()],
+                lists.sink[head, tile],
+                lists.reach[head, tile],
+            )
+            assert visible[:, :count].all()
+            masked += int((~visible[:, count:]).sum())
+        assert int(lists.full.sum()) > 0
+        assert masked > 0
 
 
-def test_lists_ascend() -> None:
+def test_longest_lists_start_first() -> None:
     problem = problems.make(tile_queries=32, tile_keys=16)
-    lists = random_lists(problem, problem.plan.far, 0)
-    for index in range(lists.indptr.numel() - 1):
-        own = lists.tiles[slice(*lists.indptr[index : index + 2].tolist())]
-        assert (own.diff() > 0).all()
+    lists = random_lists(problem, problem.plan.near, 0)
+    assert (lists.indptr.diff()[lists.order.long()].diff() <= 0).all()
 
 
 def test_ops_rejects_what_does_not_belong_together() -> None:
