@@ -119,6 +119,8 @@ def check_layout(layout: _core.Layout, oracle: OracleLayout) -> None:
         np.testing.assert_array_equal(layout.inverse(name), order.inverse, name)
         np.testing.assert_array_equal(layout.runs(name), order.runs, name)
         for tile_keys in TILE_KEYS:
+            of_token = layout.key_tile_of_token(name, tile_keys)
+            np.testing.assert_array_equal(of_token, order.inverse // tile_keys, f"{name} tiles of {tile_keys}")
             tiles = oracle.key_tiles(name, tile_keys, order.tokens)
             expected = (tiles.min_pos, tiles.max_pos, tiles.modality_mask)
             for got, wanted in zip(layout.key_tiles(name, tile_keys), expected, strict=True):

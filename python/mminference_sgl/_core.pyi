@@ -91,6 +91,8 @@ class Layout:
     def order(self, name: _Order) -> NDArray[np.int32]:
         """Token position at each order position, [length]. LayoutError for an unknown name.
 
+        Computed at the first call, then kept; so is the inverse.
+
         `sequence` is the identity; `modality` is text, image, video, audio, ascending in each;
         `cell` is all text, ascending, then the items by first token, each by (cell, frame, position
         in cell).
@@ -117,6 +119,12 @@ class Layout:
         Smallest and largest token position of a tile, and bit m set if it holds a token of modality
         m. The last tile may be short. Computed at the first call, then kept. LayoutError for an
         unknown name or size.
+        """
+
+    def key_tile_of_token(self, name: _Order, tile_keys: int) -> NDArray[np.int32]:
+        """Key tile of each token position, [length]: `inverse(name) // tile_keys`.
+
+        Computed at the first call, then kept. LayoutError for an unknown name or size.
         """
 
 @final

@@ -1,5 +1,9 @@
 //! Cells: groups of neighbouring spatial positions of a frame, along a space-filling curve.
 
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
 /// The spatial positions (`row * cols + col`) of a `rows` x `cols` frame along a generalised Hilbert
 /// curve, which exists for every size (the recursion halves the longer side, or walks a U).
 ///
@@ -75,11 +79,31 @@ fn neg(a: Vector) -> Vector {
     (-a.0, -a.1)
 }
 
+/// Rows, columns and cell size of a table.
+pub(crate) type TableKey = (usize, usize, usize);
+
+/// Most places that tables are kept for, 12 bytes each.
+const KEPT_PLACES: usize = 1 << 20;
+
+/// Tables of earlier requests.
+#[derive(Default)]
+struct Tables {
+    by_key: HashMap<TableKey, Arc<CellTable>>,
+    weight: usize,
+}
+
+static TABLES: LazyLock<Mutex<Tables>> = LazyLock::new(Mutex::default);
+
 /// The cells of a frame: `size` consecutive places of the curve each, the last one maybe fewer.
 #[derive(Debug)]
 pub struct CellTable {
     size: usize,
+    /// Cell by cell, in raster order inside a cell, so that token positions ascend in the cell's run.
     places: Vec<u32>,
+    /// Of each place: its index in `places`.
+    index: Vec<i32>,
+    /// Of each place: the index in `places` of its cell's first one.
+    first: Vec<i32>,
 }
 
 impl CellTable {
@@ -88,9 +112,38 @@ impl CellTable {
     pub fn new(rows: usize, cols: usize, size: usize) -> Self {
         let size = size.clamp(1, (rows * cols).max(1));
         let mut places = curve(rows, cols);
-        // Raster order inside a cell, so that token positions ascend in the cell's run.
-        places.chunks_mut(size).for_each(<[u32]>::sort_unstable);
-        Self { size, places }
+        let mut first = vec![0; places.len()];
+        for (cell, at) in places.chunks(size).zip((0..).step_by(size)) {
+            for &p in cell {
+                first[p as usize] = at;
+            }
+        }
+        // A frame's places in raster order each take the next slot of their cell.
+        let mut next: Vec<i32> = (0..places.len() as i32).step_by(size).collect();
+        let post_increment = |slot: &mut i32| std::mem::replace(slot, *slot + 1);
+        let index = first.iter().map(|&at| post_increment(&mut next[at as usize / size])).collect::<Vec<_>>();
+        index.iter().zip(0..).for_each(|(&at, p)| places[at as usize] = p);
+        Self { size, places, index, first }
+    }
+
+    /// As [`CellTable::new`], made once for frames of ordinary size.
+    pub(crate) fn shared((rows, cols, size): TableKey) -> Arc<Self> {
+        let lock = || TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = lock().by_key.get(&(rows, cols, size)).map(Arc::clone);
+        kept.unwrap_or_else(|| {
+            let table = Arc::new(Self::new(rows, cols, size));
+            // A table of a few places takes memory too.
+            let weight = table.area() + 32;
+            let mut tables = lock();
+            if weight <= KEPT_PLACES {
+                if tables.weight + weight > KEPT_PLACES {
+                    *tables = Tables::default();
+                }
+                tables.by_key.insert((rows, cols, size), Arc::clone(&table));
+                tables.weight += weight;
+            }
+            table
+        })
     }
 
     /// Places of every cell but the last one, which may have fewer.
@@ -121,6 +174,23 @@ impl CellTable {
     #[must_use]
     pub fn cells(&self) -> impl ExactSizeIterator<Item = &[u32]> {
         self.places.chunks(self.size)
+    }
+
+    /// The places of some cells.
+    pub(crate) fn places(&self, cells: Range<usize>) -> &[u32] {
+        &self.places[cells.start * self.size..self.area().min(cells.end * self.size)]
+    }
+
+    /// The places of the last cell if it has fewer than the others.
+    pub(crate) fn short_cell(&self) -> &[u32] {
+        self.places.chunks_exact(self.size).remainder()
+    }
+
+    /// Where the first frame's tokens at some places lie in an item's part of cell order.
+    pub(crate) fn first_frame(&self, places: Range<usize>, frames: usize) -> impl Iterator<Item = i32> {
+        let between = frames as i32 - 1;
+        let cell = &self.first[places.clone()];
+        self.index[places].iter().zip(cell).map(move |(&index, &first)| index + first * between)
     }
 }
 

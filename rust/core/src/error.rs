@@ -192,6 +192,14 @@ pub enum PlanError {
         /// Chunk length.
         chunk: i64,
     },
+    /// The layout's arrays cannot be made.
+    #[error("request {request}: {source}")]
+    Layout {
+        /// The request.
+        request: usize,
+        /// Why.
+        source: LayoutError,
+    },
     /// The packed buffer does not fit in memory.
     #[error("no memory for a plan of {elements} elements: send fewer tokens per forward")]
     Memory {

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use crate::buffer::Buffer;
+use crate::cell_order::CellOrder;
 use crate::error::LayoutError;
 use crate::order::{self, ItemCells, Order, OrderName};
 use crate::segment::{Item, ItemGeometry, Segments, segment};
@@ -38,7 +40,13 @@ impl LayoutOptions {
     }
 }
 
+/// What depends on the order and on the size of its key tiles, kept as long as the layout.
+type ByTiles<T> = Mutex<HashMap<(OrderName, usize), Arc<T>>>;
+
 /// Segments, token orders and key tiles of one request. Immutable; shared by all its forwards.
+///
+/// Only the segments are made at once. Arrays as long as the request are made when they are first asked for, without
+/// a lock: of two threads that ask at the same time both work, and one result is kept.
 #[derive(Debug)]
 pub struct Layout {
     length: usize,
@@ -49,13 +57,14 @@ pub struct Layout {
     cells: Vec<ItemCells>,
     /// Index in `items` of the caller's item.
     rank: Vec<u32>,
+    sequence: Order,
+    modality: Order,
     cell: Order,
     run_items: Vec<i32>,
-    sequence: OnceLock<Order>,
-    modality: OnceLock<Order>,
     kinds: OnceLock<Vec<u8>>,
     max_frame_stride: usize,
-    key_tiles: Mutex<HashMap<(OrderName, usize), Arc<KeyTiles>>>,
+    key_tiles: ByTiles<KeyTiles>,
+    tile_of_token: ByTiles<Buffer>,
 }
 
 impl Layout {
@@ -64,25 +73,26 @@ impl Layout {
         options.check()?;
         let (items, segments) = segment(length, items)?;
         let length = length as usize;
-        let (cell, run_items, cells) = order::cell(length, &segments, &items, options)?;
+        let cells = order::place_items(length, &items, options);
+        let (cell_runs, run_items) = order::cell_runs(length, &items, &cells);
         let mut rank = vec![0; items.len()];
         for (at, item) in items.iter().enumerate() {
             rank[item.number] = at as u32;
         }
-        let max_frame_stride = items.iter().map(ItemGeometry::frame_stride).max().unwrap_or(0);
         Ok(Self {
             length,
+            sequence: Order::new(vec![0, length as i32]),
+            modality: Order::new(order::modality_runs(&segments)),
+            cell: Order::new(cell_runs),
+            run_items,
+            kinds: OnceLock::new(),
+            max_frame_stride: items.iter().map(|item| item.frame_stride).max().unwrap_or(0),
+            key_tiles: Mutex::default(),
+            tile_of_token: Mutex::default(),
             segments,
             items,
             cells,
             rank,
-            cell,
-            run_items,
-            sequence: OnceLock::new(),
-            modality: OnceLock::new(),
-            kinds: OnceLock::new(),
-            max_frame_stride,
-            key_tiles: Mutex::default(),
         })
     }
 
@@ -115,13 +125,64 @@ impl Layout {
         self.kinds.get_or_init(|| self.segments.expand_kinds(self.length))
     }
 
-    /// A token order. `Sequence` and `Modality` are made at the first call.
-    pub fn order(&self, name: OrderName) -> &Order {
+    /// Token position at each position of an order.
+    pub fn tokens(&self, name: OrderName) -> Result<&[i32], LayoutError> {
+        let order = self.order(name);
+        self.once(&order.tokens, |out| match name {
+            OrderName::Sequence => order::write_sequence(out, |token| token),
+            OrderName::Modality => order::write_modality_tokens(&self.segments, &order.runs, out),
+            OrderName::Cell => self.cell_order().write_tokens(out),
+        })
+    }
+
+    /// Order position of each token position.
+    pub fn inverse(&self, name: OrderName) -> Result<&[i32], LayoutError> {
+        if name == OrderName::Sequence {
+            return self.tokens(name);
+        }
+        self.once(&self.order(name).inverse, |out| self.write_inverse(name, out, |position| position))
+    }
+
+    /// Offsets of an order's runs (CSR, runs + 1 entries). Token positions ascend inside a run.
+    #[must_use]
+    pub fn runs(&self, name: OrderName) -> &[i32] {
+        &self.order(name).runs
+    }
+
+    fn order(&self, name: OrderName) -> &Order {
         match name {
-            OrderName::Sequence => self.sequence.get_or_init(|| order::sequence(self.length)),
-            OrderName::Modality => self.modality.get_or_init(|| order::modality(self.length, &self.segments)),
+            OrderName::Sequence => &self.sequence,
+            OrderName::Modality => &self.modality,
             OrderName::Cell => &self.cell,
         }
+    }
+
+    fn cell_order(&self) -> CellOrder<'_> {
+        let Self { segments, items, cells, rank, .. } = self;
+        CellOrder { segments, items, cells, rank, runs: &self.cell.runs }
+    }
+
+    fn write_inverse(&self, name: OrderName, out: &mut [i32], map: impl Fn(i32) -> i32 + Copy + Sync) {
+        match name {
+            OrderName::Sequence => order::write_sequence(out, map),
+            OrderName::Modality => order::write_modality_inverse(&self.segments, self.runs(name), out, map),
+            OrderName::Cell => self.cell_order().write_inverse(out, map),
+        }
+    }
+
+    /// The array that `slot` holds or will hold. Written without the slot's lock: a thread that waits for rayon may be
+    /// given work that asks for the same array.
+    fn once<'a>(
+        &self,
+        slot: &'a OnceLock<Buffer>,
+        write: impl FnOnce(&mut [i32]),
+    ) -> Result<&'a [i32], LayoutError> {
+        if let Some(array) = slot.get() {
+            return Ok(array);
+        }
+        let mut array = Buffer::new(self.length)?;
+        write(&mut array);
+        Ok(slot.get_or_init(|| array))
     }
 
     /// Item of each run of cell order, -1 for the text run, which is the first one.
@@ -139,7 +200,7 @@ impl Layout {
     /// Largest distance between the first tokens of consecutive frames of the caller's item `item`: `rows * cols`
     /// for a single frame, 0 without a grid.
     pub fn frame_stride(&self, item: usize) -> Result<usize, LayoutError> {
-        Ok(self.items[self.find(item)?].frame_stride())
+        Ok(self.items[self.find(item)?].frame_stride)
     }
 
     fn find(&self, item: usize) -> Result<usize, LayoutError> {
@@ -153,30 +214,38 @@ impl Layout {
         self.max_frame_stride
     }
 
-    /// Key tiles of `tile_keys` order positions; kept as long as the layout.
+    /// Key tiles of `tile_keys` order positions.
     pub fn key_tiles(&self, name: OrderName, tile_keys: i64) -> Result<Arc<KeyTiles>, LayoutError> {
-        if !(1..=i64::from(i32::MAX)).contains(&tile_keys) {
-            let expected = "the keys of a tile, at least 1";
-            return Err(LayoutError::Option { name: "tile_keys", value: tile_keys, expected });
-        }
-        let size = tile_keys as usize;
-        // A poisoned cache is still a cache of whole entries.
-        let mut cache = self.key_tiles.lock().unwrap_or_else(PoisonError::into_inner);
-        let tiles = cache.entry((name, size)).or_insert_with(|| Arc::new(self.build_key_tiles(name, size)));
-        Ok(Arc::clone(tiles))
+        let size = check_tile_keys(tile_keys)?;
+        kept(&self.key_tiles, (name, size), || self.build_key_tiles(name, size))
     }
 
-    fn build_key_tiles(&self, name: OrderName, tile_keys: usize) -> KeyTiles {
+    /// Key tile of each token position.
+    pub fn key_tile_of_token(&self, name: OrderName, tile_keys: i64) -> Result<Arc<Buffer>, LayoutError> {
+        let size = check_tile_keys(tile_keys)?;
+        kept(&self.tile_of_token, (name, size), || {
+            let mut tiles = Buffer::new(self.length)?;
+            if size.is_power_of_two() {
+                let shift = size.trailing_zeros();
+                self.write_inverse(name, &mut tiles, |position| position >> shift);
+            } else {
+                self.write_inverse(name, &mut tiles, |position| position / size as i32);
+            }
+            Ok(tiles)
+        })
+    }
+
+    fn build_key_tiles(&self, name: OrderName, tile_keys: usize) -> Result<KeyTiles, LayoutError> {
+        let of_runs = |modality: &dyn Fn(usize) -> u8| {
+            KeyTiles::of_runs(self.tokens(name)?, self.runs(name), modality, tile_keys)
+        };
         match name {
             OrderName::Sequence => KeyTiles::of_sequence(self.length, &self.segments, tile_keys),
-            OrderName::Modality => KeyTiles::of_runs(self.order(name), |run| run as u8, tile_keys),
-            OrderName::Cell => {
-                let modality = |run: usize| match self.run_items[run] {
-                    -1 => 0,
-                    item => self.items[self.rank[item as usize] as usize].modality as u8,
-                };
-                KeyTiles::of_runs(&self.cell, modality, tile_keys)
-            }
+            OrderName::Modality => of_runs(&|run| run as u8),
+            OrderName::Cell => of_runs(&|run| match self.run_items[run] {
+                -1 => 0,
+                item => self.items[self.rank[item as usize] as usize].modality as u8,
+            }),
         }
     }
 
@@ -190,4 +259,28 @@ impl Layout {
     pub(crate) fn ranked(&self, rank: usize) -> (&ItemGeometry, &ItemCells) {
         (&self.items[rank], &self.cells[rank])
     }
+}
+
+fn check_tile_keys(tile_keys: i64) -> Result<usize, LayoutError> {
+    if (1..=i64::from(i32::MAX)).contains(&tile_keys) {
+        return Ok(tile_keys as usize);
+    }
+    let expected = "the keys of a tile, at least 1";
+    Err(LayoutError::Option { name: "tile_keys", value: tile_keys, expected })
+}
+
+/// The entry of `key`, made without the lock if there is none (see [`Layout::once`]).
+fn kept<T>(
+    cache: &ByTiles<T>,
+    key: (OrderName, usize),
+    build: impl FnOnce() -> Result<T, LayoutError>,
+) -> Result<Arc<T>, LayoutError> {
+    // A poisoned cache is still a cache of whole entries.
+    let lock = || cache.lock().unwrap_or_else(PoisonError::into_inner);
+    let found = lock().get(&key).map(Arc::clone);
+    if let Some(entry) = found {
+        return Ok(entry);
+    }
+    let made = Arc::new(build()?);
+    Ok(Arc::clone(lock().entry(key).or_insert(made)))
 }

@@ -4,7 +4,9 @@
 //! once per forward from the layouts, prefixes and chunks of a batch; its cost grows with the chunks only.
 #![forbid(unsafe_code)]
 
+mod buffer;
 pub mod cell;
+mod cell_order;
 mod error;
 mod layout;
 mod order;
@@ -13,9 +15,10 @@ mod plan;
 mod segment;
 mod tile;
 
+pub use buffer::Buffer;
 pub use error::{LayoutError, PlanError};
 pub use layout::{Layout, LayoutOptions};
-pub use order::{Order, OrderName};
+pub use order::OrderName;
 pub use plan::{Field, Plan, PlanRequest};
 pub use segment::{Grid, Item, Kind, MAX_ITEMS, Modality, RawItem, Segments};
 pub use tile::KeyTiles;

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use crate::cell::{CellTable, automatic_cell_size};
+use crate::buffer::Buffer;
+use crate::cell::{CellTable, TableKey, automatic_cell_size};
 use crate::error::LayoutError;
 use crate::layout::LayoutOptions;
-use crate::segment::{ItemGeometry, Modality, Segments};
+use crate::segment::{ItemGeometry, Segments};
 
 /// Names of the token orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,15 +34,19 @@ impl FromStr for OrderName {
     }
 }
 
-/// A token order: the permutation, its inverse and its runs.
+/// A token order. Its arrays are made when they are first asked for.
 #[derive(Debug)]
-pub struct Order {
-    /// Token position at each order position.
-    pub tokens: Vec<i32>,
-    /// Order position of each token position.
-    pub inverse: Vec<i32>,
-    /// Offsets of the runs in `tokens` (CSR, runs + 1 entries). Token positions ascend inside a run.
-    pub runs: Vec<i32>,
+pub(crate) struct Order {
+    /// Offsets of the runs (CSR, runs + 1 entries).
+    pub(crate) runs: Vec<i32>,
+    pub(crate) tokens: OnceLock<Buffer>,
+    pub(crate) inverse: OnceLock<Buffer>,
+}
+
+impl Order {
+    pub(crate) fn new(runs: Vec<i32>) -> Self {
+        Self { runs, tokens: OnceLock::new(), inverse: OnceLock::new() }
+    }
 }
 
 /// Where an item's cells lie in cell order: run of cell `k` starts at `start + k * table.size() * frames`.
@@ -49,75 +54,23 @@ pub struct Order {
 pub(crate) struct ItemCells {
     /// Order position of the item's first run.
     pub(crate) start: usize,
+    /// Number of the item's first run.
+    pub(crate) first_run: usize,
     pub(crate) frames: usize,
     /// Without a grid: one cell of one place, and every token a frame.
     pub(crate) table: Arc<CellTable>,
 }
 
-/// The identity.
-pub(crate) fn sequence(length: usize) -> Order {
-    let tokens: Vec<i32> = (0..length as i32).collect();
-    Order { inverse: tokens.clone(), tokens, runs: vec![0, length as i32] }
-}
-
-/// Tokens by modality.
-pub(crate) fn modality(length: usize, segments: &Segments) -> Order {
-    let mut order =
-        Order { tokens: Vec::with_capacity(length), inverse: vec![0; length], runs: Vec::with_capacity(5) };
-    order.runs.push(0);
-    for modality in [Modality::Text, Modality::Image, Modality::Video, Modality::Audio] {
-        for s in 0..segments.len() {
-            if segments.modality[s] == modality as u8 {
-                append(&mut order, segments.start[s], segments.length[s]);
-            }
-        }
-        order.runs.push(order.tokens.len() as i32);
-    }
-    order
-}
-
-/// Text, then the items' cells. Also returns each run's item (-1 for text) and each item's place in the order.
-pub(crate) fn cell(
-    length: usize,
-    segments: &Segments,
-    items: &[ItemGeometry],
-    options: &LayoutOptions,
-) -> Result<(Order, Vec<i32>, Vec<ItemCells>), LayoutError> {
-    let cells = place_items(length, items, options);
-    let runs = 1 + cells.iter().map(|item| item.table.len()).sum::<usize>();
-    let mut order =
-        Order { tokens: reserve(length)?, inverse: reserve(length)?, runs: Vec::with_capacity(runs + 1) };
-    order.inverse.resize(length, 0);
-    let mut run_items = Vec::with_capacity(runs);
-    order.runs.push(0);
-    for s in 0..segments.len() {
-        if segments.item[s] < 0 {
-            append(&mut order, segments.start[s], segments.length[s]);
-        }
-    }
-    order.runs.push(order.tokens.len() as i32);
-    run_items.push(-1);
-    for (item, place) in items.iter().zip(&cells) {
-        append_item(&mut order, item, place);
-        run_items.resize(run_items.len() + place.table.len(), item.number as i32);
-    }
-    Ok((order, run_items, cells))
-}
-
-fn reserve(elements: usize) -> Result<Vec<i32>, LayoutError> {
-    let mut array = Vec::new();
-    array.try_reserve_exact(elements).map_err(|_| LayoutError::Memory { elements })?;
-    Ok(array)
-}
-
-fn place_items(length: usize, items: &[ItemGeometry], options: &LayoutOptions) -> Vec<ItemCells> {
-    let mut tables: HashMap<(i64, i64, usize), Arc<CellTable>> = HashMap::new();
+/// Places the items' cells behind the text.
+pub(crate) fn place_items(length: usize, items: &[ItemGeometry], options: &LayoutOptions) -> Vec<ItemCells> {
+    let mut tables: HashMap<TableKey, Arc<CellTable>> = HashMap::new();
     let mut start = length - items.iter().map(|item| item.tokens).sum::<usize>();
+    let mut first_run = 1;
     let mut places = Vec::with_capacity(items.len());
     for item in items {
         let (frames, rows, cols) =
-            item.grid.map_or((item.tokens, 1, 1), |g| (g.frames as usize, g.rows, g.cols));
-        let area = (rows * cols) as usize;
+            item.grid.map_or((item.tokens, 1, 1), |g| (g.frames as usize, g.rows as usize, g.cols as usize));
+        let area = rows * cols;
         let size = match options.cell_size {
             Some(size) => (size as usize).min(area),
             None => automatic_cell_size(
@@ -128,77 +81,74 @@ fn place_items(length: usize, items: &[ItemGeometry], options: &LayoutOptions) -
                 area,
             ),
         };
-        let table = tables
-            .entry((rows, cols, size))
-            .or_insert_with(|| Arc::new(CellTable::new(rows as usize, cols as usize, size)));
-        places.push(ItemCells { start, frames, table: Arc::clone(table) });
+        let key = (rows, cols, size);
+        let table = Arc::clone(tables.entry(key).or_insert_with(|| CellTable::shared(key)));
+        let cells = table.len();
+        places.push(ItemCells { start, first_run, frames, table });
         start += item.tokens;
+        first_run += cells;
     }
     places
 }
 
-/// Appends tokens `start..start + length`.
-fn append(order: &mut Order, start: i32, length: i32) {
-    let at = order.tokens.len() as i32;
-    order.tokens.extend(start..start + length);
-    let inverse = &mut order.inverse[start as usize..(start + length) as usize];
-    inverse.iter_mut().zip(at..).for_each(|(slot, position)| *slot = position);
+/// Runs of modality order.
+pub(crate) fn modality_runs(segments: &Segments) -> Vec<i32> {
+    let mut runs = vec![0; 5];
+    for (&modality, &length) in segments.modality.iter().zip(&segments.length) {
+        runs[usize::from(modality) + 1] += length;
+    }
+    for modality in 1..runs.len() {
+        runs[modality] += runs[modality - 1];
+    }
+    runs
 }
 
-/// Appends an item's runs.
-fn append_item(order: &mut Order, item: &ItemGeometry, place: &ItemCells) {
-    let Some(grid) = item.grid else {
-        for span in &item.spans {
-            append(order, span.start as i32, (span.end - span.start) as i32);
-        }
-        order.runs.push(order.tokens.len() as i32);
-        return;
-    };
-    let area = grid.area();
-    let starts = item.frame_starts();
-    let whole = item.spans.iter().all(|s| s.ordinal % area == 0 && (s.end - s.start) % area == 0);
-    if whole {
-        append_whole_frames(order, place, &starts);
-    } else {
-        append_cut_frames(order, item, place);
+/// Runs of cell order, and the item of each (-1 for text).
+pub(crate) fn cell_runs(length: usize, items: &[ItemGeometry], cells: &[ItemCells]) -> (Vec<i32>, Vec<i32>) {
+    let count = 1 + cells.iter().map(|place| place.table.len()).sum::<usize>();
+    let (mut runs, mut run_items) = (Vec::with_capacity(count + 1), Vec::with_capacity(count));
+    runs.push(0);
+    run_items.push(-1);
+    for (item, place) in items.iter().zip(cells) {
+        let cell_tokens = place.table.size() * place.frames;
+        runs.extend((0..place.table.len()).map(|cell| (place.start + cell * cell_tokens) as i32));
+        run_items.resize(run_items.len() + place.table.len(), item.number as i32);
     }
+    runs.push(length as i32);
+    (runs, run_items)
 }
 
-/// Every frame is consecutive: token = frame start + place.
-fn append_whole_frames(order: &mut Order, place: &ItemCells, starts: &[usize]) {
-    // The run position of place p in frame f is base[p] + f * width[p].
-    let mut base = vec![0; place.table.area()];
-    let mut width = vec![0; place.table.area()];
-    for cell in place.table.cells() {
-        let at = order.tokens.len() as i32;
-        for (offset, &p) in cell.iter().enumerate() {
-            base[p as usize] = at + offset as i32;
-            width[p as usize] = cell.len() as i32;
-        }
-        for &start in starts {
-            order.tokens.extend(cell.iter().map(|&p| start as i32 + p as i32));
-        }
-        order.runs.push(order.tokens.len() as i32);
-    }
-    for (frame, &start) in starts.iter().enumerate() {
-        let inverse = &mut order.inverse[start..start + base.len()];
-        for ((slot, &base), &width) in inverse.iter_mut().zip(&base).zip(&width) {
-            *slot = base + frame as i32 * width;
-        }
+/// Writes the identity.
+pub(crate) fn write_sequence(out: &mut [i32], map: impl Fn(i32) -> i32) {
+    out.iter_mut().zip(0..).for_each(|(slot, position)| *slot = map(position));
+}
+
+/// Writes the tokens of modality order.
+pub(crate) fn write_modality_tokens(segments: &Segments, runs: &[i32], out: &mut [i32]) {
+    for (start, at, length) in modality_parts(segments, runs) {
+        out[at..at + length].iter_mut().zip(start..).for_each(|(slot, token)| *slot = token as i32);
     }
 }
 
-/// A span boundary lies inside a frame: token = the item's token of that ordinal.
-fn append_cut_frames(order: &mut Order, item: &ItemGeometry, place: &ItemCells) {
-    let tokens: Vec<i32> = item.spans.iter().flat_map(|span| span.start as i32..span.end as i32).collect();
-    for cell in place.table.cells() {
-        for frame in tokens.chunks(place.table.area()) {
-            for &p in cell {
-                let token = frame[p as usize];
-                order.inverse[token as usize] = order.tokens.len() as i32;
-                order.tokens.push(token);
-            }
-        }
-        order.runs.push(order.tokens.len() as i32);
+/// Writes `map(order position in modality order)` of each token position.
+pub(crate) fn write_modality_inverse(
+    segments: &Segments,
+    runs: &[i32],
+    out: &mut [i32],
+    map: impl Fn(i32) -> i32,
+) {
+    for (start, at, length) in modality_parts(segments, runs) {
+        out[start..start + length].iter_mut().zip(at as i32..).for_each(|(slot, at)| *slot = map(at));
     }
+}
+
+/// First token, order position and tokens of each segment.
+fn modality_parts(segments: &Segments, runs: &[i32]) -> impl Iterator<Item = (usize, usize, usize)> {
+    let mut next = runs.to_vec();
+    (0..segments.len()).map(move |s| {
+        let (modality, length) = (usize::from(segments.modality[s]), segments.length[s]);
+        let at = next[modality];
+        next[modality] += length;
+        (segments.start[s] as usize, at as usize, length as usize)
+    })
 }

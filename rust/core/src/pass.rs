@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::buffer::Rest;
 use crate::order::ItemCells;
 use crate::segment::{ItemGeometry, Kind};
 
@@ -85,18 +86,6 @@ pub(crate) struct Extent {
 impl std::iter::Sum for Extent {
     fn sum<I: Iterator<Item = Self>>(extents: I) -> Self {
         extents.fold(Self::default(), |a, b| Self { rows: a.rows + b.rows, tiles: a.tiles + b.tiles })
-    }
-}
-
-/// The rest of a field, from which the requests take their parts.
-#[derive(Default)]
-struct Rest<'a>(&'a mut [i32]);
-
-impl<'a> Rest<'a> {
-    fn take(&mut self, count: usize) -> &'a mut [i32] {
-        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(count);
-        self.0 = tail;
-        head
     }
 }
 

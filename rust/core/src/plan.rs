@@ -97,11 +97,12 @@ impl Plan {
         let sizes = TileSizes { queries: tile_queries as usize, keys: tile_keys as usize };
         let rows = check(requests)?;
         let parallel = rows >= PARALLEL_ROWS && requests.len() > 1;
-        let chunks: Vec<Chunk> = if parallel {
-            requests.par_iter().map(|request| Chunk::new(request, sizes)).collect()
+        let chunks: Result<Vec<Chunk>, PlanError> = if parallel {
+            (0..requests.len()).into_par_iter().map(|number| Chunk::new(requests, number, sizes)).collect()
         } else {
-            requests.iter().map(|request| Chunk::new(request, sizes)).collect()
+            (0..requests.len()).map(|number| Chunk::new(requests, number, sizes)).collect()
         };
+        let chunks = chunks?;
         let mut fields = Vec::with_capacity(SEQ_FIELDS.len() + CELL_FIELDS.len());
         let end = place_fields(&mut fields, &SEQ_FIELDS, chunks.iter().map(|chunk| chunk.seq).sum(), 0);
         let end = place_fields(&mut fields, &CELL_FIELDS, chunks.iter().map(|chunk| chunk.cell).sum(), end);
@@ -208,12 +209,15 @@ struct Chunk<'a> {
     segments: Range<usize>,
     /// Items that the chunk touches, as ranks among the first tokens, ascending.
     items: Vec<usize>,
+    /// Cell order, if the chunk touches an item.
+    order: &'a [i32],
     seq: Extent,
     cell: Extent,
 }
 
 impl<'a> Chunk<'a> {
-    fn new(request: &PlanRequest<'a>, sizes: TileSizes) -> Self {
+    fn new(requests: &[PlanRequest<'a>], number: usize, sizes: TileSizes) -> Result<Self, PlanError> {
+        let request = &requests[number];
         let layout = request.layout;
         let (start, end) = (request.prefix as usize, (request.prefix + request.chunk) as usize);
         let segments = layout.segments().find(start)..layout.segments().find(end - 1) + 1;
@@ -224,12 +228,15 @@ impl<'a> Chunk<'a> {
             .collect();
         items.sort_unstable();
         items.dedup();
+        let refuse = |source| PlanError::Layout { request: number, source };
+        let order = if items.is_empty() { &[] } else { layout.tokens(OrderName::Cell).map_err(refuse)? };
         let mut chunk = Self {
             request: *request,
             start,
             end,
             segments,
             items,
+            order,
             seq: Extent::default(),
             cell: Extent::default(),
         };
@@ -243,7 +250,7 @@ impl<'a> Chunk<'a> {
         let mut count = Count(tiles(interstitial));
         chunk.walk_cells(sizes, &mut count);
         chunk.cell = Extent { rows: media + interstitial, tiles: count.0 };
-        chunk
+        Ok(chunk)
     }
 
     /// Kind and token range of each segment's part in the chunk.
@@ -270,12 +277,12 @@ impl<'a> Chunk<'a> {
         let decides = |kind: u8| kind == Kind::Decides as u8;
         pass.write_range(Kind::Media, self.parts().filter(|part| !decides(part.0)).map(|part| part.1), 0..0);
         pass.write_range(Kind::Decides, self.parts().filter(|part| decides(part.0)).map(|part| part.1), 0..0);
-        let order = self.request.layout.order(OrderName::Cell);
+        let text = 0..self.request.layout.runs(OrderName::Cell)[1] as usize;
         let mut pass = PassWriter::new(&mut cell, number, row_shift, sizes);
-        pass.order = &order.tokens;
+        pass.order = self.order;
         pass.kind = Kind::Interstitial;
         let interstitial = self.parts().filter(|part| part.0 == Kind::Interstitial as u8).map(|part| part.1);
-        pass.write_range(Kind::Interstitial, interstitial, 0..order.runs[1] as usize);
+        pass.write_range(Kind::Interstitial, interstitial, text);
         pass.kind = Kind::Media;
         self.walk_cells(sizes, &mut pass);
     }

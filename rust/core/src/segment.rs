@@ -99,6 +99,11 @@ pub(crate) struct ItemGeometry {
     pub(crate) spans: Vec<Span>,
     pub(crate) tokens: usize,
     pub(crate) grid: Option<Grid>,
+    /// The item has a grid, and no span ends inside a frame.
+    pub(crate) whole_frames: bool,
+    /// Largest distance between the first tokens of consecutive frames, the frame's area for a
+    /// single frame, 0 without a grid.
+    pub(crate) frame_stride: usize,
 }
 
 impl ItemGeometry {
@@ -122,23 +127,29 @@ impl ItemGeometry {
         }
     }
 
-    /// Token position of each frame's first token. Empty without a grid.
-    pub(crate) fn frame_starts(&self) -> Vec<usize> {
-        let Some(grid) = self.grid else { return Vec::new() };
-        let mut starts = Vec::with_capacity(grid.frames as usize);
+    /// Calls `visit` with the token position of each frame's first token. Nothing without a grid.
+    pub(crate) fn each_frame(&self, mut visit: impl FnMut(usize)) {
+        let Some(grid) = self.grid else { return };
+        let mut ordinal = 0;
         for span in &self.spans {
-            let stop = span.ordinal + (span.end - span.start);
-            let first = span.ordinal.next_multiple_of(grid.area());
-            starts.extend((first..stop).step_by(grid.area()).map(|o| span.start + (o - span.ordinal)));
+            while ordinal < span.ordinal + (span.end - span.start) {
+                visit(span.start + (ordinal - span.ordinal));
+                ordinal += grid.area();
+            }
         }
-        starts
     }
 
-    /// Largest distance between the first tokens of consecutive frames, the frame's area for a
-    /// single frame, 0 without a grid.
-    pub(crate) fn frame_stride(&self) -> usize {
-        let Some(grid) = self.grid else { return 0 };
-        self.frame_starts().windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_else(|| grid.area())
+    fn measure_frames(&mut self) {
+        let Some(area) = self.grid.map(Grid::area) else { return };
+        let (mut stride, mut last, mut aligned) = (0, None, 0);
+        self.each_frame(|start| {
+            stride = last.map_or(0, |last| start - last).max(stride);
+            last = Some(start);
+            aligned += usize::from(self.spans.get(aligned).is_some_and(|span| span.start == start));
+        });
+        self.frame_stride = if stride == 0 { area } else { stride };
+        // Every span starts with a frame, so every frame ends before the next span.
+        self.whole_frames = aligned == self.spans.len();
     }
 }
 
@@ -155,9 +166,22 @@ pub struct Segments {
     pub item: Vec<i32>,
     /// Kind of each segment's tokens (see [`Kind`]).
     pub kind: Vec<u8>,
+    /// Tokens of the segment's item, or of text, that lie before it.
+    pub(crate) ordinal: Vec<i32>,
 }
 
 impl Segments {
+    fn with_capacity(segments: usize) -> Self {
+        Self {
+            start: Vec::with_capacity(segments),
+            length: Vec::with_capacity(segments),
+            modality: Vec::with_capacity(segments),
+            item: Vec::with_capacity(segments),
+            kind: Vec::with_capacity(segments),
+            ordinal: Vec::with_capacity(segments),
+        }
+    }
+
     /// Number of segments.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -184,12 +208,20 @@ impl Segments {
         self.start.partition_point(|&start| start as usize <= position) - 1
     }
 
-    fn push(&mut self, start: usize, end: usize, modality: Modality, item: i32, kind: Kind) {
+    fn push(
+        &mut self,
+        (start, end): (usize, usize),
+        modality: Modality,
+        item: i32,
+        kind: Kind,
+        ordinal: usize,
+    ) {
         self.start.push(start as i32);
         self.length.push((end - start) as i32);
         self.modality.push(modality as u8);
         self.item.push(item);
         self.kind.push(kind as u8);
+        self.ordinal.push(ordinal as i32);
     }
 }
 
@@ -269,33 +301,42 @@ fn measure(number: usize, item: &Item) -> Result<ItemGeometry, LayoutError> {
             });
         }
     }
-    Ok(ItemGeometry { number, modality: item.modality, spans, tokens, grid: item.grid })
+    let (modality, grid) = (item.modality, item.grid);
+    let mut geometry =
+        ItemGeometry { number, modality, spans, tokens, grid, whole_frames: false, frame_stride: 0 };
+    geometry.measure_frames();
+    Ok(geometry)
 }
 
 /// Segments of `0..length` from disjoint spans in ascending order; `geometry` by item number.
 fn partition(length: usize, spans: &[(i64, i64, usize)], geometry: &[ItemGeometry]) -> Segments {
-    let mut segments = Segments::default();
+    let mut segments = Segments::with_capacity(2 * spans.len() + 1);
     let mut position = 0;
     // One past the last token of the items that have started: text before it is inside an item.
     let mut extent = 0;
+    // Tokens so far, of text and of each item.
+    let mut text = 0;
+    let mut held = vec![0; geometry.len()];
     for &(start, end, number) in spans {
         let (start, end) = (start as usize, end as usize + 1);
         let item = &geometry[number];
         if start > position {
             let kind = if position < extent { Kind::Interstitial } else { Kind::Decides };
-            segments.push(position, start, Modality::Text, -1, kind);
+            segments.push((position, start), Modality::Text, -1, kind, text);
+            text += start - position;
         }
         match segments.item.last() {
             Some(&last) if start == position && last == number as i32 => {
                 *segments.length.last_mut().expect("as long as item") += (end - start) as i32;
             }
-            _ => segments.push(start, end, item.modality, number as i32, Kind::Media),
+            _ => segments.push((start, end), item.modality, number as i32, Kind::Media, held[number]),
         }
+        held[number] += end - start;
         extent = extent.max(item.end());
         position = end;
     }
     if position < length {
-        segments.push(position, length, Modality::Text, -1, Kind::Decides);
+        segments.push((position, length), Modality::Text, -1, Kind::Decides, text);
     }
     segments
 }

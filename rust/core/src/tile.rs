@@ -1,62 +1,81 @@
 //! Key tiles: bounds and modalities of consecutive order positions.
 
-use crate::order::Order;
+use crate::buffer::Buffer;
+use crate::error::LayoutError;
+use crate::order::write_sequence;
 use crate::segment::Segments;
 
 /// Bounds of the key tiles of an order; the last tile may be short.
 #[derive(Debug)]
 pub struct KeyTiles {
     /// Smallest token position of each tile.
-    pub min_pos: Vec<i32>,
+    pub min_pos: Buffer,
     /// Largest token position of each tile.
-    pub max_pos: Vec<i32>,
+    pub max_pos: Buffer,
     /// Bit `m` is set if the tile holds a token of modality `m` (0 text, 1 image, 2 video, 3 audio).
     pub modality_mask: Vec<u8>,
 }
 
 impl KeyTiles {
-    fn new(length: usize, tile_keys: usize) -> Self {
+    /// Bounds to be written, and empty masks.
+    fn new(length: usize, tile_keys: usize) -> Result<Self, LayoutError> {
         let tiles = length.div_ceil(tile_keys);
-        Self { min_pos: vec![i32::MAX; tiles], max_pos: vec![-1; tiles], modality_mask: vec![0; tiles] }
+        Ok(Self { min_pos: Buffer::new(tiles)?, max_pos: Buffer::new(tiles)?, modality_mask: vec![0; tiles] })
     }
 
     /// Key tiles of sequence order.
-    pub(crate) fn of_sequence(length: usize, segments: &Segments, tile_keys: usize) -> Self {
-        let mut tiles = Self::new(length, tile_keys);
+    pub(crate) fn of_sequence(
+        length: usize,
+        segments: &Segments,
+        tile_keys: usize,
+    ) -> Result<Self, LayoutError> {
+        let mut tiles = Self::new(length, tile_keys)?;
+        write_sequence(&mut tiles.min_pos, |tile| tile * tile_keys as i32);
+        let before_last = tiles.min_pos.len() - 1;
+        write_sequence(&mut tiles.max_pos[..before_last], |tile| (tile + 1) * tile_keys as i32 - 1);
+        tiles.max_pos[before_last] = length as i32 - 1;
         for s in 0..segments.len() {
             let start = segments.start[s] as usize;
             let end = start + segments.length[s] as usize;
-            tiles.add_run(start..end, tile_keys, 1 << segments.modality[s], |position| position as i32);
+            for mask in &mut tiles.modality_mask[start / tile_keys..end.div_ceil(tile_keys)] {
+                *mask |= 1 << segments.modality[s];
+            }
         }
-        tiles
+        Ok(tiles)
     }
 
     /// Key tiles of an order whose runs hold one modality each.
-    pub(crate) fn of_runs(order: &Order, modality: impl Fn(usize) -> u8, tile_keys: usize) -> Self {
-        let mut tiles = Self::new(order.tokens.len(), tile_keys);
-        for (run, ends) in order.runs.windows(2).enumerate() {
-            let range = ends[0] as usize..ends[1] as usize;
-            tiles.add_run(range, tile_keys, 1 << modality(run), |at| order.tokens[at]);
-        }
-        tiles
-    }
-
-    /// Widens the tiles that the order positions `run` touch; `token` ascends over the run.
-    fn add_run(
-        &mut self,
-        run: std::ops::Range<usize>,
+    pub(crate) fn of_runs(
+        tokens: &[i32],
+        runs: &[i32],
+        modality: impl Fn(usize) -> u8,
         tile_keys: usize,
-        mask: u8,
-        token: impl Fn(usize) -> i32,
-    ) {
-        let mut at = run.start;
-        while at < run.end {
-            let tile = at / tile_keys;
-            let end = run.end.min((tile + 1) * tile_keys);
-            self.min_pos[tile] = self.min_pos[tile].min(token(at));
-            self.max_pos[tile] = self.max_pos[tile].max(token(end - 1));
-            self.modality_mask[tile] |= mask;
-            at = end;
+    ) -> Result<Self, LayoutError> {
+        let mut tiles = Self::new(tokens.len(), tile_keys)?;
+        let mut tile = 0;
+        // The runs' parts of the tile that is not full yet.
+        let (mut low, mut high, mut mask) = (i32::MAX, -1, 0);
+        let mut at = 0;
+        let mut tile_end = tile_keys.min(tokens.len());
+        for (run, &run_end) in runs[1..].iter().enumerate() {
+            let run_end = run_end as usize;
+            while at < run_end {
+                // Tokens ascend in a run.
+                let end = run_end.min(tile_end);
+                low = low.min(tokens[at]);
+                high = high.max(tokens[end - 1]);
+                mask |= 1 << modality(run);
+                at = end;
+                if at == tile_end {
+                    tiles.min_pos[tile] = low;
+                    tiles.max_pos[tile] = high;
+                    tiles.modality_mask[tile] = mask;
+                    tile += 1;
+                    (low, high, mask) = (i32::MAX, -1, 0);
+                    tile_end = (tile_end + tile_keys).min(tokens.len());
+                }
+            }
         }
+        Ok(tiles)
     }
 }

@@ -1,6 +1,7 @@
 //! `mminference_sgl._core`: conversions between Python and `mminference-core`, nothing else.
 
-use mminference_core::{Field, Item, LayoutOptions, Order, OrderName, PlanRequest, RawItem};
+use mminference_core::{Field, Item, Layout as Core, LayoutError as Refusal, LayoutOptions, OrderName};
+use mminference_core::{Plan as CorePlan, PlanRequest, RawItem};
 use numpy::ndarray::ArrayView1;
 use numpy::{Element, IntoPyArray, PyArray1};
 use pyo3::exceptions::PyValueError;
@@ -15,6 +16,7 @@ pyo3::create_exception!(
 );
 
 type Array<'py, T> = Bound<'py, PyArray1<T>>;
+type Lent<'py> = PyResult<Array<'py, i32>>;
 type Segments<'py> = (Array<'py, i32>, Array<'py, i32>, Array<'py, u8>, Array<'py, i32>);
 type RawRequest = (Py<Layout>, i64, i64, i64);
 type KeyTiles<'py> = (Array<'py, i32>, Array<'py, i32>, Array<'py, u8>);
@@ -26,7 +28,7 @@ fn refuse(error: impl std::fmt::Display) -> PyErr {
 /// Segments, token orders and key tiles of one request; immutable, made once per request.
 #[pyclass(frozen, module = "mminference_sgl._core")]
 struct Layout {
-    core: mminference_core::Layout,
+    core: Core,
     #[pyo3(get)]
     length: usize,
     #[pyo3(get)]
@@ -43,9 +45,14 @@ fn lend<'py, T: Element>(owner: &Bound<'py, Layout>, data: &[T]) -> Array<'py, T
     unsafe { PyArray1::borrow_from_array(&ArrayView1::from(data), owner.clone().into_any()) }
 }
 
-fn order<'a>(owner: &'a Bound<'_, Layout>, name: &str) -> PyResult<&'a Order> {
-    let (name, layout) = (name.parse::<OrderName>().map_err(refuse)?, &owner.get().core);
-    Ok(owner.py().detach(|| layout.order(name)))
+/// What `make` makes of the order `name`, without the GIL.
+fn of_order<'a, T: Send>(
+    owner: &'a Bound<'_, Layout>,
+    name: &str,
+    make: impl FnOnce(&'a Core, OrderName) -> Result<T, Refusal> + Send,
+) -> PyResult<T> {
+    let (name, layout) = (name.parse().map_err(refuse)?, &owner.get().core);
+    owner.py().detach(|| make(layout, name)).map_err(refuse)
 }
 
 #[pymethods]
@@ -62,7 +69,7 @@ impl Layout {
     ) -> PyResult<Self> {
         let cell_size = (cell_size != 0).then_some(cell_size);
         let options = LayoutOptions { chunk_tokens, tile_queries, cell_size };
-        let lay_out = || mminference_core::Layout::new(length, &Item::from_raw(items)?, &options);
+        let lay_out = || Core::new(length, &Item::from_raw(items)?, &options);
         let core = py.detach(lay_out).map_err(refuse)?;
         let (length, num_items, num_cells) = (core.length(), core.num_items(), core.num_cells());
         Ok(Self { length, num_items, num_cells, max_frame_stride: core.max_frame_stride(), core })
@@ -90,16 +97,16 @@ impl Layout {
         lend(slf, slf.py().detach(|| layout.kinds()))
     }
 
-    fn order<'py>(slf: &Bound<'py, Self>, name: &str) -> PyResult<Array<'py, i32>> {
-        Ok(lend(slf, &order(slf, name)?.tokens))
+    fn order<'py>(slf: &Bound<'py, Self>, name: &str) -> Lent<'py> {
+        Ok(lend(slf, of_order(slf, name, Core::tokens)?))
     }
 
-    fn inverse<'py>(slf: &Bound<'py, Self>, name: &str) -> PyResult<Array<'py, i32>> {
-        Ok(lend(slf, &order(slf, name)?.inverse))
+    fn inverse<'py>(slf: &Bound<'py, Self>, name: &str) -> Lent<'py> {
+        Ok(lend(slf, of_order(slf, name, Core::inverse)?))
     }
 
-    fn runs<'py>(slf: &Bound<'py, Self>, name: &str) -> PyResult<Array<'py, i32>> {
-        Ok(lend(slf, &order(slf, name)?.runs))
+    fn runs<'py>(slf: &Bound<'py, Self>, name: &str) -> Lent<'py> {
+        Ok(lend(slf, of_order(slf, name, |layout, name| Ok(layout.runs(name)))?))
     }
 
     fn run_items<'py>(slf: &Bound<'py, Self>) -> Array<'py, i32> {
@@ -107,9 +114,12 @@ impl Layout {
     }
 
     fn key_tiles<'py>(slf: &Bound<'py, Self>, name: &str, tile_keys: i64) -> PyResult<KeyTiles<'py>> {
-        let (name, layout) = (name.parse().map_err(refuse)?, &slf.get().core);
-        let tiles = slf.py().detach(|| layout.key_tiles(name, tile_keys)).map_err(refuse)?;
+        let tiles = of_order(slf, name, |layout, name| layout.key_tiles(name, tile_keys))?;
         Ok((lend(slf, &tiles.min_pos), lend(slf, &tiles.max_pos), lend(slf, &tiles.modality_mask)))
+    }
+
+    fn key_tile_of_token<'py>(slf: &Bound<'py, Self>, name: &str, tile_keys: i64) -> Lent<'py> {
+        Ok(lend(slf, &of_order(slf, name, |layout, name| layout.key_tile_of_token(name, tile_keys))?))
     }
 }
 
@@ -135,7 +145,7 @@ impl Plan {
 fn plan(py: Python<'_>, requests: Vec<RawRequest>, tile_queries: i64, tile_keys: i64) -> PyResult<Plan> {
     let requests =
         requests.iter().map(|r| PlanRequest::new(&r.0.get().core, r.1, r.2, r.3)).collect::<Vec<_>>();
-    let make = || mminference_core::Plan::new(&requests, tile_queries, tile_keys);
+    let make = || CorePlan::new(&requests, tile_queries, tile_keys);
     let (buffer, fields) = py.detach(make).map_err(refuse)?.into_parts();
     Ok(Plan { buffer: buffer.into_pyarray(py).unbind(), fields })
 }

@@ -1,7 +1,7 @@
 //! Segments, kinds, orders and key tiles of random requests.
 
 use crate::common::{cases, request};
-use mminference_core::{Layout, OrderName};
+use mminference_core::{Grid, Item, Layout, LayoutOptions, Modality, OrderName};
 use proptest::prelude::*;
 
 const ORDERS: [OrderName; 3] = [OrderName::Sequence, OrderName::Modality, OrderName::Cell];
@@ -38,43 +38,44 @@ proptest! {
     fn orders_are_permutations_whose_runs_ascend(request in request()) {
         let layout = request.layout();
         for name in ORDERS {
-            let order = layout.order(name);
-            prop_assert_eq!(order.tokens.len(), layout.length());
-            prop_assert_eq!(order.inverse.len(), layout.length());
-            for (at, &token) in order.tokens.iter().enumerate() {
-                prop_assert_eq!(order.inverse[token as usize], at as i32);
+            let (tokens, inverse) = (layout.tokens(name).unwrap(), layout.inverse(name).unwrap());
+            let runs = layout.runs(name);
+            prop_assert_eq!(tokens.len(), layout.length());
+            prop_assert_eq!(inverse.len(), layout.length());
+            for (at, &token) in tokens.iter().enumerate() {
+                prop_assert_eq!(inverse[token as usize], at as i32);
             }
-            prop_assert_eq!(order.runs[0], 0);
-            prop_assert_eq!(order.runs.last().copied(), Some(layout.length() as i32));
-            for ends in order.runs.windows(2) {
+            prop_assert_eq!(runs[0], 0);
+            prop_assert_eq!(runs.last().copied(), Some(layout.length() as i32));
+            for ends in runs.windows(2) {
                 prop_assert!(ends[0] <= ends[1]);
-                prop_assert!(order.tokens[ends[0] as usize..ends[1] as usize].is_sorted_by(|a, b| a < b));
+                prop_assert!(tokens[ends[0] as usize..ends[1] as usize].is_sorted_by(|a, b| a < b));
             }
         }
-        prop_assert!(layout.order(OrderName::Sequence).tokens.iter().copied().eq(0..layout.length() as i32));
-        prop_assert_eq!(layout.order(OrderName::Sequence).runs.len(), 2);
-        prop_assert_eq!(layout.order(OrderName::Modality).runs.len(), 5);
+        prop_assert!(layout.tokens(OrderName::Sequence).unwrap().iter().copied().eq(0..layout.length() as i32));
+        prop_assert_eq!(layout.runs(OrderName::Sequence).len(), 2);
+        prop_assert_eq!(layout.runs(OrderName::Modality).len(), 5);
     }
 
     #[test]
     fn modality_and_cell_runs_hold_what_they_should(request in request()) {
         let layout = request.layout();
         let owners = request.owners();
-        let modality = layout.order(OrderName::Modality);
-        for (m, ends) in modality.runs.windows(2).enumerate() {
-            for &token in &modality.tokens[ends[0] as usize..ends[1] as usize] {
+        let tokens = layout.tokens(OrderName::Modality).unwrap();
+        for (m, ends) in layout.runs(OrderName::Modality).windows(2).enumerate() {
+            for &token in &tokens[ends[0] as usize..ends[1] as usize] {
                 let owner = owners[token as usize];
                 prop_assert_eq!(owner.map_or(0, |(item, _)| request.items[item].modality as usize), m);
             }
         }
-        let cell = layout.order(OrderName::Cell);
-        prop_assert_eq!(layout.run_items().len() + 1, cell.runs.len());
+        let (cell, runs) = (layout.tokens(OrderName::Cell).unwrap(), layout.runs(OrderName::Cell));
+        prop_assert_eq!(layout.run_items().len() + 1, runs.len());
         prop_assert_eq!(layout.num_cells() + 1, layout.run_items().len());
         prop_assert_eq!(layout.run_items()[0], -1);
         let mut firsts = Vec::new();
-        for (run, ends) in cell.runs.windows(2).enumerate() {
+        for (run, ends) in runs.windows(2).enumerate() {
             let item = layout.run_items()[run];
-            let tokens = &cell.tokens[ends[0] as usize..ends[1] as usize];
+            let tokens = &cell[ends[0] as usize..ends[1] as usize];
             prop_assert!(run == 0 || !tokens.is_empty());
             prop_assert!(tokens.iter().all(|&t| owners[t as usize].map_or(-1, |o| o.0 as i32) == item));
             let Some(number) = usize::try_from(item).ok() else { continue };
@@ -102,10 +103,12 @@ proptest! {
         let layout = request.layout();
         let owners = request.owners();
         for name in ORDERS {
-            let order = layout.order(name);
+            let (order, inverse) = (layout.tokens(name).unwrap(), layout.inverse(name).unwrap());
+            let tile_of_token = layout.key_tile_of_token(name, tile_keys).unwrap();
+            prop_assert!(tile_of_token.iter().zip(inverse).all(|(&tile, &at)| i64::from(tile) == i64::from(at) / tile_keys));
             let tiles = layout.key_tiles(name, tile_keys).unwrap();
             prop_assert_eq!(tiles.min_pos.len(), layout.length().div_ceil(tile_keys as usize));
-            for (k, tokens) in order.tokens.chunks(tile_keys as usize).enumerate() {
+            for (k, tokens) in order.chunks(tile_keys as usize).enumerate() {
                 prop_assert_eq!(Some(&tiles.min_pos[k]), tokens.iter().min());
                 prop_assert_eq!(Some(&tiles.max_pos[k]), tokens.iter().max());
                 let modality = |&t: &i32| owners[t as usize].map_or(0, |o| request.items[o.0].modality as u8);
@@ -138,4 +141,46 @@ proptest! {
 fn a_layout_is_shared_between_threads() {
     fn check<T: Send + Sync>() {}
     check::<Layout>();
+}
+
+/// A sequence that several threads write: text, videos with whole, cut and interleaved frames, images, a clip.
+#[test]
+#[cfg_attr(miri, ignore = "too many tokens for Miri")]
+fn a_long_layout_is_a_permutation_too() {
+    let item = |modality, spans, grid: (i64, i64, i64)| {
+        let grid = Some(Grid { frames: grid.0, rows: grid.1, cols: grid.2 });
+        Item { modality, spans, grid }
+    };
+    let spans = |start: i64, count: i64, length: i64, every: i64| -> Vec<_> {
+        (0..count).map(|at| (start + at * every, start + at * every + length - 1)).collect()
+    };
+    let mut items = vec![
+        item(Modality::Video, spans(50_000, 3000, 360, 371), (3000, 18, 20)),
+        item(Modality::Video, spans(1_200_000, 1000, 35 * 37, 3000), (1000, 35, 37)),
+        // Between the frames of the one before, and cut inside frames.
+        item(Modality::Video, spans(1_201_400, 500, 1234, 3000), (1234, 20, 25)),
+        item(Modality::Image, vec![(4_300_000, 4_300_000 + 901 * 503 - 1)], (1, 901, 503)),
+        Item { modality: Modality::Audio, spans: spans(4_800_000, 40, 5000, 5003), grid: None },
+    ];
+    for at in 0..60 {
+        items.push(item(
+            Modality::Image,
+            vec![(5_100_000 + at * 1000, 5_100_000 + at * 1000 + 869)],
+            (1, 29, 30),
+        ));
+    }
+    let length = 5_400_001;
+    let options = LayoutOptions { chunk_tokens: 8192, tile_queries: 128, cell_size: None };
+    let layout = Layout::new(length, &items, &options).expect("valid items");
+    let tokens = layout.tokens(OrderName::Cell).expect("memory");
+    let inverse = layout.inverse(OrderName::Cell).expect("memory");
+    assert!(tokens.iter().zip(0..).all(|(&token, at)| inverse[token as usize] == at));
+    assert!(tokens.len() == length as usize && inverse.len() == length as usize);
+    for ends in layout.runs(OrderName::Cell).windows(2) {
+        assert!(tokens[ends[0] as usize..ends[1] as usize].is_sorted_by(|a, b| a < b));
+    }
+    for tile_keys in [64, 63] {
+        let tiles = layout.key_tile_of_token(OrderName::Cell, tile_keys).expect("memory");
+        assert!(tiles.iter().zip(inverse).all(|(&tile, &at)| tile == at / tile_keys as i32));
+    }
 }

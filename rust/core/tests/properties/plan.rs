@@ -169,11 +169,11 @@ proptest! {
             let kinds = layout.kinds();
             prop_assert!(tile.positions.iter().all(|&p| i32::from(kinds[p as usize]) == tile.kind));
             // The own key tiles are exactly those from the first to the last run of the tile's rows.
-            let order = layout.order(OrderName::Cell);
-            let run = |p: i32| order.runs.partition_point(|&start| start <= order.inverse[p as usize]) - 1;
+            let (inverse, starts) = (layout.inverse(OrderName::Cell).unwrap(), layout.runs(OrderName::Cell));
+            let run = |p: i32| starts.partition_point(|&start| start <= inverse[p as usize]) - 1;
             let runs: Vec<usize> = tile.positions.iter().map(|&p| run(p)).collect();
             let (low, high) = (runs.iter().min().unwrap(), runs.iter().max().unwrap());
-            let ends = (order.runs[*low] as usize / batch.keys, (order.runs[high + 1] as usize).div_ceil(batch.keys));
+            let ends = (starts[*low] as usize / batch.keys, (starts[high + 1] as usize).div_ceil(batch.keys));
             prop_assert_eq!(tile.own, Some(ends));
             // One item per tile.
             prop_assert_eq!(layout.run_items()[*low], layout.run_items()[*high]);
@@ -185,7 +185,7 @@ proptest! {
         }
         // Rows are in cell order, item by item.
         for pair in media.windows(2).filter(|pair| pair[0].request == pair[1].request) {
-            let inverse = &batch.layouts[pair[0].request].order(OrderName::Cell).inverse;
+            let inverse = batch.layouts[pair[0].request].inverse(OrderName::Cell).unwrap();
             let at = |tile: &Tile| tile.positions.iter().map(|&p| inverse[p as usize]).collect::<Vec<_>>();
             let (a, b) = (at(pair[0]), at(pair[1]));
             prop_assert!(a.is_sorted_by(|x, y| x < y) && b.is_sorted_by(|x, y| x < y) && a.last() < b.first());
@@ -197,8 +197,8 @@ proptest! {
         let batch = Batch::new(vec![extend], queries, 8);
         let tiles = tiles(&batch.plan, "cell");
         let layout = &batch.layouts[0];
-        let order = layout.order(OrderName::Cell);
-        let run = |p: i32| order.runs.partition_point(|&start| start <= order.inverse[p as usize]) - 1;
+        let (inverse, starts) = (layout.inverse(OrderName::Cell).unwrap(), layout.runs(OrderName::Cell));
+        let run = |p: i32| starts.partition_point(|&start| start <= inverse[p as usize]) - 1;
         // Rows of every run in the chunk, and in the tiles.
         let mut whole: HashMap<usize, usize> = HashMap::new();
         let mut parts: Vec<Vec<(usize, usize)>> = Vec::new();
