@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -31,7 +32,7 @@ class Attend(Protocol):
         ...
 
 
-_MODULES = {"reference": ".reference", "torch": ".torch_tiles"}
+_MODULES = {"reference": ".reference", "torch": ".torch_tiles", "triton": ".attend"}
 """Implementations and the module of each; a module is imported when it is first used."""
 
 IMPLEMENTATIONS = ("reference", "torch", "triton", "flashinfer")
@@ -48,7 +49,7 @@ def resolve(name: str, device: torch.device) -> str:
         ImplementationUnavailableError: the named implementation is not available; nothing else is tried.
     """
     if name == "auto":
-        return "torch"
+        return "triton" if device.type == "cuda" else "torch"
     reason = _unavailable(name, device)
     if reason:
         raise ImplementationUnavailableError(
@@ -96,6 +97,8 @@ def sparse_prefill(
 def _unavailable(name: str, device: torch.device) -> str:
     if name not in _MODULES:
         return f"this version has {', '.join(_MODULES)}"
+    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device, this is {device}"
     try:
         importlib.import_module(_MODULES[name], __package__)
     except ImportError as error:

@@ -99,7 +99,7 @@ class TileLists:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """Lists by length, the longest first, int32 [H * T]: what to start first on a machine that runs many at once."""
+        """Lists by length, the longest first, int32 [H * T]: the order in which to start them on many processors."""
         return self.indptr.diff().argsort(descending=True).int()
 
 

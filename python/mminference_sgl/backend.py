@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 import time
@@ -17,7 +18,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from mminference_sgl import _core, prefill
+from mminference_sgl import _core, prefill, selfcheck
 from mminference_sgl.catalog import HeadSpec, PatternFile, load
 from mminference_sgl.config import Config, ConfigError, environment_sources, from_sources, server_source
 from mminference_sgl.kernels import ops
@@ -103,7 +104,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         hf_config = runner.model_config.hf_config
         try:
             self.config, self._pattern = load_config(hf_config)
-            self.implementation = ops.resolve(self.config.implementation, device)
+            self.implementation = self._working_implementation(device)
             self._check_pattern(runner)
         except (ConfigError, ops.ImplementationUnavailableError) as error:
             raise SystemExit(f"mminference: {error}") from None
@@ -281,6 +282,22 @@ class MMInferenceAttnBackend(AttentionBackend):
             heads = range(first, first + layer.tp_q_head_num)
             self._specs[key] = self._pattern.specs(layer.layer_id, heads)
         return self._specs[key]
+
+    def _working_implementation(self, device: torch.device) -> str:
+        """The implementation to use, proven on a tiny problem where it was compiled for this very machine.
+
+        Raises:
+            ops.ImplementationUnavailableError: it was named and cannot run or computes wrong. If it was not named, the
+                server stays up and prefills densely.
+        """
+        implementation = ops.resolve(self.config.implementation, device)
+        state = selfcheck.check(implementation, device) if device.type == "cuda" else "ok"
+        if state != "ok":
+            if self.config.implementation != "auto":
+                raise ops.ImplementationUnavailableError(f"implementation {implementation!r} {state}")
+            logger.warning("mminference: prefill is dense: implementation %r %s", implementation, state)
+            self.config = dataclasses.replace(self.config, enabled=False)
+        return implementation
 
     def _check_pattern(self, runner: ModelRunner) -> None:
         """Resolves every head once, so that a pattern that cannot be run stops the server and not a request."""

@@ -14,12 +14,13 @@ def check_implementations() -> dict[str, str]:
     """For each implementation `ok`, or why it does not work on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        name: _run(name, device) if state == "ok" else state
+        name: check(name, device) if state == "ok" else state
         for name, state in ops.available_implementations(device).items()
     }
 
 
-def _run(implementation: str, device: torch.device) -> str:
+def check(implementation: str, device: torch.device) -> str:
+    """`ok`, or what is wrong with an available implementation on a device."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
