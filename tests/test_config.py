@@ -300,7 +300,7 @@ def test_server_source_without_settings_is_empty(hf_config: object) -> None:
     assert server_source(hf_config)[1] == {}
 
 
-@pytest.mark.parametrize("value", ["grid", 5, True, ["coverage"]], ids=repr)
+@pytest.mark.parametrize("value", ["grid", "", 5, 0, True, False, ["coverage"], []], ids=repr)
 def test_server_source_must_be_an_object(value: Any) -> None:
     expected = re.escape(f"--json-model-override-args mminference: must be an object, got {value!r}")
     with pytest.raises(ConfigError, match=f"^{expected}$"):
