@@ -68,7 +68,7 @@ install_uv() {
     [ "$("$venv/bin/uv" --version 2> /dev/null | cut -d ' ' -f 2)" = "$uv_version" ] && return
     "$python" -m pip --version > /dev/null 2>&1 || "$python" -m ensurepip > /dev/null ||
         fail "$venv has no pip and cannot get one; remove $venv and run this again"
-    "$python" -m pip install --quiet --disable-pip-version-check "uv==$uv_version"
+    "$python" -m pip install --quiet --disable-pip-version-check --force-reinstall "uv==$uv_version"
 }
 
 install_packages() {

@@ -210,6 +210,14 @@ def platform():
     return current_platform
 
 
+def test_activate_with_an_older_sglang(monkeypatch):
+    from sglang.srt.platforms import interface
+
+    monkeypatch.delattr(interface, "PlatformCapabilities")
+    with pytest.raises(RuntimeError, match=r"needs SGLang 0\.5\.22 or newer"):
+        portable_cpu.activate()
+
+
 def server_args(**given):
     """Arguments as the platform sees them: SGLang has filled in its own CPU backend."""
     defaults = {
@@ -217,7 +225,6 @@ def server_args(**given):
         "mem_fraction_static": None,
         "max_total_tokens": None,
         "max_running_requests": None,
-        "disable_overlap_schedule": False,
         "watchdog_timeout": 300.0,
     }
     return SimpleNamespace(**(defaults | given), _raw_input={"attention_backend": None} | given)
@@ -228,7 +235,6 @@ def test_defaults():
     platform().apply_server_args_defaults(args)
     assert args.attention_backend == "portable_dense"
     assert (args.mem_fraction_static, args.max_total_tokens, args.max_running_requests) == (0.5, 262144, 32)
-    assert args.disable_overlap_schedule is False
     assert args.watchdog_timeout == 3600.0
 
 

@@ -30,8 +30,18 @@ def is_selected() -> bool:
 
 
 def activate() -> str | None:
-    """SGLang's platform entry point: the path of the class, or None on every other machine."""
-    return "mminference_sgl.portable_platform.PortableCpuPlatform" if is_selected() else None
+    """SGLang's platform entry point: the path of the class, or None when another platform is to be used.
+
+    Raises:
+        RuntimeError: this platform is asked for, and SGLang is too old for it.
+    """
+    if not is_selected():
+        return None
+    from sglang.srt.platforms import interface
+
+    if not hasattr(interface, "PlatformCapabilities"):
+        raise RuntimeError(f"SGLANG_PLATFORM={PLATFORM_NAME} needs SGLang 0.5.22 or newer")
+    return "mminference_sgl.portable_platform.PortableCpuPlatform"
 
 
 def register() -> None:

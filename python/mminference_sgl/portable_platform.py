@@ -44,9 +44,6 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         if server_args.mem_fraction_static is None:
             # The host needs the rest: frames, pixels, the vision tower's activations.
             server_args.mem_fraction_static = 0.5
-        if not hasattr(torch.cpu, "Event"):
-            # The overlapped scheduler waits for events, which older PyTorch has for GPUs only.
-            server_args.disable_overlap_schedule = True
         if given.get("watchdog_timeout", server_args.watchdog_timeout) == SGLANG_WATCHDOG_S:
             # One forward is one tick of the watchdog, and a long clip's vision tower may take many minutes here.
             server_args.watchdog_timeout = DEFAULT_WATCHDOG_S
