@@ -191,7 +191,7 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, window_frames: 
     cell = view.cell
     if cell is None:
         raise ValueError("the grid pattern needs a cell pass; these rows have none")
-    reach = cell.stride * window_frames + 1
+    reach = min(cell.stride * window_frames + 1, UNBOUNDED)
     base = dense(view, probe.weights.shape[0])
     sinks, reaches = torch.full_like(base.sink, sink), torch.full_like(base.reach, reach)
     near = _near(view, sinks, reaches)

@@ -212,6 +212,14 @@ def test_switched_off_is_all_dense(kit, monkeypatch: pytest.MonkeyPatch, backend
     assert backends[-1].counters["sparse"] == 0
 
 
+def test_the_dense_pattern_never_enters_the_sparse_path(kit, monkeypatch: pytest.MonkeyPatch, backends) -> None:
+    configure(monkeypatch, pattern="dense")
+    give_media(kit, monkeypatch, [multimodal(("VIDEO", [(4, 303)], (5, 12, 20))), None])
+    run_case(kit, long_case(kit, (0, 0), (400, 400)))
+    counters = backends[-1].counters
+    assert (counters["sparse"], counters["dense:pattern"], counters["dense:text only"]) == (0, 1, 1)
+
+
 def test_server_json_configures_the_backend(kit, monkeypatch: pytest.MonkeyPatch) -> None:
     from mminference_sgl.backend import load_config
 

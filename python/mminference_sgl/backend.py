@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from mminference_sgl import _core, prefill, selfcheck
-from mminference_sgl.catalog import HeadSpec, PatternFile, load
+from mminference_sgl.catalog import MODALITIES, HeadSpec, PatternFile, load
 from mminference_sgl.config import Config, ConfigError, environment_sources, from_sources, server_source
 from mminference_sgl.kernels import ops
 from mminference_sgl.layout import GeometryError, LayoutCache, ModelGeometry
@@ -261,9 +261,9 @@ class MMInferenceAttnBackend(AttentionBackend):
         if chunk < self.config.tile_queries // 4:
             return "few rows"
         has_media = mm_inputs is not None and bool(mm_inputs.mm_items)
-        if not has_media and not self._text_is_sparse:
+        if not has_media and "text" not in self._sparse_modalities:
             return "text only"
-        return ""
+        return "" if self._sparse_modalities else "pattern"
 
     def _fall_back(self, reason: str, error: Exception) -> None:
         """A request that cannot be planned runs dense: counted always, logged once per reason."""
@@ -304,8 +304,11 @@ class MMInferenceAttnBackend(AttentionBackend):
         config = runner.model_config.hf_text_config
         layers = int(getattr(config, "num_hidden_layers", 1))
         specs = [self._pattern.specs(layer, range(int(config.num_attention_heads))) for layer in range(layers)]
-        text = [spec.of("text") for layer_specs in specs for spec in layer_specs]
-        self._text_is_sparse = any(pair != ("dense", "dense") for pair in text)
+        self._sparse_modalities = {
+            modality
+            for modality in MODALITIES
+            if any(spec.of(modality) != ("dense", "dense") for layer_specs in specs for spec in layer_specs)
+        }
 
     def _survey(self, model: torch.nn.Module) -> tuple[Counter[str], int]:
         """Reasons of the model's dense layers, and the id of the last sparse one."""

@@ -260,14 +260,15 @@ class _ProbeRows:
 def _probe_rows(near: _Rows, far: _Rows | None, stride: int, count: int) -> _ProbeRows:
     """Chooses the rows to probe: for media evenly over the cells of the chunk's last frame, for text the last rows.
 
-    A media row's cell is one of the last frame's exactly when its position is within a frame stride of the last one.
+    A media row belongs to the last frame when its position is within a frame stride of the last one; where frames are
+    smaller than the number of rows wanted, or not known, the last rows stand for it.
     """
     if far is None:
         picked = np.arange(max(0, near.rows.size - count), near.rows.size)
         rows, positions = near.rows[picked], near.positions[picked]
         far_tiles = np.zeros(0, dtype=np.int64)
     else:
-        last = np.flatnonzero(far.positions > far.positions.max() - max(stride, 1))
+        last = np.flatnonzero(far.positions > far.positions.max() - max(stride, count))
         picked = last[np.linspace(0, last.size - 1, min(count, last.size)).round().astype(np.int64)]
         rows, positions, far_tiles = far.rows[picked], far.positions[picked], far.tiles[picked]
     # Row slots ascend in the sequence pass, so a position finds its slot and with it its tile.
