@@ -1,5 +1,6 @@
 //! The curve and the cells.
 
+use crate::common::cases;
 use mminference_core::cell::{CellTable, automatic_cell_size, curve};
 use proptest::prelude::*;
 
@@ -33,7 +34,7 @@ fn automatic_cell_size_fills_a_tile_of_a_chunk() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases(2000))]
 
     #[test]
     fn cells_partition_the_frame(rows in 1usize..40, cols in 1usize..40, size in 1usize..200) {
