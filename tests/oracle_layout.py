@@ -25,7 +25,7 @@ TEXT_DECIDES, MEDIA, INTERSTITIAL = 0, 1, 2
 
 @dataclass(frozen=True)
 class Order:
-    """A permutation, its inverse, the offsets of its runs and the modality of each token in it."""
+    """A permutation, its inverse and the offsets of its runs."""
 
     tokens: Ints
     inverse: Ints
