@@ -1,4 +1,4 @@
-# `make` alone tells the targets. DEMO_ARGS, PYTEST_ARGS and CARGO_ARGS are passed on.
+# `make` alone tells the targets. DEMO_ARGS, PYTEST_ARGS, CARGO_ARGS and BENCH_ARGS are passed on.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-builtin-rules
@@ -7,7 +7,9 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo test test-python test-rust lint format wheel doctor clean
+.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner fuzz miri clean
+
+FUZZ_SECONDS ?= 600
 
 help: ## tell the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,18 @@ wheel: venv ## build a wheel into dist/
 doctor: venv ## tell whether the installation works
 	$(BIN)/mminference doctor
 
+bench-planner: venv ## time planning against numpy and memcpy
+	$(BIN)/python benchmarks/planner.py --check $(BENCH_ARGS)
+
+fuzz: ## arbitrary requests against the planner, FUZZ_SECONDS long
+	@cargo fuzz --version > /dev/null 2>&1 || { echo "needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
+	cargo fuzz run --fuzz-dir rust/core/fuzz -s none layout -- \
+		-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -rss_limit_mb=4096
+
+miri: ## the core's tests under Miri
+	@cargo +nightly miri --version > /dev/null 2>&1 || { echo "needs Miri: rustup +nightly component add miri" >&2; exit 1; }
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p mminference-core
+
 clean: ## remove what builds and tests left; keeps .venv
-	rm -rf target dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf target rust/core/fuzz/target rust/core/fuzz/corpus rust/core/fuzz/artifacts dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

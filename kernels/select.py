@@ -52,7 +52,7 @@ class CellView:
     """The cell order of one request as selection needs it.
 
     ``own_lo``, ``own_hi`` int32 [t]: the key tiles of the cells that a query tile holds, ``[own_lo, own_hi)``.
-    ``key_tile`` int64 [length]: token position -> key tile.
+    ``key_tile`` int32 [length]: token position -> key tile.
     ``stride``: tokens from a frame to the next, the largest of the request.
     """
 
@@ -381,7 +381,7 @@ def _far_tile_mass(probe: Probe, cell: CellView, sink: int, reach: int) -> torch
     far = element_mask(Region.FAR, probe.rows.positions[:, None], positions[None, :], sink, reach)
     weights = (probe.weights * far.float()).view(heads * rows, keys)
     known = min(keys, cell.key_tile.numel())
-    index = cell.key_tile[:known].expand(heads * rows, -1)
+    index = cell.key_tile[:known].long().expand(heads * rows, -1)
     mass = weights.new_zeros(heads * rows, cell.keys.min_pos.numel())
     return mass.scatter_add_(1, index, weights[:, :known]).view(heads, rows, -1)
 
@@ -396,7 +396,7 @@ def _kept_elements(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
     kept = near & listed
     if choice.far is not None and view.cell is not None:
         known = min(length, view.cell.key_tile.numel())
-        index = view.cell.key_tile[:known].expand(heads, rows, -1)
+        index = view.cell.key_tile[:known].long().expand(heads, rows, -1)
         far = (keys <= probe.rows.positions[:, None]) & ~near
         kept[..., :known] |= choice.far[:, probe.rows.cell_tiles].gather(2, index) & far[..., :known]
     return kept

@@ -77,10 +77,8 @@ def request_length(mm_inputs: Any, items: Sequence[Item], seen: int) -> int:
 
     ``seen``: tokens up to the end of the current chunk. Models with M-RoPE carry a position for every prompt token.
     """
-    positions = getattr(mm_inputs, "mrope_positions", None)
-    prompt = int(positions.shape[-1]) if isinstance(positions, torch.Tensor) else 0
     last = max((end for _, spans, _ in items for _, end in spans), default=-1)
-    return max(prompt, seen, last + 1)
+    return max(_prompt_length(mm_inputs), seen, last + 1)
 
 
 class LayoutCache:
@@ -110,13 +108,12 @@ class LayoutCache:
         """
         if mm_inputs is None or not mm_inputs.mm_items:
             return self._build(seen, [], device)
-        items = items_of(mm_inputs, self._geometry)
-        key = (len(mm_inputs.mm_items), request_length(mm_inputs, items, seen))
-        identity = id(mm_inputs)
+        identity, key = id(mm_inputs), (len(mm_inputs.mm_items), _prompt_length(mm_inputs))
         cached = self._layouts.get(identity)
-        if cached is not None and cached[0] == key:
+        if cached is not None and cached[0] == key and seen <= cached[1].layout.length:
             return cached[1]
-        layout = self._build(key[1], items, device)
+        items = items_of(mm_inputs, self._geometry)
+        layout = self._build(request_length(mm_inputs, items, seen), items, device)
         if cached is None:
             weakref.finalize(mm_inputs, self._layouts.pop, identity, None)
         self._layouts[identity] = (key, layout)
@@ -128,6 +125,12 @@ class LayoutCache:
         except OverflowError as error:
             raise GeometryError(f"spans or grids are beyond any request: {error}") from None
         return DeviceLayout(layout, self._tile_keys, device)
+
+
+def _prompt_length(mm_inputs: Any) -> int:
+    """Tokens of the prompt where M-RoPE positions tell, 0 elsewhere."""
+    positions = getattr(mm_inputs, "mrope_positions", None)
+    return int(positions.shape[-1]) if isinstance(positions, torch.Tensor) else 0
 
 
 def _grids(data: Any, geometry: ModelGeometry) -> list[Grid]:

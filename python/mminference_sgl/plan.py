@@ -29,7 +29,7 @@ Int32Array = npt.NDArray[np.int32]
 class DeviceLayout:
     """A request's layout with its order arrays on the device: uploaded once per request, read by every forward.
 
-    ``tokens`` int64 [length]: cell order -> token position; ``key_tile`` int64 [length]: token position -> cell-order
+    ``tokens`` int32 [length]: cell order -> token position; ``key_tile`` int32 [length]: token position -> cell-order
     key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
     """
 
@@ -39,8 +39,8 @@ class DeviceLayout:
         self.stride = layout.max_frame_stride
         self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
         if self.has_media:
-            self.tokens = _to_device(layout.order("cell"), device).long()
-            self.key_tile = _to_device(layout.inverse("cell"), device).long() // tile_keys
+            self.tokens = _to_device(layout.order("cell"), device)
+            self.key_tile = _to_device(layout.key_tile_of_token("cell", tile_keys), device)
             self.cell_tiles = _key_tiles(layout, "cell", tile_keys, device)
 
 
@@ -217,7 +217,7 @@ def _cell_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> 
         return _tiled(slots[:0], slots[:0].int(), tile_keys)
     tokens = request.layout.tokens
     present = tokens < request.num_keys
-    return _tiled(torch.where(present, slots[torch.where(present, tokens, 0)], 0), tokens.int(), tile_keys)
+    return _tiled(torch.where(present, slots[torch.where(present, tokens, 0)], 0), tokens, tile_keys)
 
 
 def _key_order(requests: Sequence[_Tiled]) -> KeyOrder:
