@@ -94,8 +94,8 @@ def test_server_that_stops_shows_its_log():
 
 
 def test_server_that_is_never_ready_ends_with_its_children():
-    server = standing_in(testing.Server("none", start_timeout=3), SPAWN)
-    with pytest.raises(testing.ServerError, match="not ready after 3 s"), server:
+    server = standing_in(testing.Server("none", start_timeout=10), SPAWN)
+    with pytest.raises(testing.ServerError, match="not ready after 10 s"), server:
         pytest.fail("it cannot be ready")
     assert not is_alive(int(server.log().split()[1]))
 

@@ -14,11 +14,12 @@ from mminference_sgl.testing.log import (
     start_lines,
 )
 from mminference_sgl.testing.media import png_url, write_mp4
-from mminference_sgl.testing.server import Answer, Server, ServerError, user_message
+from mminference_sgl.testing.server import Answer, Message, Server, ServerError, user_message
 
 __all__ = [
     "Answer",
     "Fallback",
+    "Message",
     "Prefill",
     "Server",
     "ServerError",
