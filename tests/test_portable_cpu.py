@@ -44,7 +44,8 @@ HEADS = [(4, 4, 16), (8, 4, 32), (8, 1, 64), (6, 2, 80)]
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_extend_attention(prefix, chunk, q_heads, kv_heads, head_dim, dtype):
-    from mminference_sgl.portable_dense import compute_dtype, extend_attention
+    from mminference_sgl.kernels.torch_tiles import compute_dtype
+    from mminference_sgl.portable_dense import extend_attention
 
     scale = head_dim**-0.5
     q = heads(q_heads, chunk, head_dim, dtype=dtype, seed=0)
@@ -61,7 +62,7 @@ def test_extend_attention(prefix, chunk, q_heads, kv_heads, head_dim, dtype):
     error = (plain.squeeze(0).transpose(0, 1).double() - exact).abs().max()
     rounding = torch.finfo(dtype).eps * exact.abs().max()
 
-    for inner in {dtype, compute_dtype(dtype)}:
+    for inner in {dtype, compute_dtype(dtype, torch.device("cpu"))}:
         out = extend_attention(q.to(inner), k.to(inner), v.to(inner), scale).to(dtype)
         assert out.shape == q.shape
         assert (out.double() - exact).abs().max() <= 2 * (error + rounding)
