@@ -39,16 +39,17 @@ def attend(
 ) -> None:
     """Attention of one pass; arguments as in :func:`.reference.attend`."""
     heads, tiles = query.shape[1], tile_pass.num_tiles
+    dtype = compute_dtype(query.dtype, query.device)
     problem = _Problem(
-        query=query[tile_pass.rows].transpose(0, 1).flatten(0, 1),
-        keys=_tile_major(key_pool, tile_pass.keys.slots).to(query.dtype),
-        values=_tile_major(value_pool, tile_pass.keys.slots).to(query.dtype),
+        query=query[tile_pass.rows].transpose(0, 1).flatten(0, 1).to(dtype),
+        keys=_tile_major(key_pool, tile_pass.keys.slots).to(dtype),
+        values=_tile_major(value_pool, tile_pass.keys.slots).to(dtype),
         tile_pass=tile_pass,
         lists=lists,
         group=heads // key_pool.shape[1],
         scale=scale,
     )
-    part = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1])
+    part = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
     lengths = lists.indptr.diff().long()
     row_counts = tile_pass.indptr.diff().long().repeat(heads)
@@ -64,8 +65,20 @@ def attend(
         total = torch.logaddexp(old_lse, part_lse)
         share = torch.exp(part_lse - total).nan_to_num_(0.0)[..., None]
         part, part_lse = torch.lerp(out[tile_pass.rows].float(), part.float(), share).to(out.dtype), total
-    out[tile_pass.rows] = part
+    out[tile_pass.rows] = part.to(out.dtype)
     lse[tile_pass.rows] = part_lse
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a device attends fastest to inputs of ``dtype``.
+
+    On processors without matrix tiles (AMX) PyTorch's kernel needs 5 to 20 % less time in float32 than in bfloat16,
+    also where they have bfloat16 dot products, and the parts that are merged are not rounded first.
+    """
+    half = dtype in {torch.bfloat16, torch.float16}
+    if device.type == "cpu" and half and not torch.cpu._is_amx_tile_supported():
+        return torch.float32
+    return dtype
 
 
 @dataclass(frozen=True)

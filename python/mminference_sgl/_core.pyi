@@ -111,9 +111,7 @@ class Layout:
     def run_items(self) -> NDArray[np.int32]:
         """Item of each run of cell order, [num_cells + 1]; the first one is the text run, -1."""
 
-    def key_tiles(
-        self, name: _Order, tile_keys: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+    def key_tiles(self, name: _Order, tile_keys: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
         """(min_pos, max_pos, modality_mask) per tile of `tile_keys` order positions, each [tiles].
 
         Smallest and largest token position of a tile, and bit m set if it holds a token of modality
@@ -154,9 +152,7 @@ class Plan:
     def fields(self) -> dict[str, tuple[int, int]]:
         """(offset, length) in `buffer` of each field, by name such as `seq.rows`."""
 
-def plan(
-    requests: Sequence[tuple[Layout, int, int, int]], *, tile_queries: int, tile_keys: int
-) -> Plan:
+def plan(requests: Sequence[tuple[Layout, int, int, int]], *, tile_queries: int, tile_keys: int) -> Plan:
     """Plan a forward from (layout, prefix length, chunk length, row offset) per request.
 
     The row offset is the batch row of the chunk's first token. The cost grows with the chunks, not
