@@ -74,7 +74,14 @@ def squares(seed: int, count: int, rows: int, columns: int) -> np.ndarray:
 
 
 def start(
-    model: Path, chunk: int, backend: str | None, args: Sequence[str] = (), config: Any = None, **env: str | None
+    model: Path,
+    chunk: int,
+    backend: str | None,
+    args: Sequence[str] = (),
+    config: Any = None,
+    *,
+    overlap_schedule: bool = False,
+    **env: str | None,
 ) -> Server:
     """A server in float32 with a small pool and the backend's log at its most talkative."""
     environment = {"MMINFERENCE_CONFIG": json.dumps(config or EXACT), "MMINFERENCE_LOG": "debug", **env}
@@ -83,6 +90,7 @@ def start(
         attention_backend=backend,
         chunked_prefill_size=chunk,
         max_total_tokens=16384,
+        overlap_schedule=overlap_schedule,
         args=["--dtype", "float32", "--context-length", "8192", *args],
         env=environment,
     )

@@ -115,10 +115,11 @@ def test_prefill_and_decode_backends_named_apart(run_of: RunOf):
         assert difference(run.answers[scenario], dense.answers[scenario]) <= tolerance(run_of, QWEN3)
 
 
-def test_mixed_chunks(run_of: RunOf, model_path: ModelPath, messages: Messages):
+def test_mixed_chunks_and_overlapping_schedule(run_of: RunOf, model_path: ModelPath, messages: Messages):
     """Prefill chunks that carry decode rows. SGLang mixes only requests without log-probabilities."""
     dense = run_of(QWEN2_5, CUTS_FRAMES, None).answers
-    with serving.start(model_path(QWEN2_5), CUTS_FRAMES, "mminference", ["--enable-mixed-chunk"]) as server:
+    args = model_path(QWEN2_5), CUTS_FRAMES, "mminference", ["--enable-mixed-chunk"]
+    with serving.start(*args, overlap_schedule=True) as server:
         rounds = []
         for _ in range(3):
             rounds.append(serving.ask_together(server, messages, logprobs=False))
@@ -126,6 +127,8 @@ def test_mixed_chunks(run_of: RunOf, model_path: ModelPath, messages: Messages):
         log = server.log()
     for answers in rounds:
         assert {name: answer.text for name, answer in answers.items()} == {name: dense[name].text for name in answers}
+    assert "'disable_overlap_schedule': False" in log
+    assert "'enable_mixed_chunk': True" in log
     assert fallbacks(log) == []
     assert "Traceback" not in log
 

@@ -87,6 +87,7 @@ class Server:
         args: further command-line arguments.
         platform: ``SGLANG_PLATFORM``; None leaves the variable alone.
         max_total_tokens: slots of the KV pool.
+        overlap_schedule: let SGLang schedule a batch while the one before it runs; off unless asked for.
         metrics: ask SGLang for the time stamps behind `Answer.preprocess_s` and `Answer.forward_s`.
         log_path: where the log goes; by default a temporary file that goes away with the server.
         start_timeout: seconds the server may take to be ready.
@@ -102,6 +103,7 @@ class Server:
         args: Sequence[str] = (),
         platform: str | None = "portable_cpu",
         max_total_tokens: int = 65536,
+        overlap_schedule: bool = False,
         metrics: bool = False,
         log_path: str | Path | None = None,
         start_timeout: float = 300.0,
@@ -118,13 +120,9 @@ class Server:
         self.command += ["--host", _LOOPBACK, "--port", str(self.port)]
         self.command += ["--max-total-tokens", str(max_total_tokens), "--sleep-on-idle"]
         if platform == "portable_cpu":
-            self.command += [
-                "--device",
-                "cpu",
-                "--mem-fraction-static",
-                "0.2",
-                "--disable-overlap-schedule",
-            ]
+            self.command += ["--device", "cpu", "--mem-fraction-static", "0.2"]
+        if not overlap_schedule:
+            self.command += ["--disable-overlap-schedule"]
         if attention_backend is not None:
             self.command += ["--attention-backend", attention_backend]
         if chunked_prefill_size is not None:
