@@ -73,7 +73,7 @@ def sparse_prefill(
     scale: float,
     out: torch.Tensor,
     implementation: str,
-) -> None:
+) -> torch.Tensor:
     """Attention of all rows of the first pass, the passes merged exactly through their LSE.
 
     Args:
@@ -84,6 +84,10 @@ def sparse_prefill(
         out: [batch rows, H, Dv]; the rows of the first pass are written, others left alone.
         implementation: a resolved name.
 
+    Returns:
+        The LSE fp32 [batch rows, H] over the listed keys, natural logarithm; only the rows of the first pass mean
+        anything.
+
     Raises:
         ValueError: shapes that do not belong together.
     """
@@ -92,6 +96,7 @@ def sparse_prefill(
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     for index, (tile_pass, lists) in enumerate(passes):
         attend(query, key_pool, value_pool, tile_pass, lists, scale, out, lse, merge=index > 0)
+    return lse
 
 
 def _unavailable(name: str, device: torch.device) -> str:

@@ -41,6 +41,10 @@ class LayerReport:
     guarded: torch.Tensor
 
 
+Passes = list[tuple[TilePass, TileLists]]
+"""Passes of a layer with the tile lists of all heads, the sequence pass first."""
+
+
 def run_layer(
     query: torch.Tensor,
     key_pool: torch.Tensor,
@@ -63,6 +67,21 @@ def run_layer(
     Returns:
         One report per sparse request.
     """
+    passes, reports = select_layer(query, key_pool, value_pool, plan, specs, config, scale)
+    ops.sparse_prefill(query, key_pool, value_pool, passes, scale, out, implementation)
+    return reports
+
+
+def select_layer(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    plan: ForwardPlan,
+    specs: Sequence[HeadSpec],
+    config: Config,
+    scale: float,
+) -> tuple[Passes, list[LayerReport]]:
+    """Probes the plan's requests and chooses the tiles of every head; arguments as in :func:`run_layer`."""
     near = _PassLists(plan.near, len(specs))
     far = _PassLists(plan.far, len(specs)) if plan.far is not None else None
     reports: dict[int, LayerReport] = {}
@@ -75,8 +94,7 @@ def run_layer(
     passes = [(plan.near, near.lists())]
     if plan.far is not None and far is not None:
         passes.append((plan.far, far.lists()))
-    ops.sparse_prefill(query, key_pool, value_pool, passes, scale, out, implementation)
-    return list(reports.values())
+    return passes, list(reports.values())
 
 
 def _select_group(
