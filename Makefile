@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner fuzz miri clean
+.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-method fuzz miri clean
 
 FUZZ_SECONDS ?= 600
 
@@ -48,6 +48,9 @@ doctor: venv ## tell whether the installation works
 
 bench-planner: venv ## time planning against numpy and memcpy
 	$(BIN)/python benchmarks/planner.py --check $(BENCH_ARGS)
+
+bench-method: venv ## what selection keeps of planted attention, and what it computes for it
+	$(BIN)/python benchmarks/method.py --check $(BENCH_ARGS)
 
 fuzz: ## arbitrary requests against the planner, FUZZ_SECONDS long
 	@cargo fuzz --version > /dev/null 2>&1 || { echo "needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }

@@ -1,0 +1,168 @@
+"""Cases of ``make bench-method`` and what is wanted of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mminference_sgl.catalog import HeadSpec, load
+from planted import GEOMETRIES, Mix, Plant, Scene, interleaved, one_video
+
+if TYPE_CHECKING:
+    from method import Result
+
+PATTERNS = ("grid", "vertical_slash", "a_shape", "auto")
+K = 1024
+
+MAPS = {
+    "map:k": HeadSpec("dense", "dense", "dense", "grid"),
+    "map:q": HeadSpec("dense", "dense", "grid", "grid"),
+    "map:2d": HeadSpec("vertical_slash", "vertical_slash", "dense", "grid"),
+    "off:a_shape": HeadSpec("a_shape", "a_shape", "a_shape", "a_shape"),
+}
+"""Head maps beside the patterns: with a boundary, and one pattern for all pairs (so is ``vertical_slash``)."""
+OFF = ("vertical_slash", "off:a_shape")
+
+PLANTS = {
+    "slash": Plant(Mix(slash=1)),
+    "patch": Plant(Mix(slash=1), patch=2),
+    "vlines": Plant(Mix(vlines=1)),
+    "hlines": Plant(Mix(slash=1), hline_places=0.06),
+    "lines": Plant(Mix(slash=0.6, vlines=0.25, window=0.15)),
+    "all": Plant(Mix(slash=0.6, vlines=0.25, window=0.15), hline_places=0.06),
+    "a-shape": Plant(Mix(sink=0.4, window=0.6)),
+    "vertical-slash": Plant(Mix(window=0.3, diagonal=0.4, columns=0.3)),
+    "diffuse": Plant(Mix(flat=True)),
+    "no-boundary": Plant(Mix(window=0.4, columns=0.5)),
+    "k-boundary": Plant(Mix(slash=0.5, text=0.4)),
+    "q-boundary": Plant(Mix(slash=0.7, window=0.2), Mix(window=0.3, columns=0.6)),
+    "2d-boundary": Plant(Mix(slash=0.6, text=0.3), Mix(window=0.2, text=0.3, columns=0.4)),
+}
+BOUNDARIES = ("no-boundary", "k-boundary", "q-boundary", "2d-boundary")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A planted layer at a length; ``chunk`` 0 is one chunk; ``plant`` names :data:`PLANTS`, joined by ``+``."""
+
+    plant: str
+    geometry: str
+    tokens: int
+    chunk: int = 0
+    quick: bool = False
+    heads: int = 2
+    kv_heads: int = 1
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique among the cases."""
+        chunk = f" in {self.chunk // K}K" if self.chunk else ""
+        return f"{self.geometry} {self.plant} {self.tokens // K}K{chunk}"
+
+    @property
+    def data(self) -> Any:
+        """What the operands depend on."""
+        return self.plant, self.geometry, self.tokens, self.heads, self.kv_heads, self.seed
+
+    @property
+    def plants(self) -> list[Plant]:
+        """One per query head, cycled."""
+        return [PLANTS[name] for name in self.plant.split("+")]
+
+    @property
+    def boundary(self) -> bool:
+        """Whether the map depends on modalities, and text stands between several items."""
+        return self.plant in BOUNDARIES
+
+    def scene(self) -> Scene:
+        """The request."""
+        make = interleaved if self.boundary else one_video
+        return make(GEOMETRIES[self.geometry], self.tokens)
+
+    def specs(self) -> dict[str, list[HeadSpec]]:
+        """Head specs by name of the pattern."""
+        specs = {name: load(name).specs(0, range(self.heads)) for name in PATTERNS}
+        if self.boundary:
+            specs |= {name: [spec] * self.heads for name, spec in MAPS.items()}
+        return specs
+
+
+CASES = [
+    Case("slash", "qwen2.5", 8 * K, quick=True),
+    Case("all", "qwen2.5", 8 * K, quick=True),
+    Case("lines", "longvila", 16 * K, quick=True),
+    Case("lines", "longvila", 16 * K, chunk=2 * K, quick=True),
+    *(Case(plant, "longvila", 16 * K) for plant in ("slash", "vlines", "hlines", "all", "patch")),
+    *(
+        Case("lines", geometry, 16 * K, quick=geometry.startswith("qwen3"))
+        for geometry in ("llava-video", "qwen2.5", "qwen3", "qwen3-plain")
+    ),
+    *(Case("slash+vlines", geometry, 16 * K) for geometry in ("videochat",)),
+    Case("a-shape", "qwen2.5", 16 * K),
+    Case("vertical-slash", "qwen2.5", 16 * K),
+    Case("diffuse", "qwen2.5", 8 * K),
+    *(Case(plant, "qwen2.5", 16 * K, quick=plant == "2d-boundary") for plant in BOUNDARIES),
+    Case("lines", "qwen2.5", 32 * K),
+    Case("lines", "longvila", 64 * K),
+    Case("lines", "longvila", 64 * K, chunk=8 * K),
+]
+
+
+def judge(results: Sequence[Result], target: float) -> list[tuple[str, bool]]:
+    """What is wanted, with the figures: (text, held)."""
+    by_case: dict[str, dict[str, Result]] = {}
+    for result in results:
+        by_case.setdefault(result.case, {})[result.pattern] = result
+    floor = target - 0.02
+    verdicts: list[tuple[str, bool]] = []
+
+    def want(text: str, value: float, limit: float, *, least: bool) -> None:
+        held = value >= limit if least else value <= limit
+        verdicts.append((f"{text} {value:.3f}, wanted {'>=' if least else '<='} {limit:.3f}", held))
+
+    for case in CASES:
+        found = by_case.get(case.name)
+        if found is None or case.plant == "diffuse":
+            continue
+        auto = found["auto"]
+        want(f"{case.name}: mass of auto", auto.mass, floor, least=True)
+        reaching = {name: found[name] for name in PATTERNS if name != "auto" and found[name].mass >= floor}
+        if reaching:
+            best = min(reaching.values(), key=lambda result: result.density)
+            text = f"{case.name}: density of auto over {best.pattern}'s"
+            want(text, auto.density / best.density, 1.25, least=False)
+        if case.tokens >= 64 * K and not case.chunk:
+            want(f"{case.name}: density of grid, needed {auto.needed:.3f},", found["grid"].density, 0.06, least=False)
+        if case.boundary and case.plant != "no-boundary":
+            on = min((r for n, r in found.items() if n not in OFF and r.mass >= floor), key=_density, default=None)
+            off = min((found[name] for name in OFF if found[name].mass >= floor), key=_density, default=None)
+            # One pattern for all pairs that keeps the mass is at worst dense attention.
+            ratio = (off.density if off else 1.0) / on.density if on else 0.0
+            names = f"{off.pattern if off else 'dense'} over {on.pattern if on else 'none'}"
+            want(f"{case.name}: tiles without a boundary, {names},", ratio, 1.5, least=True)
+        whole = by_case.get(_without_chunks(case).name)
+        if case.chunk and whole is not None:
+            for name in ("auto", "grid"):
+                rows = whole[name].unchunked_rows_mass
+                assert rows is not None
+                want(
+                    f"{case.name}: {name}'s mass below that in one chunk by", rows - found[name].mass, 0.01, least=False
+                )
+        plain = by_case.get(case.name.replace("qwen3 ", "qwen3-plain "))
+        if case.geometry == "qwen3" and plain is not None:
+            for name in ("auto", "grid"):
+                text = f"{case.name}: {name} with timestamps against without,"
+                want(f"{text} mass below by", plain[name].mass - found[name].mass, 0.01, least=False)
+                over_needed = (found[name].density / found[name].needed) / (plain[name].density / plain[name].needed)
+                want(f"{text} density over needed", over_needed, 1.1, least=False)
+    return verdicts
+
+
+def _density(result: Result) -> float:
+    return result.density
+
+
+def _without_chunks(case: Case) -> Case:
+    return replace(case, chunk=0)
