@@ -15,6 +15,7 @@ rows, and their dense attention is computed in full. Cases in chunks measure the
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -38,6 +39,7 @@ from mminference_sgl.kernels.tiles import TilePass
 sys.path.append(str(Path(__file__).parent))
 import planted
 from method_cases import CASES, Case, judge
+from method_losses import losses
 from planted import Ints, Problem, Relation
 
 CPU = torch.device("cpu")
@@ -67,6 +69,8 @@ class Result:
     unchunked_rows_mass: float | None
     """In one chunk: the mass of the rows that the same case in chunks measures."""
     seconds: float
+    why: list[str]
+    """One line per measured chunk, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +256,12 @@ def _tile_map(tile_pass: TilePass, tiles: slice, relation: Relation) -> np.ndarr
     return result
 
 
-def measure(forwards: Sequence[Forward], truth: Truth, specs: Sequence[HeadSpec], config: Config) -> dict[str, Any]:
+def measure(
+    forwards: Sequence[Forward], truth: Truth, specs: Sequence[HeadSpec], config: Config, *, why: bool = False
+) -> dict[str, Any]:
     """Runs selection and attention on every forward; figures are over all of their rows."""
+    weight = truth.in_chunks if len(forwards) > 1 else truth.weight
+    lines = []
     tiles = guarded = 0
     coverage, squares, norm = [], 0.0, 0.0
     kept = torch.full(truth.lse.shape, torch.nan)
@@ -270,10 +278,11 @@ def measure(forwards: Sequence[Forward], truth: Truth, specs: Sequence[HeadSpec]
         kept[own] = torch.exp(lse[rows] - truth.lse[own])
         out.fill_(torch.nan)
         prefill.run_layer(*operands, one.sampled_plan, specs, config, scale, out, "torch")
-        weight = torch.from_numpy((truth.in_chunks if len(forwards) > 1 else truth.weight)[own])
-        squares += float(((out[rows] - truth.out[own]).square().sum((1, 2)) * weight).sum())
-        norm += float((truth.out[own].square().sum((1, 2)) * weight).sum())
-    weight = truth.in_chunks if len(forwards) > 1 else truth.weight
+        own_weight = torch.from_numpy(weight[own])
+        squares += float(((out[rows] - truth.out[own]).square().sum((1, 2)) * own_weight).sum())
+        norm += float((truth.out[own].square().sum((1, 2)) * own_weight).sum())
+        if why:
+            lines.append(losses(one, truth, passes, weight))
     mass = kept.double().numpy()
     used = weight > 0
 
@@ -295,13 +304,14 @@ def measure(forwards: Sequence[Forward], truth: Truth, specs: Sequence[HeadSpec]
         "guarded": guarded,
         "mass_by_kind": by_kind,
         "mass_by_head": [float(np.average(column[used], weights=weight[used])) for column in mass.T],
+        "why": lines,
         "unchunked_rows_mass": (
             mean(mass.mean(1), truth.in_chunks) if len(forwards) == 1 and truth.in_chunks.any() else None
         ),
     }
 
 
-def run(cases: Sequence[Case], config: Config) -> Iterator[Result]:
+def run(cases: Sequence[Case], config: Config, *, why: bool = False) -> Iterator[Result]:
     """Measures cases; those that differ in their chunks only share operands and sampled rows."""
     keyed: dict[Any, list[Case]] = {}
     for case in cases:
@@ -317,7 +327,7 @@ def run(cases: Sequence[Case], config: Config) -> Iterator[Result]:
             forwards = [forward(problem, *chunk, config, truth.positions, case.seed) for chunk in chunks]
             for pattern, specs in case.specs().items():
                 start = time.perf_counter()
-                figures = measure(forwards, truth, specs, config)
+                figures = measure(forwards, truth, specs, config, why=why)
                 yield Result(
                     case.name, pattern, case.tokens, case.chunk, **figures, seconds=time.perf_counter() - start
                 )
@@ -333,6 +343,7 @@ def describe(result: Result) -> str:
         + "".join(f"{figure:9.3f}" for figure in figures)
         + f"{result.error:9.3f}  {kind} {mass:.3f}, head {head} {result.mass_by_head[head]:.3f}"
         + (f", {result.guarded} guarded" if result.guarded else "")
+        + "".join(f"\n    {line}" for line in result.why)
     )
 
 
@@ -342,6 +353,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", default=[], metavar="PART", help="only cases whose name contains it")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="a setting, e.g. coverage=0.9")
+    parser.add_argument("--why", action="store_true", help="also tell what the lost mass was planted as; slow")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a verdict is missed")
     arguments = parser.parse_args()
@@ -351,11 +363,12 @@ def main() -> int:
     if arguments.list:
         print(*(case.name for case in cases), sep="\n")
         return 0
+    keep_freed_memory()
     config = from_sources(("defaults", {"max_density": 1.0}), ("--set", settings(arguments.set)))
     start, results = time.perf_counter(), []
     titles = "".join(f"{title:>9}" for title in ("needed", "planted", "density", "coverage", "mass", "error"))
     print(f"{'case':34} {'pattern':16}{titles}  weakest rows and head")
-    for result in run(cases, config):
+    for result in run(cases, config, why=arguments.why):
         results.append(result)
         print(describe(result), flush=True)
     print(f"{time.perf_counter() - start:.0f} s, target {config.coverage}")
@@ -370,6 +383,15 @@ def main() -> int:
         }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     return 1 if arguments.check and not all(held for _, held in verdicts) else 0
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep large blocks instead of mapping each anew, which takes longer than the arithmetic on them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+        mallopt(m_mmap_max, 0)
 
 
 def settings(pairs: Sequence[str]) -> Mapping[str, Any]:
