@@ -44,7 +44,6 @@ from planted import Ints, Problem, Relation
 
 CPU = torch.device("cpu")
 SAMPLE = 512
-CHUNK_SAMPLE = 160
 KINDS = ("media", "hlines", "between", "text")
 """Kinds of rows: at a place, at a place of an h-line, between two frames of an item, text outside of items."""
 
@@ -66,8 +65,8 @@ class Result:
     guarded: int
     mass_by_kind: dict[str, float]
     mass_by_head: list[float]
-    unchunked_rows_mass: float | None
-    """In one chunk: the mass of the rows that the same case in chunks measures."""
+    mass_as_chunked: dict[int, float]
+    """In one chunk: the mass of the rows that the same case in chunks of that size measures."""
     seconds: float
     why: list[str]
     """One line per measured chunk, if asked for."""
@@ -77,21 +76,22 @@ class Result:
 class Truth:
     """Dense attention of sampled rows: positions [S] ascending; lse, planted [S, H]; out [S, H, Dv].
 
-    ``weight`` [S] sums to 1 and makes means over the sample means over all rows; 0 for rows drawn for chunks only.
-    ``in_chunks`` [S]: the same for the rows of the measured chunks. ``kind`` [S] indexes :data:`KINDS`.
+    ``weight`` by size of the chunks, 0 for one chunk: [S], sums to 1 and makes means over the sample means over all
+    rows of the measured chunks; 0 for rows drawn for another size. ``kind`` [S] indexes :data:`KINDS`.
     """
 
     positions: Ints
     kind: Ints
-    weight: np.ndarray
-    in_chunks: np.ndarray
+    weight: dict[int, np.ndarray]
     lse: torch.Tensor
     planted: torch.Tensor
     out: torch.Tensor
 
 
 def measured_chunks(length: int, chunk: int) -> list[tuple[int, int]]:
-    """Start and end of the first, a middle and the last whole chunk."""
+    """Start and end of the first, a middle and the last whole chunk; of everything for ``chunk`` 0."""
+    if chunk == 0:
+        return [(0, length)]
     count = length // chunk
     return [(index * chunk, (index + 1) * chunk) for index in sorted({0, count // 2, count - 1})]
 
@@ -104,28 +104,27 @@ def kinds_of(problem: Problem) -> Ints:
     return kind
 
 
-def dense_truth(problem: Problem, chunk: int, seed: int) -> Truth:
-    """Draws rows by kind and computes their dense attention. ``chunk``: of the case's variant in chunks, or 0."""
+def dense_truth(problem: Problem, chunks: Sequence[int], seed: int) -> Truth:
+    """Draws rows by kind for each size of chunks, 0 for one chunk, and computes their dense attention."""
     rng = np.random.default_rng(seed)
     length, kind = problem.scene.length, kinds_of(problem)
-    weight, in_chunks = np.zeros(length), np.zeros(length)
-    _draw(np.arange(length), kind, SAMPLE, weight, rng)
-    if chunk:
+    weights = {chunk: np.zeros(length) for chunk in {0, *chunks}}
+    for chunk, weight in weights.items():
         rows = np.concatenate([np.arange(start, end) for start, end in measured_chunks(length, chunk)])
-        _draw(rows, kind, 3 * CHUNK_SAMPLE, in_chunks, rng)
-    positions = np.flatnonzero(weight + in_chunks)
+        _draw(rows, kind, weight, rng)
+    positions = np.flatnonzero(sum(weights.values()))
     parts = [_dense_rows(problem, block) for block in np.array_split(positions, -(-positions.size // 64))]
     lse, mass, out = (torch.cat(list(column)) for column in zip(*parts, strict=True))
-    return Truth(positions, kind[positions], weight[positions], in_chunks[positions], lse, mass, out)
+    return Truth(positions, kind[positions], {c: w[positions] for c, w in weights.items()}, lse, mass, out)
 
 
-def _draw(rows: Ints, kind: Ints, count: int, weight: np.ndarray, rng: np.random.Generator) -> None:
-    """Gives ``count`` of the rows their weight: at least an eighth of them per kind, evenly over its positions."""
+def _draw(rows: Ints, kind: Ints, weight: np.ndarray, rng: np.random.Generator) -> None:
+    """Gives some of the rows their weight: a share of them per kind, evenly over its positions."""
     for index in range(len(KINDS)):
         own = rows[kind[rows] == index]
         if own.size == 0:
             continue
-        wanted = min(own.size, max(count // 8, round(count * own.size / rows.size)))
+        wanted = min(own.size, max(SAMPLE // 8, round(SAMPLE * own.size / rows.size)))
         picked = own[((np.arange(wanted) + rng.random(wanted)) * own.size / wanted).astype(np.int64)]
         np.add.at(weight, picked, own.size / rows.size / wanted)
 
@@ -257,10 +256,10 @@ def _tile_map(tile_pass: TilePass, tiles: slice, relation: Relation) -> np.ndarr
 
 
 def measure(
-    forwards: Sequence[Forward], truth: Truth, specs: Sequence[HeadSpec], config: Config, *, why: bool = False
+    forwards: Sequence[Forward], truth: Truth, chunk: int, specs: Sequence[HeadSpec], config: Config, *, why: bool
 ) -> dict[str, Any]:
-    """Runs selection and attention on every forward; figures are over all of their rows."""
-    weight = truth.in_chunks if len(forwards) > 1 else truth.weight
+    """Runs selection and attention on every forward of chunks of that size; figures are over all of their rows."""
+    weight = truth.weight[chunk]
     lines = []
     tiles = guarded = 0
     coverage, squares, norm = [], 0.0, 0.0
@@ -305,9 +304,9 @@ def measure(
         "mass_by_kind": by_kind,
         "mass_by_head": [float(np.average(column[used], weights=weight[used])) for column in mass.T],
         "why": lines,
-        "unchunked_rows_mass": (
-            mean(mass.mean(1), truth.in_chunks) if len(forwards) == 1 and truth.in_chunks.any() else None
-        ),
+        "mass_as_chunked": {
+            size: mean(mass.mean(1), other) for size, other in truth.weight.items() if not chunk and size
+        },
     }
 
 
@@ -321,13 +320,13 @@ def run(cases: Sequence[Case], config: Config, *, why: bool = False) -> Iterator
         problem = planted.plant(
             first.scene(), first.plants, heads=first.heads, kv_heads=first.kv_heads, seed=first.seed
         )
-        truth = dense_truth(problem, max(case.chunk for case in same), first.seed)
+        truth = dense_truth(problem, [case.chunk for case in same], first.seed)
         for case in same:
-            chunks = measured_chunks(case.tokens, case.chunk) if case.chunk else [(0, case.tokens)]
+            chunks = measured_chunks(case.tokens, case.chunk)
             forwards = [forward(problem, *chunk, config, truth.positions, case.seed) for chunk in chunks]
             for pattern, specs in case.specs().items():
                 start = time.perf_counter()
-                figures = measure(forwards, truth, specs, config, why=why)
+                figures = measure(forwards, truth, case.chunk, specs, config, why=why)
                 yield Result(
                     case.name, pattern, case.tokens, case.chunk, **figures, seconds=time.perf_counter() - start
                 )

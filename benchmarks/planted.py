@@ -380,10 +380,12 @@ def _strengths(mix: Mix, counts: dict[str, Ints], length: int) -> dict[str, npt.
     strength = {name: np.zeros(length) for name in shares}
     zero = np.zeros(length)
     for _ in range(6):
-        place = strength.get("slash", zero) ** 2 / (2 * _CODE_DIM)
-        terms = 1 if mix.slash else 2
-        block = (terms * strength.get("window", zero) ** 2 + strength.get("diagonal", zero) ** 2) / (2 * _CODE_DIM)
-        gain = {"slash": block, "window": place, "diagonal": place}
+        place, window, diagonal = (
+            strength.get(name, zero) ** 2 / (2 * _CODE_DIM) for name in ("slash", "window", "diagonal")
+        )
+        block = window * (1 if mix.slash else 2) + diagonal
+        # A key has no cross-talk with the feature that it matches.
+        gain = {"slash": block, "window": place + block - window, "diagonal": place + block - diagonal}
         for name, share in shares.items():
             wanted = share / total * (1 - BACKGROUND) / BACKGROUND * rest / np.maximum(counts[name], 1)
             amount = np.log(np.maximum(wanted, 1.0)) + place + block - gain.get(name, zero)
