@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from mminference_sgl.testing.warm import WarmProcess
+
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
@@ -91,6 +93,7 @@ class Server:
         metrics: ask SGLang for the time stamps behind `Answer.preprocess_s` and `Answer.forward_s`.
         log_path: where the log goes; by default a temporary file that goes away with the server.
         start_timeout: seconds the server may take to be ready.
+        warm: fork the server from a process that has imported SGLang, see `mminference_sgl.testing.warm`.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Server:
         metrics: bool = False,
         log_path: str | Path | None = None,
         start_timeout: float = 300.0,
+        warm: bool = False,
     ) -> None:
         self.port = _free_port()
         self.url = f"http://{_LOOPBACK}:{self.port}"
@@ -130,7 +134,8 @@ class Server:
         if metrics:
             self.command += ["--enable-metrics"]
         self.command += args
-        self._process: subprocess.Popen[bytes] | None = None
+        self._warm = warm
+        self._process: subprocess.Popen[bytes] | WarmProcess | None = None
         self._signals = _ExitOnSignals()
         self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(600.0, connect=5.0), trust_env=False)
 
@@ -153,15 +158,19 @@ class Server:
 
     def _start(self) -> None:
         began = time.monotonic()
-        with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._env,
-                start_new_session=True,
-            )
+        if self._warm:
+            self._log_path.write_bytes(b"")
+            self._process = WarmProcess(self.command[3:], self._env, self._log_path)
+        else:
+            with self._log_path.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._env,
+                    start_new_session=True,
+                )
         while time.monotonic() - began < self._timeout:
             if (code := self._process.poll()) is not None:
                 raise ServerError(
@@ -173,7 +182,7 @@ class Server:
                 if self._http.get("/health", timeout=20.0).status_code == httpx.codes.OK:
                     self.start_seconds = time.monotonic() - began
                     return
-            time.sleep(0.5)
+            time.sleep(0.2)
         raise ServerError(f"the server was not ready after {self._timeout:.0f} s", self.log())
 
     def stop(self) -> None:
@@ -376,7 +385,7 @@ def _temporary_log() -> Path:
     return Path(name)
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def _end_group(process: subprocess.Popen[bytes] | WarmProcess) -> None:
     """Ask the leader of a process group to end, then kill what is left of the group."""
     try:
         process.terminate()
