@@ -14,6 +14,9 @@ import numpy as np
 from mminference_sgl.testing import Answer, Message, Prefill, Server, png_url, prefills, user_message, write_mp4
 
 NEW_TOKENS = 8
+LARGEST_LOGIT = 16.0
+ROUNDING_BAND = 8 * float(np.finfo(np.float32).eps) * LARGEST_LOGIT
+"""Eight float32 roundings of a logit."""
 EXACT = {"coverage": 1.0, "min_tokens": 256}
 """Every tile is selected, and all but the shortest requests take the sparse path."""
 
@@ -81,6 +84,7 @@ def start(
     config: Any = None,
     *,
     overlap_schedule: bool = False,
+    warm: bool = True,
     **env: str | None,
 ) -> Server:
     """A server in float32 with a small pool and the backend's log at its most talkative."""
@@ -91,6 +95,7 @@ def start(
         chunked_prefill_size=chunk,
         max_total_tokens=16384,
         overlap_schedule=overlap_schedule,
+        warm=warm,
         args=["--dtype", "float32", "--context-length", "8192", *args],
         env=environment,
     )
@@ -107,13 +112,19 @@ def ask_together(server: Server, asked: Messages, **options: Any) -> dict[str, A
         return dict(zip(TOGETHER, answers, strict=True))
 
 
+def ask_in_turn(server: Server, asked: Messages, run: Run) -> None:
+    """One request after the other; answers and log go to `run`."""
+    for name, message in asked.items():
+        mark = len(server.log())
+        run.answers[name] = ask(server, message)
+        run.prefills[name] = prefills(server.log(mark))
+    run.log = server.log()
+
+
 def ask_everything(server: Server, asked: Messages) -> Run:
     """One scenario after the other, the concurrent ones last."""
     run = Run()
-    for name in ALONE:
-        mark = len(server.log())
-        run.answers[name] = ask(server, asked[name])
-        run.prefills[name] = prefills(server.log(mark))
+    ask_in_turn(server, {name: asked[name] for name in ALONE}, run)
     mark = len(server.log())
     run.answers |= ask_together(server, asked)
     run.prefills |= dict.fromkeys(TOGETHER, prefills(server.log(mark)))

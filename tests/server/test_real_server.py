@@ -9,24 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 import serving
-import tiny_models
 from mminference_sgl.testing import ServerError, fallbacks, start_lines
-from serving import ALONE, SCENARIOS, Messages, ModelPath, RunOf, difference
+from serving import ALONE, ROUNDING_BAND, SCENARIOS, Messages, ModelPath, RunOf, difference
 
 pytestmark = pytest.mark.server
 
 CUTS_FRAMES, ONE_CHUNK = 509, -1
-QWEN2_5, QWEN3 = tiny_models.NAMES
+QWEN2_5, QWEN3 = MODELS = ("qwen2_5_vl", "qwen3_vl")
 chunks = pytest.mark.parametrize("chunk", [CUTS_FRAMES, ONE_CHUNK], ids=["chunks of 509", "one chunk"])
-models = pytest.mark.parametrize("model", tiny_models.NAMES)
+models = pytest.mark.parametrize("model", MODELS)
 scenarios = pytest.mark.parametrize("scenario", SCENARIOS)
-
-LARGEST_LOGIT = 16.0
-ROUNDING_BAND = 8 * float(np.finfo(np.float32).eps) * LARGEST_LOGIT
 
 
 def tolerance(run_of: RunOf, model: str) -> float:
@@ -143,7 +138,7 @@ def test_mixed_chunks_and_overlapping_schedule(run_of: RunOf, model_path: ModelP
     ids=["unknown key", "bad value", "implementation that cannot run here"],
 )
 def test_bad_configuration_stops_the_server(config: dict[str, Any], complaint: str, model_path: ModelPath):
-    server = serving.start(model_path(QWEN2_5), ONE_CHUNK, "mminference", config=config)
+    server = serving.start(model_path(QWEN2_5), ONE_CHUNK, "mminference", config=config, warm=False)
     with pytest.raises(ServerError, match="stopped with exit code") as caught, server:
         pytest.fail("the server started")
     assert caught.value.returncode != 0

@@ -1,0 +1,44 @@
+"""Tiny random checkpoints of six families that SGLang serves.
+
+All have 2 layers, 4 query heads, 2 KV heads of size 32 and a byte-level tokenizer. Their weights are random, but
+scaled so that they are fit for comparing servers: attention is peaked (scores have a standard deviation of about 3),
+so what a sparse backend drops shows; and logits are spread (standard deviation of about 4), so that greedy tokens do
+not hang on rounding. They are stored in float32 and should be served in it, but for LLaVA: SGLang loads its vision
+tower in float16, so all of it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tiny_models import glm, internvl, llava, qwen
+
+BUILDERS: dict[str, Callable[[Path], None]] = {
+    "qwen2_vl": qwen.build_qwen2_vl,
+    "qwen2_5_vl": qwen.build_qwen2_5_vl,
+    "qwen3_vl": qwen.build_qwen3_vl,
+    "glm4v": glm.build,
+    "internvl": internvl.build,
+    "llava_onevision": llava.build,
+}
+
+
+def path_of(name: str, cache: Path) -> Path:
+    """The checkpoint's folder below `cache`, built there unless this package's present text has already built it."""
+    text = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    folder = cache / hashlib.sha256(text).hexdigest()[:16] / name
+    if not (folder / "complete").is_file():
+        build(name, folder)
+        (folder / "complete").touch()
+    return folder
+
+
+def build(name: str, folder: Path) -> None:
+    """Write the checkpoint `name`, one of `BUILDERS`, with its tokenizer and processor files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    BUILDERS[name](folder)

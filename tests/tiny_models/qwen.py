@@ -1,0 +1,69 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from tiny_models.parts import HALF, TEXT, VISION, chat_template, ids_of, spread, write_json, write_tokenizer
+
+_SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+_ID = ids_of(_SPECIAL)
+_CHAT = chat_template(
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|vision_start|><|video_pad|><|vision_end|>",
+)
+_IDS = {
+    "image_token_id": _ID["<|image_pad|>"],
+    "video_token_id": _ID["<|video_pad|>"],
+    "vision_start_token_id": _ID["<|vision_start|>"],
+    "vision_end_token_id": _ID["<|vision_end|>"],
+    "tie_word_embeddings": False,
+}
+_ROPE = {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+_TEXT_2 = {**TEXT, "rope_parameters": _ROPE, "max_window_layers": 2, "use_sliding_window": False}
+
+
+def build_qwen2_vl(folder: Path) -> None:
+    vision = {name: VISION[name] for name in ("depth", "num_heads", "temporal_patch_size", "spatial_merge_size")}
+    vision |= {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2, "patch_size": 14, "in_channels": 3}
+    config = Qwen2VLConfig(text_config=_TEXT_2, vision_config=vision, vision_token_id=_ID["<|vision_pad|>"], **_IDS)
+    _write(folder, Qwen2VLForConditionalGeneration(config), "Qwen2VLProcessor", "Qwen2VLVideoProcessor", 14)
+
+
+def build_qwen2_5_vl(folder: Path) -> None:
+    vision = {**VISION, "patch_size": 14, "spatial_patch_size": 14, "window_size": 112, "tokens_per_second": 2}
+    vision["fullatt_block_indexes"] = [1]
+    config = Qwen2_5_VLConfig(text_config=_TEXT_2, vision_config=vision, vision_token_id=_ID["<|vision_pad|>"], **_IDS)
+    _write(folder, Qwen2_5_VLForConditionalGeneration(config), "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", 14)
+
+
+def build_qwen3_vl(folder: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {**TEXT, "head_dim": 32, "rope_parameters": rope}
+    vision = {**VISION, "patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_IDS))
+    _write(folder, model, "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+
+
+def _write(folder: Path, model: Any, processor: str, video_processor: str, patch_size: int) -> None:
+    spread(model, model.model.language_model, model.lm_head, _SPECIAL)
+    model.save_pretrained(folder)
+    tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    write_tokenizer(folder, _SPECIAL, _CHAT, processor_class=processor, **tokens)
+    common = {"processor_class": processor, "patch_size": patch_size, "temporal_patch_size": 2, "merge_size": 2, **HALF}
+    image = {"image_processor_type": "Qwen2VLImageProcessorFast"}
+    image["size"] = {"shortest_edge": 3136, "longest_edge": 12845056}
+    video = {"video_processor_type": video_processor, "do_sample_frames": False, "fps": 2}
+    video["size"] = {"shortest_edge": 4096, "longest_edge": 25165824}
+    write_json(folder / "preprocessor_config.json", {**common, **image})
+    write_json(folder / "video_preprocessor_config.json", {**common, **video})
