@@ -22,6 +22,8 @@ class Prefill:
     """Computed tiles / causal tiles, over the layers that ran sparse."""
     coverage: float
     error: float
+    rank: int = 0
+    """Tensor-parallel rank whose heads these are."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Fallback:
     detail: str
 
 
-_PREFILL = re.compile(r"mminference prefill (?=\S+=)(.*)$", re.MULTILINE)
+_PREFILL = re.compile(r"(?:\bTP(\d+)[^\]\n]*\] )?mminference prefill (?=\S+=)(.*)$", re.MULTILINE)
 _FALLBACK = re.compile(r"mminference: request runs dense: ([^:\n]+): (.*)$", re.MULTILINE)
 _START = re.compile(r"\bmminference: (?!request runs dense)(.*)$", re.MULTILINE)
 
@@ -41,7 +43,7 @@ def prefills(log: str) -> list[Prefill]:
     """The sparse prefills that a server's log tells of (``MMINFERENCE_LOG=debug``), in order."""
     found = []
     for match in _PREFILL.finditer(log):
-        values = dict(part.split("=", 1) for part in match[1].split() if "=" in part)
+        values = dict(part.split("=", 1) for part in match[2].split() if "=" in part)
         found.append(
             Prefill(
                 request=values["request"],
@@ -51,6 +53,7 @@ def prefills(log: str) -> list[Prefill]:
                 density=float(values["density"]),
                 coverage=float(values["coverage"]),
                 error=float(values["error"]),
+                rank=int(match[1] or 0),
             )
         )
     return found
