@@ -89,11 +89,11 @@ class Truth:
 
 
 def measured_chunks(length: int, chunk: int) -> list[tuple[int, int]]:
-    """Start and end of the first, a middle and the last whole chunk; of everything for ``chunk`` 0."""
+    """Start and end of the first, a middle and the last chunk; of everything for ``chunk`` 0."""
     if chunk == 0:
         return [(0, length)]
-    count = length // chunk
-    return [(index * chunk, (index + 1) * chunk) for index in sorted({0, count // 2, count - 1})]
+    count = -(-length // chunk)
+    return [(index * chunk, min(length, (index + 1) * chunk)) for index in sorted({0, count // 2, count - 1})]
 
 
 def kinds_of(problem: Problem) -> Ints:
@@ -171,8 +171,13 @@ class Forward:
         return sum(needed_tiles(self.plan, head.relations) for head in self.problem.heads)
 
 
-def forward(problem: Problem, start: int, end: int, config: Config, sample: Ints, seed: int) -> Forward:
-    """The plan of rows ``start`` to ``end``, later keys not written yet; ``sample``: positions to attend to."""
+def forward(
+    problem: Problem, start: int, end: int, config: Config, sample: Ints, *, chunk: int = 0, seed: int = 0
+) -> Forward:
+    """The plan of rows ``start`` to ``end``, later keys not written yet; ``sample``: positions to attend to.
+
+    ``chunk``: the size of chunks that the layout is told, 0 for none.
+    """
     scene = problem.scene
     slots = torch.from_numpy(np.random.default_rng(seed).permutation(scene.length) + 1)
     pools = []
@@ -184,7 +189,7 @@ def forward(problem: Problem, start: int, end: int, config: Config, sample: Ints
     layout = _core.Layout(
         scene.length,
         scene.items,
-        chunk_tokens=end - start,
+        chunk_tokens=chunk,
         tile_queries=config.tile_queries,
         cell_size=config.cell_size,
     )
@@ -322,8 +327,11 @@ def run(cases: Sequence[Case], config: Config, *, why: bool = False) -> Iterator
         )
         truth = dense_truth(problem, [case.chunk for case in same], first.seed)
         for case in same:
-            chunks = measured_chunks(case.tokens, case.chunk)
-            forwards = [forward(problem, *chunk, config, truth.positions, case.seed) for chunk in chunks]
+            chunks = measured_chunks(problem.scene.length, case.chunk)
+            forwards = [
+                forward(problem, *bounds, config, truth.positions, chunk=case.chunk, seed=case.seed)
+                for bounds in chunks
+            ]
             for pattern, specs in case.specs().items():
                 start = time.perf_counter()
                 figures = measure(forwards, truth, case.chunk, specs, config, why=why)

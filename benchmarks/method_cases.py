@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mminference_sgl.catalog import HeadSpec, load
+from mminference_sgl.catalog import HeadSpec
 from planted import GEOMETRIES, Mix, Plant, Scene, interleaved, one_video
 
 if TYPE_CHECKING:
@@ -17,12 +17,11 @@ K = 1024
 
 MAPS = {
     "map:k": HeadSpec("dense", "dense", "dense", "grid"),
-    "map:q": HeadSpec("dense", "dense", "grid", "grid"),
     "map:2d": HeadSpec("vertical_slash", "vertical_slash", "dense", "grid"),
-    "off:a_shape": HeadSpec("a_shape", "a_shape", "a_shape", "a_shape"),
+    "off:vertical_slash": HeadSpec(*["vertical_slash"] * 4),
+    "off:a_shape": HeadSpec(*["a_shape"] * 4),
 }
-"""Head maps beside the patterns: with a boundary, and one pattern for all pairs (so is ``vertical_slash``)."""
-OFF = ("vertical_slash", "off:a_shape")
+"""Maps of heads: with a boundary between the modalities of keys or of both, and with one pattern for all pairs."""
 
 PLANTS = {
     "slash": Plant(Mix(slash=1)),
@@ -30,6 +29,7 @@ PLANTS = {
     "vlines": Plant(Mix(vlines=1)),
     "hlines": Plant(Mix(slash=1), hline_places=0.06),
     "lines": Plant(Mix(slash=0.6, vlines=0.25, window=0.15)),
+    "few-lines": Plant(Mix(slash=0.6, vlines=0.25, window=0.15), vline_places=0.01),
     "all": Plant(Mix(slash=0.6, vlines=0.25, window=0.15), hline_places=0.06),
     "no-window": Plant(Mix(slash=0.7, vlines=0.3)),
     "no-window-h": Plant(Mix(slash=0.7, vlines=0.3), hline_places=0.06),
@@ -41,12 +41,13 @@ PLANTS = {
     "q-boundary": Plant(Mix(slash=0.7, window=0.2), Mix(window=0.3, columns=0.6)),
     "2d-boundary": Plant(Mix(slash=0.6, text=0.3), Mix(window=0.2, text=0.3, columns=0.4)),
 }
+MIXED = ("lines", "slash", "a-shape", "vertical-slash")
 BOUNDARIES = ("no-boundary", "k-boundary", "q-boundary", "2d-boundary")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A planted layer at a length; ``chunk`` 0 is one chunk; ``plant`` names :data:`PLANTS`, joined by ``+``."""
+    """A planted layer at a length; ``chunk`` 0 is one chunk; ``plant`` names :data:`PLANTS` or is "mixed"."""
 
     plant: str
     geometry: str
@@ -71,7 +72,7 @@ class Case:
     @property
     def plants(self) -> list[Plant]:
         """One per query head, cycled."""
-        return [PLANTS[name] for name in self.plant.split("+")]
+        return [PLANTS[name] for name in MIXED] if self.plant == "mixed" else [PLANTS[self.plant]]
 
     @property
     def boundary(self) -> bool:
@@ -84,11 +85,9 @@ class Case:
         return make(GEOMETRIES[self.geometry], self.tokens)
 
     def specs(self) -> dict[str, list[HeadSpec]]:
-        """Head specs by name of the pattern."""
-        specs = {name: load(name).specs(0, range(self.heads)) for name in PATTERNS}
-        if self.boundary:
-            specs |= {name: [spec] * self.heads for name, spec in MAPS.items()}
-        return specs
+        """Head specs by name of the pattern; rows of text run dense, but for maps that say otherwise."""
+        specs = {name: HeadSpec("dense", "dense", name, name) for name in PATTERNS} | (MAPS if self.boundary else {})
+        return {name: [spec] * self.heads for name, spec in specs.items()}
 
 
 GRIDS = ("longvila", "llava-video", "videochat", "qwen2.5", "qwen3", "qwen3-plain")
@@ -110,7 +109,7 @@ def _all_cases() -> Iterator[Case]:
     yield Case("a-shape", "qwen2.5", 16 * K)
     yield Case("vertical-slash", "qwen2.5", 16 * K, quick=True)
     # Heads of one layer that differ, two to a KV head.
-    yield Case("lines+slash+a-shape+vertical-slash", "qwen2.5", 16 * K, heads=4, kv_heads=2)
+    yield Case("mixed", "qwen2.5", 16 * K, heads=4, kv_heads=2)
     yield Case("diffuse", "qwen2.5", 8 * K)
     for plant in BOUNDARIES:
         yield Case(plant, "qwen2.5", 16 * K, quick=plant == "2d-boundary")
@@ -118,6 +117,7 @@ def _all_cases() -> Iterator[Case]:
     yield Case("2d-boundary", "qwen3", 16 * K)
     for plant, geometry in (("lines", "longvila"), ("all", "longvila"), ("lines", "qwen3"), ("2d-boundary", "qwen2.5")):
         yield Case(plant, geometry, 32 * K)
+    yield Case("few-lines", "longvila", 64 * K)
     yield Case("lines", "longvila", 64 * K)
     yield Case("lines", "longvila", 64 * K, chunk=8 * K)
     yield Case("lines", "longvila", 64 * K, chunk=2 * K)
@@ -155,10 +155,12 @@ def judge(results: Sequence[Result], target: float) -> list[tuple[str, bool]]:
             text = f"{case.name}: density of auto over {best.pattern}'s"
             want(text, auto.density / best.density, 1.25, least=False)
         if case.tokens >= 64 * K and not case.chunk:
-            want(f"{case.name}: density of grid, needed {auto.needed:.3f},", found["grid"].density, 0.06, least=False)
+            limit = max(0.06, 1.5 * auto.needed)
+            want(f"{case.name}: density of grid, needed {auto.needed:.3f},", found["grid"].density, limit, least=False)
         if case.boundary and case.plant != "no-boundary":
-            on = min((r for n, r in found.items() if n not in OFF and r.mass >= floor), key=_density, default=None)
-            off = min((found[name] for name in OFF if found[name].mass >= floor), key=_density, default=None)
+            reaching_all = [result for result in found.values() if result.mass >= floor]
+            off = min((r for r in reaching_all if r.pattern.startswith("off:")), key=_density, default=None)
+            on = min((r for r in reaching_all if not r.pattern.startswith("off:")), key=_density, default=None)
             # One pattern for all pairs that keeps the mass is at worst dense attention.
             ratio = (off.density if off else 1.0) / on.density if on else 0.0
             names = f"{off.pattern if off else 'dense'} over {on.pattern if on else 'none'}"
@@ -173,8 +175,7 @@ def judge(results: Sequence[Result], target: float) -> list[tuple[str, bool]]:
             for name in ("auto", "grid"):
                 text = f"{case.name}: {name} with timestamps against without,"
                 want(f"{text} mass below by", plain[name].mass - found[name].mass, 0.01, least=False)
-                over_needed = (found[name].density / found[name].needed) / (plain[name].density / plain[name].needed)
-                want(f"{text} density over needed", over_needed, 1.1, least=False)
+                want(f"{text} density over", found[name].density / plain[name].density, 1.1, least=False)
     return verdicts
 
 

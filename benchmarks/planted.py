@@ -107,21 +107,14 @@ class Scene:
         return self.item < 0
 
 
-def make_scene(length: int, parts: Sequence[int | tuple[Geometry, int]]) -> Scene:
-    """Lays out ``parts`` one after the other: tokens of text, or frames of a geometry; text fills up to ``length``.
-
-    The first part is text and takes what is left.
-    """
-    first, *rest = parts
-    assert isinstance(first, int)
-    sizes = [_video_length(*part) if isinstance(part, tuple) else part for part in rest]
-    at = length - sum(sizes)
-    if at < first:
-        raise ValueError(f"{length} tokens are too few for {first + sum(sizes)}")
+def make_scene(parts: Sequence[int | tuple[Geometry, int]]) -> Scene:
+    """Lays out ``parts`` one after the other: so many tokens of text, or so many frames of a geometry."""
+    sizes = [_video_length(*part) if isinstance(part, tuple) else part for part in parts]
+    length, at = sum(sizes), 0
     items: list[Item] = []
     item, place = np.full(length, _NOBODY), np.full(length, _NOBODY)
     cols = np.ones(length, dtype=np.int64)
-    for part, size in zip(rest, sizes, strict=True):
+    for part, size in zip(parts, sizes, strict=True):
         if isinstance(part, tuple):
             geometry, frames = part
             spans, start = [], at
@@ -140,15 +133,15 @@ def make_scene(length: int, parts: Sequence[int | tuple[Geometry, int]]) -> Scen
 
 
 def one_video(geometry: Geometry, length: int, *, lead: int = 24, question: int = 48) -> Scene:
-    """One video between a short text and a question."""
+    """One video between a short text and a question, as many whole frames as ``length`` holds."""
     frames = 1
     while lead + _video_length(geometry, frames + 1) + question <= length:
         frames += 1
-    return make_scene(length, [lead, (geometry, frames), question])
+    return make_scene([lead, (geometry, frames), question])
 
 
 def interleaved(geometry: Geometry, length: int) -> Scene:
-    """Two videos, an image between them, and text around each."""
+    """Two videos, an image between them, and text around each; at most ``length`` tokens."""
     texts = (150, 120, 90, 64)
     frames = 3
     while sum(texts) + _video_length(geometry, frames + 1) <= length:
@@ -156,7 +149,7 @@ def interleaved(geometry: Geometry, length: int) -> Scene:
     # A video's first gap may differ from the others, so one frame is left for that.
     first = frames // 2
     media = [(geometry, first), (geometry, 1), (geometry, max(1, frames - first - 2))]
-    return make_scene(length, [texts[0], *(part for pair in zip(media, texts[1:], strict=True) for part in pair)])
+    return make_scene([texts[0], *(part for pair in zip(media, texts[1:], strict=True) for part in pair)])
 
 
 def _video_length(geometry: Geometry, frames: int) -> int:
@@ -251,14 +244,20 @@ class Problem:
         return HEAD_DIM**-0.5
 
 
-def codes(count: int) -> npt.NDArray[np.float32]:
-    """Unit vectors [count, 58] with inner products of at most 1 / sqrt(29): chirps of a prime length, real parts."""
-    if count > _PRIME**2:
-        raise ValueError(f"{count} codes wanted, there are {_PRIME**2}")
-    slope, shift = np.divmod(np.arange(count)[:, None], _PRIME)
+def codes() -> npt.NDArray[np.float32]:
+    """Unit vectors [29 * 29, 58] with inner products of at most 1 / sqrt(29): chirps of a prime length, real parts."""
+    slope, shift = np.divmod(np.arange(_PRIME**2)[:, None], _PRIME)
     n = np.arange(_PRIME)
     phase = 2 * np.pi / _PRIME * ((slope * n * n + shift * n) % _PRIME)
     return (np.concatenate([np.cos(phase), np.sin(phase)], axis=1) / np.sqrt(_PRIME)).astype(np.float32)
+
+
+def _shuffled_codes(count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Codes in random order, so that those of neighbours have no relation, and zeros at -1: [count + 1, 58]."""
+    if count > _PRIME**2:
+        raise ValueError(f"{count} places or blocks, there are {_PRIME**2} codes")
+    table = codes()[rng.permutation(_PRIME**2)[:count]]
+    return np.vstack([table, np.zeros_like(table[:1])])
 
 
 def plant(scene: Scene, plants: Sequence[Plant], *, heads: int, kv_heads: int, seed: int = 0) -> Problem:
@@ -313,6 +312,9 @@ class _Labels:
         self.block_tokens = max(8, frame // 2, -(-length // _PRIME**2))
         self.row_block = position // self.block_tokens
 
+        self.codes_of_places, self.codes_of_blocks = (
+            _shuffled_codes(int(label.max()) + 1, rng) for label in (self.row_place, self.row_block)
+        )
         self.sink = np.where(position < _SINK_TOKENS, 0, _NOBODY)
         free = self.sink < 0
         self.vlines = np.full(length, _NOBODY)
@@ -395,9 +397,8 @@ def _strengths(mix: Mix, counts: dict[str, Ints], length: int) -> dict[str, npt.
 
 def _key_features(labels: _Labels, key: npt.NDArray[np.float32], rng: np.random.Generator) -> None:
     """Fills [length, HEAD_DIM]: place code, block code, one dimension per bias, noise."""
-    for at, label in ((0, labels.place), (_CODE_DIM, labels.block)):
-        table = np.vstack([codes(int(label.max(initial=0)) + 1), np.zeros((1, _CODE_DIM), dtype=np.float32)])
-        key[:, at : at + _CODE_DIM] = table[label]
+    key[:, :_CODE_DIM] = labels.codes_of_places[labels.place]
+    key[:, _CODE_DIM : 2 * _CODE_DIM] = labels.codes_of_blocks[labels.block]
     for dim, name in enumerate(_BIASES, start=2 * _CODE_DIM):
         key[:, dim] = getattr(labels, name) == 0
     key[:, -_NOISE_DIM:] = rng.standard_normal((key.shape[0], _NOISE_DIM))
@@ -405,12 +406,11 @@ def _key_features(labels: _Labels, key: npt.NDArray[np.float32], rng: np.random.
 
 def _query_features(labels: _Labels, head: Head, query: npt.NDArray[np.float32], rng: np.random.Generator) -> None:
     """Fills [length, HEAD_DIM], scaled by the row's strengths, to be multiplied by the root of HEAD_DIM."""
-    place = np.vstack([codes(int(labels.row_place.max(initial=0)) + 1), np.zeros((1, _CODE_DIM), dtype=np.float32)])
-    query[:, :_CODE_DIM] = head.strength["slash"][:, None] * place[labels.row_place]
-    block = np.vstack([codes(int(labels.row_block[-1]) + 1), np.zeros((1, _CODE_DIM), dtype=np.float32)])
+    query[:, :_CODE_DIM] = head.strength["slash"][:, None] * labels.codes_of_places[labels.row_place]
     for relation in head.relations:
         if relation.name in {"window", "diagonal"}:
-            query[:, _CODE_DIM : 2 * _CODE_DIM] += head.strength[relation.name][:, None] * block[relation.rows]
+            strength = head.strength[relation.name][:, None]
+            query[:, _CODE_DIM : 2 * _CODE_DIM] += strength * labels.codes_of_blocks[relation.rows]
     for dim, name in enumerate(_BIASES, start=2 * _CODE_DIM):
         query[:, dim] = head.strength[name]
     query[:, -_NOISE_DIM:] = NOISE / np.sqrt(_NOISE_DIM) * rng.standard_normal((query.shape[0], _NOISE_DIM))

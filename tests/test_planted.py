@@ -44,12 +44,16 @@ def dense_weights(problem, head: int = 0) -> torch.Tensor:
 
 
 def test_codes_are_unit_vectors_far_from_one_another() -> None:
-    table = planted.codes(29 * 29)
+    table = planted.codes()
     products = table @ table.T
     assert np.diag(products) == pytest.approx(1, abs=1e-5)
     assert np.abs(products - np.eye(len(table))).max() <= 29**-0.5 + 1e-5
-    with pytest.raises(ValueError, match="842 codes wanted"):
-        planted.codes(842)
+
+
+def test_more_places_than_codes_are_refused() -> None:
+    large = planted.make_scene([10, (planted.Geometry("large", 30, 30), 1), 10])
+    with pytest.raises(ValueError, match="900 places or blocks, there are 841 codes"):
+        planted.plant(large, [cases.PLANTS["slash"]], heads=1, kv_heads=1)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -129,15 +133,15 @@ def test_rows_have_the_shares_of_their_mix(plant: str) -> None:
     # Rows at a v-line's place and in the first blocks lack a relation, so medians are compared; cross-talk is
     # counted in its mean over many codes, and there are few here.
     for name, share in mix.items():
-        assert np.median(labelled[name]) == pytest.approx(share / sum(mix.values()), abs=0.08), name
+        assert np.median(labelled[name]) == pytest.approx(share / sum(mix.values()), abs=0.1), name
 
 
 @pytest.mark.parametrize("plant", ["lines", "all", "2d-boundary"])
 @pytest.mark.parametrize("chunk", [None, (512, 1024)])
 def test_needed_tiles_by_brute_force(plant: str, chunk: tuple[int, int] | None) -> None:
     problem = problem_of(plant, length=1300)
-    start, end = chunk or (0, 1300)
-    one = method.forward(problem, start, end, CONFIG, np.arange(start, end), 0)
+    start, end = chunk or (0, problem.scene.length)
+    one = method.forward(problem, start, end, CONFIG, np.arange(start, end), chunk=end - start)
     length, relations = problem.scene.length, problem.heads[0].relations
     names = sorted({relation.name for relation in relations})
     masks = {
@@ -167,7 +171,6 @@ def test_dense_truth_is_dense_attention() -> None:
     problem = problem_of("all", heads=2)
     truth = method.dense_truth(problem, [0, 512], 0)
     assert [weight.sum() for weight in truth.weight.values()] == pytest.approx([1, 1])
-    assert not truth.weight[512][truth.positions >= 1024].any(), "1500 tokens are two whole chunks"
     kind = method.kinds_of(problem)
     for index in range(4):
         assert truth.weight[0][truth.kind == index].sum() == pytest.approx((kind == index).mean())
@@ -184,7 +187,8 @@ def test_dense_keeps_everything(chunk: int) -> None:
     problem = problem_of("all", heads=2)
     truth = method.dense_truth(problem, [chunk], 0)
     forwards = [
-        method.forward(problem, *bounds, CONFIG, truth.positions, 0) for bounds in method.measured_chunks(1500, chunk)
+        method.forward(problem, *bounds, CONFIG, truth.positions, chunk=chunk)
+        for bounds in method.measured_chunks(problem.scene.length, chunk)
     ]
     figures = method.measure(forwards, truth, chunk, [DENSE] * 2, CONFIG, why=True)
     assert figures["density"] == 1
@@ -196,8 +200,8 @@ def test_dense_keeps_everything(chunk: int) -> None:
 
 def test_thinned_passes_give_sampled_rows_what_all_rows_get() -> None:
     problem = problem_of("all", heads=2)
-    sample = np.arange(3, 1500, 7)
-    one = method.forward(problem, 0, 1500, CONFIG, sample, 0)
+    sample = np.arange(3, problem.scene.length, 7)
+    one = method.forward(problem, 0, problem.scene.length, CONFIG, sample)
     specs = [HeadSpec()] * 2
     operands = one.query, one.key_pool, one.value_pool
     outs = []
@@ -210,8 +214,8 @@ def test_thinned_passes_give_sampled_rows_what_all_rows_get() -> None:
 
 def test_kept_keys_hold_the_mass_that_the_lse_says() -> None:
     problem = problem_of("lines")
-    sample = np.arange(0, 1500, 97)
-    one = method.forward(problem, 0, 1500, CONFIG, sample, 0)
+    sample = np.arange(0, problem.scene.length, 97)
+    one = method.forward(problem, 0, problem.scene.length, CONFIG, sample)
     operands = one.query, one.key_pool, one.value_pool
     passes, _ = prefill.select_layer(*operands, one.sampled_plan, [HeadSpec()], CONFIG, problem.scale)
     out = torch.empty_like(one.query)
@@ -226,7 +230,7 @@ def test_kept_keys_hold_the_mass_that_the_lse_says() -> None:
 def test_measured_chunks_are_the_first_a_middle_and_the_last() -> None:
     assert method.measured_chunks(8 * 2048, 2048) == [(0, 2048), (8192, 10240), (14336, 16384)]
     assert method.measured_chunks(1500, 0) == [(0, 1500)]
-    assert method.measured_chunks(4096, 2048) == [(0, 2048), (2048, 4096)]
+    assert method.measured_chunks(4095, 2048) == [(0, 2048), (2048, 4095)]
 
 
 def test_settings_nest() -> None:
@@ -245,7 +249,7 @@ def test_a_small_run_end_to_end(monkeypatch, tmp_path: Path, capsys) -> None:
     assert method.main() == 0
     document = json.loads((tmp_path / "out.json").read_text())
     results = {(r["case"], r["pattern"]): r for r in document["results"]}
-    assert len({case for case, _ in results}) == 3
+    assert len({case for case, _ in results}) == len(small)
     assert all(r["mass"] == pytest.approx(1, abs=1e-4) for r in document["results"])
     assert any("in one chunk" in verdict["wanted"] for verdict in document["verdicts"])
     assert "held" in capsys.readouterr().out
