@@ -59,6 +59,8 @@ class Result:
     needed: float
     planted: float
     density: float
+    density_near: float
+    """The part of the density that the sequence pass computes."""
     coverage: float
     mass: float
     error: float
@@ -266,7 +268,7 @@ def measure(
     """Runs selection and attention on every forward of chunks of that size; figures are over all of their rows."""
     weight = truth.weight[chunk]
     lines = []
-    tiles = guarded = 0
+    tiles = near_tiles = guarded = 0
     coverage, squares, norm = [], 0.0, 0.0
     kept = torch.full(truth.lse.shape, torch.nan)
     for one in forwards:
@@ -275,6 +277,7 @@ def measure(
         operands, scale = (one.query, one.key_pool, one.value_pool), one.problem.scale
         passes, reports = prefill.select_layer(*operands, one.sampled_plan, specs, config, scale)
         tiles += sum(lists.tiles.numel() for _, lists in passes)
+        near_tiles += passes[0][1].tiles.numel()
         coverage.append(float(reports[0].coverage))
         guarded += int(reports[0].guarded)
         out = torch.full_like(one.query, torch.nan)
@@ -302,6 +305,7 @@ def measure(
         "needed": sum(one.needed for one in forwards) / sum(one.causal for one in forwards),
         "planted": mean(truth.planted.mean(1).double().numpy(), weight),
         "density": tiles / sum(one.causal for one in forwards),
+        "density_near": near_tiles / sum(one.causal for one in forwards),
         "coverage": float(np.mean(coverage)),
         "mass": mean(mass.mean(1), weight),
         "error": (squares / norm) ** 0.5,
@@ -350,7 +354,7 @@ def describe(result: Result) -> str:
         + "".join(f"{figure:9.3f}" for figure in figures)
         + f"{result.error:9.3f}  {kind} {mass:.3f}, head {head} {result.mass_by_head[head]:.3f}"
         + (f", {result.guarded} guarded" if result.guarded else "")
-        + "".join(f"\n    {line}" for line in result.why)
+        + "".join(f"\n    sequence pass {result.density_near:.3f}, {line}" for line in result.why)
     )
 
 

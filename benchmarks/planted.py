@@ -265,17 +265,18 @@ def plant(scene: Scene, plants: Sequence[Plant], *, heads: int, kv_heads: int, s
 
     Plants of one group therefore need the same ``patch`` and ``vline_places``.
     """
-    rng = np.random.default_rng(seed)
+    # Places are drawn apart from what depends on the number of tokens: scenes of one geometry have the same.
+    rng, places = (np.random.default_rng([seed, stream]) for stream in (0, 1))
     length, group = scene.length, heads // kv_heads
     query = np.zeros((length, heads, HEAD_DIM), dtype=np.float32)
     key = np.zeros((length, kv_heads, HEAD_DIM), dtype=np.float32)
     value = rng.standard_normal((length, kv_heads, HEAD_DIM), dtype=np.float32)
     planted: list[Head] = []
     fraction = max(one.hline_places for one in plants)
-    hline = _block_of_places(scene, fraction, rng) if fraction else np.zeros(length, dtype=bool)
+    hline = _block_of_places(scene, fraction, places) if fraction else np.zeros(length, dtype=bool)
     for kv_head in range(kv_heads):
         own = [plants[head % len(plants)] for head in range(kv_head * group, (kv_head + 1) * group)]
-        labels = _Labels(scene, own, rng)
+        labels = _Labels(scene, own, places)
         _key_features(labels, key[:, kv_head], rng)
         # Values agree within a place and within a stretch of time, so that leaving keys out is neither free nor fatal.
         seen = labels.place + 1
