@@ -92,11 +92,33 @@ def sparse_prefill(
         ValueError: shapes that do not belong together.
     """
     _check(query, key_pool, value_pool, passes, out)
-    attend: Attend = importlib.import_module(_MODULES[implementation], __package__).attend
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     for index, (tile_pass, lists) in enumerate(passes):
-        attend(query, key_pool, value_pool, tile_pass, lists, scale, out, lse, merge=index > 0)
+        _attend(implementation)(query, key_pool, value_pool, tile_pass, lists, scale, out, lse, merge=index > 0)
     return lse
+
+
+def merge_pass(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    tiles: tuple[TilePass, TileLists],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    implementation: str,
+) -> None:
+    """One more pass over keys that ``out`` and ``lse`` do not hold yet; rows with an LSE of -inf hold none.
+
+    Arguments as in :func:`sparse_prefill`; ``lse`` is what that returned.
+    """
+    _check(query, key_pool, value_pool, [tiles], out)
+    _attend(implementation)(query, key_pool, value_pool, *tiles, scale, out, lse, merge=True)
+
+
+def _attend(implementation: str) -> Attend:
+    attend: Attend = importlib.import_module(_MODULES[implementation], __package__).attend
+    return attend
 
 
 def _unavailable(name: str, device: torch.device) -> str:

@@ -1,8 +1,9 @@
 """Probe: where the attention mass of a few query rows of the chunk lies.
 
-Cost per (request, layer) with ``P`` probe rows and ``N`` keys: ``2 * H * P * N * (D + 2 * Dv)`` FLOPs for the scores,
-the dense and the sparse output, and ``4 * H * P * N`` bytes of fp32 weights per pass over them. With 64 rows the
-scores are 64 / chunk of the dense chunk's. Callers bound the memory by probing some heads at a time.
+Cost per (request, layer) with ``P`` probe rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the scores and
+the dense output, ``4 * H * P * N`` bytes of fp32 weights written once and read about five times, and the keys and
+values read once. With one row in 128 that is 1/128 of the dense chunk's FLOPs. Callers bound the memory by probing
+some heads at a time.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import torch
 class ProbeRows:
     """Rows of one request and one query modality whose attention is computed in full.
 
-    ``rows`` int64 [P]: batch row. ``positions`` int32 [P]: token position.
+    ``rows`` int64 [P]: batch row. ``positions`` int32 [P]: token position; ``first``: the smallest of them.
     ``cell_tiles`` int64 [P]: the row's query tile in the request's cell pass, counted within the request (empty when
     the rows take no part in a cell pass).
+    ``key_tile`` int32 [length]: token position -> key tile of the cell order, of which there are ``key_tiles``.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
+    first: int
     cell_tiles: torch.Tensor
+    key_tile: torch.Tensor
+    key_tiles: int
 
 
 @dataclass(frozen=True)
@@ -32,41 +37,28 @@ class Probe:
     """Dense attention of the probe rows, for some heads.
 
     ``weights`` fp32 [H, P, n * tile_keys]: softmax weights over the request's keys in sequence order, 0 in the future
-    and behind the last key. ``values`` fp32 [KV heads, n * tile_keys, Dv].
-    ``output`` fp32 [H, P, Dv]: the rows' dense output.
+    and behind the last key. ``output`` fp32 [H, P, Dv]: the rows' dense output.
     """
 
     rows: ProbeRows
     weights: torch.Tensor
-    values: torch.Tensor
     output: torch.Tensor
     tile_keys: int
 
+    @cached_property
     def tile_mass(self) -> torch.Tensor:
         """Mass per key tile of the sequence order: fp32 [H, P, n]."""
         heads, rows, _ = self.weights.shape
         return self.weights.view(heads, rows, -1, self.tile_keys).sum(-1)
 
     @cached_property
-    def cumulative(self) -> torch.Tensor:
-        """Mass before each position: fp32 [H, P, keys + 1]."""
-        result = self.weights.new_zeros(*self.weights.shape[:2], self.weights.shape[2] + 1)
-        torch.cumsum(self.weights, dim=-1, out=result[..., 1:])
-        return result
-
-    def mass_before(self, positions: torch.Tensor) -> torch.Tensor:
-        """Mass on keys before ``positions`` [P, m]: fp32 [H, P, m]."""
-        index = positions.long().clamp(0, self.weights.shape[-1])
-        return self.cumulative.gather(2, index.expand(self.weights.shape[0], -1, -1))
-
-    def error_energy(self, kept: torch.Tensor) -> torch.Tensor:
-        """Squared error of each head's output if its rows kept only some keys.
-
-        ``kept``: the weights with everything that is not selected set to 0.
-        Returns fp32 [H], summed over rows and head size.
-        """
-        mass = kept.sum(-1, keepdim=True).clamp_min_(torch.finfo(kept.dtype).tiny)
-        return (weighted_values(kept, self.values) / mass - self.output).square().sum((1, 2))
+    def cell_mass(self) -> torch.Tensor:
+        """Mass per key tile of the cell order: fp32 [H, P, n']."""
+        heads, rows, keys = self.weights.shape
+        known = min(keys, self.rows.key_tile.numel())
+        index = self.rows.key_tile[:known].long().expand(heads, rows, -1)
+        mass = self.weights.new_zeros(heads, rows, self.rows.key_tiles)
+        return mass.scatter_add_(2, index, self.weights[..., :known])
 
 
 def run(
@@ -88,15 +80,9 @@ def run(
     heads, kv_heads = q.shape[1], keys.shape[0]
     grouped = q.view(-1, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)
     weights = torch.matmul(grouped, keys).view(heads, len(rows.rows), -1)
-    # Padding lies behind the last key, so it is in the future as well.
-    future = torch.arange(keys.shape[2], device=slots.device) > rows.positions[:, None]
-    weights += torch.zeros_like(future, dtype=weights.dtype).masked_fill_(future, float("-inf"))
+    # Keys before the first row are seen by all; padding lies behind the last key, so it is in the future as well.
+    late = torch.arange(rows.first + 1, keys.shape[2], device=slots.device)
+    weights[..., rows.first + 1 :].masked_fill_(late > rows.positions[:, None], float("-inf"))
     weights = torch.softmax(weights, dim=-1)
-    return Probe(rows, weights, values, weighted_values(weights, values), slots.shape[1])
-
-
-def weighted_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``weights`` fp32 [H, P, N] times ``values`` fp32 [KV heads, N, Dv] with grouped heads: fp32 [H, P, Dv]."""
-    heads, kv_heads = weights.shape[0], values.shape[0]
-    grouped = weights.view(kv_heads, heads // kv_heads * weights.shape[1], -1)
-    return torch.matmul(grouped, values).view(heads, weights.shape[1], -1)
+    output = torch.matmul(weights.view(kv_heads, -1, weights.shape[2]), values).view(heads, len(rows.rows), -1)
+    return Probe(rows, weights, output, slots.shape[1])

@@ -1,119 +1,22 @@
 """Selection: from the probe's attention mass to key tiles per (head, query tile), for one request and query modality.
 
-Every pattern proposes a :class:`Choice` for all heads at once; :func:`combine` picks each head's own by its head spec,
-and :func:`evaluate` measures what the probe rows keep of it, element by element. Nothing here looks at single heads.
+Every pattern proposes a :class:`~.choice.Choice` for all heads at once. What a pattern may add beyond what it always
+reads is a list of *candidates*, sets of tiles such as a column or a diagonal, ranked by mass per tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from .choice import EXACT, CellView, Choice, Limits, View, causal_tiles, dense, far_tiles, near_tiles
 from .probe import Probe
-from .tiles import UNBOUNDED, Region, element_mask, tile_visibility
+from .tiles import Region, element_mask
 
-EXACT = 1.0
-"""Coverage at which every causal tile is selected and budgets do not count: the result is dense attention."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the configuration allows: target ``coverage`` and ``max_density``, computed tiles over causal tiles."""
-
-    coverage: float
-    max_density: float
-
-
-@dataclass(frozen=True)
-class QueryTiles:
-    """Query tiles of one request, one modality and one pass: position bounds int32 [t]."""
-
-    min_pos: torch.Tensor
-    max_pos: torch.Tensor
-
-
-@dataclass(frozen=True)
-class KeyTiles:
-    """Key tiles of one request in one order.
-
-    Position bounds int32 [n] and whether text or media is in them, bool [n].
-    """
-
-    min_pos: torch.Tensor
-    max_pos: torch.Tensor
-    has_text: torch.Tensor
-    has_media: torch.Tensor
-    tile_keys: int
-
-
-@dataclass(frozen=True)
-class CellView:
-    """The cell order of one request as selection needs it.
-
-    ``own_lo``, ``own_hi`` int32 [t]: the key tiles of the cells that a query tile holds, ``[own_lo, own_hi)``.
-    ``key_tile`` int32 [length]: token position -> key tile.
-    ``stride``: tokens from a frame to the next, the largest of the request.
-    """
-
-    queries: QueryTiles
-    keys: KeyTiles
-    own_lo: torch.Tensor
-    own_hi: torch.Tensor
-    key_tile: torch.Tensor
-    stride: int
-
-
-@dataclass(frozen=True)
-class View:
-    """One request's tiles for the query rows of one modality.
-
-    ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [P]: the probe rows' query tile in it.
-    ``cell`` is None where the rows take no part in a cell pass.
-    """
-
-    queries: QueryTiles
-    keys: KeyTiles
-    row_tiles: torch.Tensor
-    cell: CellView | None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Tiles for all heads.
-
-    ``near`` bool [H, t, n] in sequence order, ``far`` bool [H, t', n'] in cell order or None;
-    ``sink``, ``reach`` int32 [H]: the near region of the sequence pass, the far region of the cell pass is the rest.
-    ``coverage`` fp32 [H]: estimated share of the probe rows' mass that is kept.
-    """
-
-    near: torch.Tensor
-    far: torch.Tensor | None
-    sink: torch.Tensor
-    reach: torch.Tensor
-    coverage: torch.Tensor
-
-    def tiles(self) -> torch.Tensor:
-        """Computed tiles per head, int64 [H]."""
-        near = self.near.sum((1, 2))
-        return near if self.far is None else near + self.far.sum((1, 2))
-
-
-def causal_tiles(view: View) -> torch.Tensor:
-    """Number of tiles that dense attention of these rows computes per head, a 0-d int64 tensor."""
-    return (view.keys.min_pos[None, :] <= view.queries.max_pos[:, None]).sum()
-
-
-def dense(view: View, heads: int) -> Choice:
-    """All causal tiles in the sequence pass."""
-    device = view.keys.min_pos.device
-    reach = torch.full((heads,), UNBOUNDED, dtype=torch.int32, device=device)
-    sink = torch.zeros_like(reach)
-    far = None
-    if view.cell is not None:
-        shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
-        far = torch.zeros(shape, dtype=torch.bool, device=device)
-    return Choice(_near(view, sink, reach), far, sink, reach, torch.ones(heads, device=device))
+_SEARCH_STEPS = 5
+"""Evaluations in search of the fewest candidates that reach the target, beyond the first two."""
 
 
 def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int) -> Choice:
@@ -121,306 +24,240 @@ def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int)
 
     Nothing is searched, so the only coverage it heeds is the exact one.
     """
-    base = dense(view, probe.weights.shape[0])
+    heads = probe.weights.shape[0]
+    base = dense(view, heads)
     if limits.coverage >= EXACT:
         return base
-    sinks, reach = torch.full_like(base.sink, sink), torch.full_like(base.reach, max(window, 1))
-    coverage = _near_mass(probe, sink, max(window, 1)).mean(-1)
-    return replace(base, near=_near(view, sinks, reach), sink=sinks, reach=reach, coverage=coverage)
+    reach = max(window, 1)
+    return replace(
+        base,
+        near=near_tiles(view, sink, reach).expand(heads, -1, -1),
+        sink=torch.full_like(base.sink, sink),
+        reach=torch.full_like(base.reach, reach),
+        coverage=_near_weights(probe, sink, reach)[1].sum(-1).mean(-1),
+    )
 
 
 def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, window: int) -> Choice:
-    """Key tiles that all rows read (columns) and key tiles at fixed distances from the row (diagonals), by probed mass.
+    """Key tiles that all rows read (columns) and key tiles at fixed distances from the row's own (diagonals).
 
-    Columns and diagonals compete by mass per tile they cost. Their masses overlap, so the smallest of a few nominal
-    targets whose tiles really reach the coverage is taken, within the budget.
+    The columns of the sink and the diagonals of the window are always read; the others by probed mass.
     """
     base = dense(view, probe.weights.shape[0])
     if limits.coverage >= EXACT:
         return base
     tile, tiles = view.keys.tile_keys, view.keys.min_pos.numel()
-    rows = QueryTiles(view.queries.min_pos[view.row_tiles], view.queries.max_pos[view.row_tiles])
-    row_mass = probe.tile_mass()
-    diagonal_mass = _diagonal_mass(probe, tile, tiles)
+    low, high = _diagonals(view.queries.min_pos, view.queries.max_pos, tile, tiles)
+    row_low, row_high = low[view.row_tiles], high[view.row_tiles]
+    row_mass = probe.tile_mass
 
-    low, high = _diagonal_tiles(view.queries, tile, tiles)
-    causal = causal_tiles(view).float()
-    column_cost = (view.keys.min_pos[None, :] <= view.queries.max_pos[:, None]).sum(0).float()
-    diagonal_cost = (high - low).sum(0).float()
-    mass = torch.cat([row_mass.mean(1), diagonal_mass], dim=1)
-    cost = torch.cat([column_cost, diagonal_cost]).clamp_min_(1)
-    always = torch.zeros_like(cost, dtype=torch.bool)
-    always[: -(-sink // tile)] = True
-    always[tiles : tiles + 1 + -(-window // tile)] = True
-    # Diagonals side by side share tiles: what is always there is counted as painted, the rest item by item.
-    fixed = (always[None, None, :tiles] | _paint(always[None, tiles:], low, high, tiles)) & base.near[:1]
-    budget = limits.max_density * causal - fixed.sum()
-    rank = (mass / cost).masked_fill(always, float("inf")).argsort(dim=1, descending=True)
-    sorted_mass = mass.gather(1, rank).cumsum(1)
-    affordable = cost.masked_fill(always, 0)[rank].cumsum(1) <= budget
-    always = always.expand_as(mass)
-    kept_always = always.gather(1, rank)
+    always = torch.zeros(1, 2 * tiles, dtype=torch.bool, device=low.device)
+    always[:, : -(-sink // tile)] = True
+    always[:, tiles : tiles + 1 + -(-window // tile)] = True
+    fixed = (always[:, None, :tiles] | _paint(always[:, tiles:], low, high, tiles)) & base.near[:1]
+    fixed_at_rows = always[:, None, :tiles] | _paint(always[:, tiles:], row_low, row_high, tiles)
 
-    best: torch.Tensor | None = None
-    coverage = torch.zeros_like(base.coverage)
-    row_low, row_high = _diagonal_tiles(rows, tile, tiles)
-    for nominal in (limits.coverage, 1.4 * limits.coverage, 2.0):
-        needed = torch.nn.functional.pad(sorted_mass[:, :-1] < nominal, (1, 0), value=True)
-        chosen = torch.zeros_like(always).scatter_(1, rank, (needed & affordable) | kept_always)
-        at_rows = chosen[:, None, :tiles] | _paint(chosen[:, tiles:], row_low, row_high, tiles)
-        reached = (row_mass * at_rows).sum(-1).mean(-1)
-        if best is None:
-            best, coverage = chosen, reached
-        else:
-            better = coverage < limits.coverage
-            best = torch.where(better[:, None], chosen, best)
-            coverage = torch.where(better, reached, coverage)
-    assert best is not None
-    near = best[:, None, :tiles] | _paint(best[:, tiles:], low, high, tiles)
-    return replace(base, near=near & base.near, coverage=coverage)
+    causal = base.near[0]
+    column_cost = causal.sum(0)
+    diagonal_cost = (high.clamp_max(tiles) - low).clamp_min(0).sum(0)
+    loose = row_mass * ~fixed_at_rows
+    mass = torch.cat([loose, _diagonal_mass(loose, probe.rows.positions, tile)], dim=2).mean(1)
+    cost = torch.cat([column_cost, diagonal_cost]).clamp_min(1)
+
+    def reached(chosen: torch.Tensor) -> torch.Tensor:
+        at_rows = chosen[:, None, :tiles] | _paint(chosen[:, tiles:], row_low, row_high, tiles) | fixed_at_rows
+        return (row_mass * at_rows).sum(-1).mean(-1)
+
+    budget = limits.max_density * causal.sum() - fixed.sum()
+    chosen, coverage = _fewest(mass, cost, budget, causal_tiles(view), limits.min_gain, limits.coverage, reached)
+    chosen = chosen | always
+    near = (chosen[:, None, :tiles] | _paint(chosen[:, tiles:], low, high, tiles)) & base.near
+    return replace(base, near=near, coverage=coverage)
 
 
-def grid(view: View, probe: Probe, limits: Limits, *, sink: int, window_frames: int, min_lines: int) -> Choice:
-    """Same place in all frames (slash), places that all rows see (v-lines), a window of frames and the sink.
+def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min_lines: int) -> Choice:
+    """Same place in all frames (slash), places that all rows see (v-lines), rows that see all (h-lines).
 
-    The slash is the query tile's own cells; v-lines are key tiles of the cell order, text tiles among them, taken by
-    the probed mass that window, sink and own cells leave, until the coverage or the budget is reached. At least
-    ``min_lines`` of them are taken. The window is ``window_frames`` frame strides and the key right behind them, so
-    with one frame the same place one frame back is inside.
+    Always read are the sink, the last ``reach`` keys, the row's own included, and the query tile's own cells. By probed
+    mass come v-lines, which are key tiles of the cell order, text tiles and other items' among them; h-lines, which are
+    bands of query tiles that read everything; and neighbours, the cells before and behind a query tile's own. At least
+    ``min_lines`` v-lines are taken.
     """
     cell = view.cell
     if cell is None:
         raise ValueError("the grid pattern needs a cell pass; these rows have none")
-    reach = min(cell.stride * window_frames + 1, UNBOUNDED)
-    base = dense(view, probe.weights.shape[0])
-    sinks, reaches = torch.full_like(base.sink, sink), torch.full_like(base.reach, reach)
-    near = _near(view, sinks, reaches)
-    visible = tile_visibility(
-        Region.FAR,
-        cell.queries.min_pos,
-        cell.queries.max_pos,
-        cell.keys.min_pos,
-        cell.keys.max_pos,
-        sinks[:1, None],
-        reaches[:1, None],
-    )[0]
+    heads = probe.weights.shape[0]
+    base = dense(view, heads)
+    near = near_tiles(view, sink, reach)
+    visible = far_tiles(cell, sink, reach)
+    base = replace(
+        base,
+        near=near.expand(heads, -1, -1),
+        sink=torch.full_like(base.sink, sink),
+        reach=torch.full_like(base.reach, reach),
+    )
     if limits.coverage >= EXACT:
-        far = visible.expand_as(_far_like(base))
-        return replace(base, near=near, far=far, sink=sinks, reach=reaches)
+        return replace(base, far=visible.expand(heads, -1, -1))
 
-    key_index = torch.arange(cell.keys.min_pos.numel(), device=visible.device)
-    own = (key_index >= cell.own_lo[:, None]) & (key_index < cell.own_hi[:, None])
-    near_mass = _near_mass(probe, sink, reach)
-    far_mass = _far_tile_mass(probe, cell, sink, reach)
-    own_at_rows = own[probe.rows.cell_tiles]
-    own_mass = (far_mass * own_at_rows).sum(-1)
-    start = (near_mass + own_mass).mean(-1)
+    own, beside = _own_tiles(cell), _own_tiles(cell, margin=1)
+    rows = probe.rows.cell_tiles
+    near_mass, far_mass = _split_mass(probe, sink, reach)
+    start = near_mass + (far_mass * own[rows]).sum(-1)
+    loose = far_mass * ~own[rows]
+    rest = visible & ~own
+    keys, bands = cell.keys.min_pos.numel(), cell.num_bands
 
-    line_mass = (far_mass * ~own_at_rows).mean(1)
-    order = line_mass.argsort(dim=1, descending=True)
-    sorted_mass = line_mass.gather(1, order).cumsum(1)
-    line_cost = (visible & ~own).sum(0)
-    fixed_cost = near.sum((1, 2)) + (visible & own).sum()
-    budget = limits.max_density * causal_tiles(view) - fixed_cost
-    affordable = line_cost[order].cumsum(1) <= budget[:, None]
-    missing = torch.nn.functional.pad(start[:, None] + sorted_mass[:, :-1], (1, 0)) < limits.coverage
-    missing[:, :1] = start[:, None] < limits.coverage
-    rank = torch.arange(order.shape[1], device=order.device)
-    taken = (missing & affordable) | (rank < min_lines)
-    lines = torch.zeros_like(taken).scatter_(1, order, taken)
-    coverage = start + (line_mass * lines).sum(1)
-    far = (own | lines[:, None]) & visible
-    return replace(base, near=near, far=far, sink=sinks, reach=reaches, coverage=coverage)
+    in_band = torch.nn.functional.one_hot(cell.band_of_row, bands).to(loose.dtype)
+    share = loose.sum(-1) @ in_band / rows.numel()
+    mass = torch.cat([loose.mean(1), share, (loose * beside[rows]).sum((1, 2))[:, None] / rows.numel()], dim=1)
+    band_cost = torch.zeros(bands, dtype=torch.int64, device=rest.device).index_add_(0, cell.bands, rest.sum(1))
+    cost = torch.cat([rest.sum(0), band_cost, (rest & beside).sum()[None]]).clamp_min(1)
 
+    def at(chosen: torch.Tensor, tile_bands: torch.Tensor, own_like: torch.Tensor) -> torch.Tensor:
+        lines, whole, neighbours = chosen[:, :keys], chosen[:, keys:-1], chosen[:, -1]
+        return lines[:, None] | whole[:, tile_bands, None] | (neighbours[:, None, None] & own_like)
 
-def cheapest(choices: list[Choice], coverage: float) -> tuple[Choice, torch.Tensor]:
-    """Per head the choice that reaches ``coverage`` with the fewest tiles, or the one that comes closest to it.
+    def reached(chosen: torch.Tensor) -> torch.Tensor:
+        return (start + (loose * at(chosen, cell.band_of_row, beside[rows])).sum(-1)).mean(-1)
 
-    Returns the merged choice and the index of each head's pick, int64 [H]. Earlier choices win ties.
-    """
-    tiles = torch.stack([choice.tiles() for choice in choices]).double()
-    reached = torch.stack([choice.coverage for choice in choices]).double()
-    # Reaching the target beats everything; below it more coverage is better, above it fewer tiles.
-    score = torch.where(reached >= coverage, 2.0 + 1.0 / (1.0 + tiles), reached.clamp_max(1.0))
-    pick = score.argmax(0)
-    merged = choices[0]
-    for index, choice in enumerate(choices[1:], start=1):
-        merged = where(pick == index, choice, merged)
-    return merged, pick
+    budget = limits.max_density * causal_tiles(view) - near.sum() - (visible & own).sum()
+    chosen, coverage = _fewest(mass, cost, budget, causal_tiles(view), limits.min_gain, limits.coverage, reached)
+    if min_lines:
+        chosen = chosen.clone()
+        chosen.scatter_(1, mass[:, :keys].topk(min(min_lines, keys), dim=1).indices, value=True)
+        coverage = reached(chosen)
+    far = (own | at(chosen, cell.bands, beside)) & visible
+    return replace(base, far=far, coverage=coverage)
 
 
-def never_beyond_dense(view: View, choice: Choice) -> Choice:
-    """Heads whose tiles would be as many as dense attention computes run dense."""
-    beyond = choice.tiles() >= causal_tiles(view)
-    return where(beyond, dense(view, beyond.numel()), choice)
-
-
-def concatenate(parts: list[Choice]) -> Choice:
-    """Choices for consecutive blocks of heads as one for all of them."""
-    if len(parts) == 1:
-        return parts[0]
-    far = [part.far for part in parts if part.far is not None]
-    return Choice(
-        torch.cat([part.near for part in parts]),
-        torch.cat(far) if far else None,
-        torch.cat([part.sink for part in parts]),
-        torch.cat([part.reach for part in parts]),
-        torch.cat([part.coverage for part in parts]),
-    )
-
-
-def where(heads: torch.Tensor, chosen: Choice, other: Choice) -> Choice:
-    """``chosen`` for the heads where the bool [H] mask holds, ``other`` elsewhere."""
-    wide = heads[:, None, None]
-    far = other.far if chosen.far is None else chosen.far
-    if chosen.far is not None and other.far is not None:
-        far = torch.where(wide, chosen.far, other.far)
-    return Choice(
-        torch.where(wide, chosen.near, other.near),
-        far,
-        torch.where(heads, chosen.sink, other.sink),
-        torch.where(heads, chosen.reach, other.reach),
-        torch.where(heads, chosen.coverage, other.coverage),
-    )
-
-
-def combine(view: View, on_text: Choice, on_media: Choice, *, text_pattern: str, media_pattern: str) -> Choice:
-    """One choice out of a pattern for text keys and another for media keys (the paper's K- and 2D-boundary).
-
-    With a grid on the media, text keys behind the window are read in the cell pass, where they are tiles of their own:
-    all of them for ``dense``, none for ``a_shape``, by mass otherwise. Without one, each key tile of the sequence pass
-    is read if the pattern of a modality it holds asks for it, and a row sees what either pattern's region admits.
-    """
-    if media_pattern == "grid":
-        assert view.cell is not None
-        assert on_media.far is not None
-        text_tiles = view.cell.keys.has_text
-        if text_pattern == "a_shape":
-            return replace(on_media, far=on_media.far & ~(text_tiles & ~view.cell.keys.has_media))
-        if text_pattern == "dense":
-            visible = tile_visibility(
-                Region.FAR,
-                view.cell.queries.min_pos,
-                view.cell.queries.max_pos,
-                view.cell.keys.min_pos,
-                view.cell.keys.max_pos,
-                on_media.sink[:, None],
-                on_media.reach[:, None],
-            )
-            return replace(on_media, far=on_media.far | (visible & text_tiles))
-        return on_media
-    near = (on_text.near & view.keys.has_text) | (on_media.near & view.keys.has_media)
-    return Choice(
-        near,
-        on_media.far,
-        torch.maximum(on_text.sink, on_media.sink),
-        torch.maximum(on_text.reach, on_media.reach),
-        torch.minimum(on_text.coverage, on_media.coverage),
-    )
-
-
-def evaluate(view: View, probe: Probe, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the probe rows keep under a choice, exactly.
-
-    Returns the coverage fp32 [H] (mean over probe rows) and the squared output error fp32 [H] (summed over them).
-    """
-    kept = _kept_elements(view, probe, choice).float().mul_(probe.weights)
-    return kept.sum(-1).mean(-1), probe.error_energy(kept)
-
-
-def guard(
-    view: View, choice: Choice, error: torch.Tensor, energy: torch.Tensor, ceiling: float
-) -> tuple[Choice, torch.Tensor]:
-    """Sends the layer's worst heads to dense until the relative output error of the probe rows is below ``ceiling``.
-
-    The error is that of all heads together, so a head counts with its weight in the layer's output.
-    ``error`` fp32 [H] as from :func:`evaluate`; ``energy``: square of the dense output of the same rows over all heads,
-    0-d. Returns the choice and which heads went dense, bool [H].
-    """
-    allowed = ceiling * ceiling * energy
-    worst = error.argsort(descending=True)
-    sorted_error = error[worst]
-    remaining = sorted_error.sum() - sorted_error.cumsum(0) + sorted_error
-    heads = torch.zeros_like(error, dtype=torch.bool).scatter_(0, worst, remaining > allowed)
-    return where(heads, dense(view, error.numel()), choice), heads
-
-
-def _near(view: View, sink: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-    """Tiles of the sequence pass that hold a key of the near region: bool [H, t, n]."""
-    heads = sink.numel()
-    uniform = tile_visibility(
-        Region.NEAR,
-        view.queries.min_pos,
-        view.queries.max_pos,
-        view.keys.min_pos,
-        view.keys.max_pos,
-        sink[:1, None],
-        reach[:1, None],
-    )
-    return uniform.expand(heads, -1, -1)
-
-
-def _far_like(choice: Choice) -> torch.Tensor:
-    assert choice.far is not None
-    return choice.far
-
-
-def _near_mass(probe: Probe, sink: int, reach: int) -> torch.Tensor:
-    """Mass of the probe rows in their near region: fp32 [H, P]."""
-    positions = probe.rows.positions[:, None].long()
-    oldest = (positions + 1 - reach).clamp_min(0)
-    bounds = torch.cat([positions + 1, oldest, torch.minimum(oldest, torch.full_like(oldest, sink))], dim=1)
-    all_mass, behind, in_sink = probe.mass_before(bounds).unbind(-1)
-    return all_mass - behind + in_sink
-
-
-def _far_tile_mass(probe: Probe, cell: CellView, sink: int, reach: int) -> torch.Tensor:
-    """Mass of the probe rows in their far region, per key tile of the cell order: fp32 [H, P, n]."""
-    heads, rows, keys = probe.weights.shape
-    positions = torch.arange(keys, device=probe.weights.device)
-    far = element_mask(Region.FAR, probe.rows.positions[:, None], positions[None, :], sink, reach)
-    weights = (probe.weights * far.float()).view(heads * rows, keys)
-    known = min(keys, cell.key_tile.numel())
-    index = cell.key_tile[:known].long().expand(heads * rows, -1)
-    mass = weights.new_zeros(heads * rows, cell.keys.min_pos.numel())
-    return mass.scatter_add_(1, index, weights[:, :known]).view(heads, rows, -1)
-
-
-def _kept_elements(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
-    """Keys that the probe rows see under a choice: bool [H, P, keys]."""
+def kept(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
+    """Keys that the probe rows see under a choice, element by element: bool [H, P, keys]."""
     heads, rows, length = probe.weights.shape
     keys = torch.arange(length, device=probe.weights.device)
     sink, reach = choice.sink[:, None, None], choice.reach[:, None, None]
     near = element_mask(Region.NEAR, probe.rows.positions[:, None], keys[None, :], sink, reach)
-    listed = choice.near[:, view.row_tiles].repeat_interleave(probe.tile_keys, dim=-1)
-    kept = near & listed
+    seen = near & choice.near[:, view.row_tiles].repeat_interleave(probe.tile_keys, dim=-1)
     if choice.far is not None and view.cell is not None:
-        known = min(length, view.cell.key_tile.numel())
-        index = view.cell.key_tile[:known].long().expand(heads, rows, -1)
+        known = min(length, probe.rows.key_tile.numel())
+        index = probe.rows.key_tile[:known].long().expand(heads, rows, -1)
         far = (keys <= probe.rows.positions[:, None]) & ~near
-        kept[..., :known] |= choice.far[:, probe.rows.cell_tiles].gather(2, index) & far[..., :known]
-    return kept
+        seen[..., :known] |= choice.far[:, probe.rows.cell_tiles].gather(2, index) & far[..., :known]
+    return seen
 
 
-def _diagonal_mass(probe: Probe, tile: int, buckets: int) -> torch.Tensor:
-    """Mean mass at distances ``[b * tile, (b + 1) * tile)`` behind the probe rows: fp32 [H, buckets]."""
-    bucket = torch.arange(buckets + 1, device=probe.weights.device)
-    before = probe.mass_before(probe.rows.positions[:, None].long() + 1 - bucket * tile)
-    return (before[..., :-1] - before[..., 1:]).mean(1)
+def measured(view: View, probe: Probe, choice: Choice) -> Choice:
+    """The choice with the coverage that its masks really keep; patterns by themselves know theirs."""
+    return replace(choice, coverage=(probe.weights * kept(view, probe, choice)).sum(-1).mean(-1))
 
 
-def _diagonal_tiles(queries: QueryTiles, tile: int, buckets: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key tiles ``[low, high)`` that bucket ``b`` of distances touches for each query tile: int64 [t, buckets] each."""
-    bucket = torch.arange(buckets, device=queries.min_pos.device)
-    oldest = queries.min_pos[:, None].long() - bucket * tile - (tile - 1)
-    newest = queries.max_pos[:, None].long() - bucket * tile
-    low = torch.div(oldest.clamp_min(0), tile, rounding_mode="floor")
-    high = torch.div(newest.clamp_min(-1), tile, rounding_mode="floor") + 1
-    return low, torch.maximum(high, low)
+def _fewest(
+    mass: torch.Tensor,
+    cost: torch.Tensor,
+    budget: torch.Tensor,
+    causal: torch.Tensor,
+    min_gain: float,
+    target: float,
+    reached: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest candidates, best mass per tile first, that reach the target within the budget.
+
+    A head that cannot reach it is diffuse: much mass in many tiles, whose loss costs little output. It gets those
+    candidates that hold ``min_gain`` times the mass of an average causal tile, per tile.
+
+    ``mass`` fp32 [H, m]: a candidate's mass by itself; several may hold the same mass, so their sum is only a bound.
+    How many are needed is searched on that sum, each step measured by ``reached``: bool [H, m] -> coverage fp32 [H].
+    ``cost`` [m] tiles, ``budget`` and ``causal`` 0-d tiles. Returns the chosen ones, bool [H, m], and the coverage.
+    """
+    heads, candidates = mass.shape
+    mass = mass.masked_fill(cost > budget, 0.0)
+    gain = mass / cost
+    rank = gain.argsort(dim=1, descending=True)
+    total = mass.gather(1, rank).cumsum(1)
+    before = torch.nn.functional.pad(total[:, :-1], (1, 0))
+    affordable = (cost[rank].cumsum(1) <= budget) & (mass.gather(1, rank) > 0)
+
+    def choose(amount: torch.Tensor) -> torch.Tensor:
+        taken = affordable & (before < amount[:, None])
+        return torch.zeros(heads, candidates, dtype=torch.bool, device=mass.device).scatter_(1, rank, taken)
+
+    # The sum of masses is at least what is added, so no amount below the missing one can do.
+    low = (target - reached(torch.zeros(heads, candidates, dtype=torch.bool, device=mass.device))).clamp_min(0)
+    high = total[:, -1] * (1 + 1e-4) + 1e-6
+    everything = choose(high)
+    diffuse = reached(everything) < target
+    economical = everything & (gain * causal >= min_gain)
+    enough_for_some = choose(low)
+    coverage = reached(enough_for_some)
+    done = diffuse | (coverage >= target)
+    best = torch.where(diffuse[:, None], economical, torch.where(done[:, None], enough_for_some, everything))
+    coverage = reached(best)
+    for _ in range(_SEARCH_STEPS):
+        middle = (low.clamp_min(1e-4) * high).sqrt()
+        tried = choose(middle)
+        tried_coverage = reached(tried)
+        enough = tried_coverage >= target
+        better = (enough & ~done)[:, None]
+        best = torch.where(better, tried, best)
+        coverage = torch.where(enough & ~done, tried_coverage, coverage)
+        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
+    return best, coverage
+
+
+def _own_tiles(cell: CellView, margin: int = 0) -> torch.Tensor:
+    """Key tiles of the cells of each query tile, and as many before and behind them times ``margin``: bool [t', n']."""
+    key_tile = torch.arange(cell.keys.min_pos.numel(), device=cell.own_lo.device)
+    width = margin * (cell.own_hi - cell.own_lo)[:, None]
+    return (key_tile >= cell.own_lo[:, None] - width) & (key_tile < cell.own_hi[:, None] + width)
+
+
+def _near_weights(probe: Probe, sink: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of the probe rows' near region, sink and window: positions int64 [P, m] and weights fp32 [H, P, m].
+
+    Of a position that is not there, or twice, the weight is 0.
+    """
+    positions = probe.rows.positions.long()[:, None]
+    keys = probe.weights.shape[2]
+    device = positions.device
+    first = torch.arange(min(sink, keys), device=device).expand(positions.shape[0], -1)
+    window = positions - torch.arange(min(reach, keys), device=device)
+    index = torch.cat([first, window.clamp_min(0)], dim=1)
+    seen = torch.cat([first <= positions, window >= sink], dim=1)
+    weights = probe.weights.gather(2, index.expand(probe.weights.shape[0], -1, -1))
+    return index, weights * seen
+
+
+def _split_mass(probe: Probe, sink: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mass of the probe rows in their near region, fp32 [H, P], and in the far one by cell-order tile, [H, P, n']."""
+    heads = probe.weights.shape[0]
+    index, weights = _near_weights(probe, sink, reach)
+    mass = probe.cell_mass.clone()
+    key_tile = probe.rows.key_tile
+    tile = key_tile[index.clamp_max(key_tile.numel() - 1)].long()
+    mass.scatter_add_(2, tile.expand(heads, -1, -1), -weights)
+    return weights.sum(-1), mass.clamp_min_(0)
+
+
+def _diagonal_mass(row_mass: torch.Tensor, positions: torch.Tensor, tile: int) -> torch.Tensor:
+    """Mass by distance in tiles from the row's own tile, from mass by tile: fp32 [H, P, n] -> [H, P, n]."""
+    heads, rows, tiles = row_mass.shape
+    source = torch.div(positions, tile, rounding_mode="floor")[:, None] - torch.arange(tiles, device=row_mass.device)
+    picked = row_mass.gather(2, source.clamp_min(0).long().expand(heads, rows, -1))
+    return picked * (source >= 0)
+
+
+def _diagonals(low: torch.Tensor, high: torch.Tensor, tile: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key tiles ``[low, high)`` of each diagonal for query tiles of these position bounds: int64 [t, tiles] each.
+
+    Diagonal ``b`` is, for each row, the key tile ``b`` tiles before its own.
+    """
+    back = torch.arange(tiles, device=low.device)
+    first = torch.div(low, tile, rounding_mode="floor")[:, None].long() - back
+    last = torch.div(high, tile, rounding_mode="floor")[:, None].long() - back + 1
+    return first.clamp_min(0), last.clamp_min(0)
 
 
 def _paint(chosen: torch.Tensor, low: torch.Tensor, high: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Marks the key tiles of the chosen diagonals: ``chosen`` bool [H, buckets] -> bool [H, t, tiles]."""
+    """Marks the key tiles of the chosen diagonals: ``chosen`` bool [H, diagonals] -> bool [H, t, tiles]."""
     heads, queries = chosen.shape[0], low.shape[0]
     steps = torch.zeros(heads, queries, tiles + 1, dtype=torch.int32, device=chosen.device)
     amount = chosen[:, None, :].int().expand(-1, queries, -1)

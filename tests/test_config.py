@@ -44,8 +44,9 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "coverage": (0, 0.0, 0.5, 1, 1.0),
     "error_ceiling": (0, 0.05, 1, 1000.0, float("inf")),
     "max_density": (0, 0.08, 1, 1.0),
+    "min_gain": (0, 0.5, 4, 1000.0),
     "probe_rows": (1, 63, LARGEST_INTEGER),
-    "tile_queries": TILE_SIZES,
+    "tile_queries": (0, *TILE_SIZES),
     "tile_keys": TILE_SIZES,
     "cell_size": (0, 1, 17, LARGEST_INTEGER),
     "patterns.a_shape.sink": (0, 111, LARGEST_INTEGER),
@@ -53,6 +54,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "patterns.vertical_slash.sink": (0, 111, LARGEST_INTEGER),
     "patterns.vertical_slash.window": (0, 111, LARGEST_INTEGER),
     "patterns.grid.sink": (0, 111, LARGEST_INTEGER),
+    "patterns.grid.window": (0, 111, LARGEST_INTEGER),
     "patterns.grid.window_frames": (0, 3),
     "patterns.grid.min_lines": (0, 111, LARGEST_INTEGER),
 }
@@ -69,8 +71,9 @@ BAD: dict[str, tuple[Any, ...]] = {
     "coverage": SHARE,
     "error_ceiling": (-0.01, float("nan"), float("-inf"), *NOT_NUMBERS),
     "max_density": SHARE,
+    "min_gain": (-0.01, float("nan"), float("-inf"), *NOT_NUMBERS),
     "probe_rows": (0, *NATURAL),
-    "tile_queries": (0, 8, 48, 256, -64, 64.0, *NOT_INTEGERS),
+    "tile_queries": (8, 48, 256, -64, 64.0, *NOT_INTEGERS),
     "tile_keys": (0, 8, 48, 256, -64, 64.0, *NOT_INTEGERS),
     "cell_size": NATURAL,
     "patterns.a_shape.sink": NATURAL,
@@ -78,6 +81,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "patterns.vertical_slash.sink": NATURAL,
     "patterns.vertical_slash.window": NATURAL,
     "patterns.grid.sink": NATURAL,
+    "patterns.grid.window": NATURAL,
     "patterns.grid.window_frames": NATURAL,
     "patterns.grid.min_lines": NATURAL,
 }
@@ -440,3 +444,20 @@ def test_the_documentation_examples_are_accepted() -> None:
         from_sources(server_source(SimpleNamespace(**settings)))
     for inline in re.findall(r"MMINFERENCE_CONFIG='(.*?)'", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL):
         configured(MMINFERENCE_CONFIG=inline)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "smallest", "expected"),
+    [
+        (0, 16, 128),
+        (8192, 16, 128),
+        (8191, 16, 64),
+        (2048, 16, 32),
+        (2048, 64, 64),
+        (509, 16, 16),
+        (1 << 20, 64, 128),
+    ],
+)
+def test_query_tiles_are_a_64th_of_the_chunk(chunk: int, smallest: int, expected: int) -> None:
+    assert Config().for_chunks(chunk, smallest).tile_queries == expected
+    assert Config(tile_queries=32).for_chunks(chunk, smallest).tile_queries == 32

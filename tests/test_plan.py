@@ -342,8 +342,10 @@ def test_cell_views_hold_the_cells_of_their_rows(case: Case) -> None:
         order, runs = layout.order("cell").tolist(), layout.runs("cell").tolist()
         run_of = {p: run for run, start in enumerate(runs[:-1]) for p in order[start : runs[run + 1]]}
         assert cell.stride == stride_of(request)
-        assert cell.key_tile.tolist() == [order.index(p) // case.tile_keys for p in range(request.length)]
+        key_tile = group.probe_rows.key_tile
+        assert key_tile.tolist() == [order.index(p) // case.tile_keys for p in range(request.length)]
         tiles = [order[at : at + case.tile_keys] for at in range(0, request.length, case.tile_keys)]
+        assert group.probe_rows.key_tiles == len(tiles)
         assert cell.keys.min_pos.tolist() == [min(tile) for tile in tiles]
         assert cell.keys.max_pos.tolist() == [max(tile) for tile in tiles]
         places = places_of(request)
@@ -356,7 +358,7 @@ def test_cell_views_hold_the_cells_of_their_rows(case: Case) -> None:
             assert own.start == runs[touched[0]] // case.tile_keys
             assert own.stop == -(-runs[touched[-1] + 1] // case.tile_keys)
             same_place = {places[position] for position in positions if position in places}
-            needed = {int(cell.key_tile[p]) for p, place in places.items() if place in same_place}
+            needed = {int(key_tile[p]) for p, place in places.items() if place in same_place}
             assert needed <= set(own), "the same place in every frame, before and after the chunk"
 
 
@@ -394,39 +396,32 @@ def test_probe_rows_are_rows_of_their_group_and_know_their_tiles(case: Case) -> 
 def test_text_probes_are_the_last_text_rows(case: Case) -> None:
     for group in case.plan.groups:
         if group.modality == "text":
-            assert probed(group) == chunk_rows(case, group.request, TEXT_KIND)[-case.probe_rows :]
+            count = min(case.probe_rows, max(16, case.requests[group.request].chunk // 64))
+            assert probed(group) == chunk_rows(case, group.request, TEXT_KIND)[-count:]
 
 
-def test_media_probes_spread_over_the_last_frame(case: Case) -> None:
-    """Rows within a frame stride of the last media row, evenly along the cell pass."""
+def test_media_probes_are_the_newest_rows_of_each_band(case: Case) -> None:
+    """Bands are consecutive query tiles of the cell pass, as even as can be, and each has the same number of rows."""
     for group in case.plan.groups:
-        stride = stride_of(case.requests[group.request])
-        if group.modality == "text" or stride < case.probe_rows:
+        cell, far = group.view.cell, case.plan.far
+        if cell is None:
             continue
-        assert case.plan.far is not None
-        slots = [row for tile in range(group.far.start, group.far.stop) for row in rows_of(case.plan.far, tile)]
-        newest = max(position for _, position in slots)
-        last_frame = [row for row in slots if row[1] > newest - stride]
-        picked = [last_frame.index(row) for row in probed(group)]
-        assert len(picked) == min(case.probe_rows, len(last_frame))
-        assert picked == sorted(picked)
-        if len(picked) > 1:
-            assert (picked[0], picked[-1]) == (0, len(last_frame) - 1)
-            widest = max(b - a for a, b in itertools.pairwise(picked))
-            assert widest <= -(-(len(last_frame) - 1) // (len(picked) - 1))
-
-
-@pytest.mark.parametrize("video", [one_run(10, 9, 8, 8), timestamped(10, 9, 8, 8)], ids=["one run", "timestamps"])
-@pytest.mark.parametrize("end", [430, 470, 490])
-def test_probes_reach_every_cell(video: Item, end: int) -> None:
-    """With as many probe rows as cells each cell of the last frame has one, wherever the chunk ends in a frame."""
-    case = make([Request(700, [video], 150, end - 150)], tile_queries=16, tile_keys=16, cell_size=4, probe_rows=20)
-    (group,) = [group for group in case.plan.groups if group.modality == "media"]
-    layout = case.sparse[0].layout.layout
-    order, runs = layout.order("cell").tolist(), layout.runs("cell").tolist()
-    cells = {p: run for run, start in enumerate(runs[:-1]) for p in order[start : runs[run + 1]] if run}
-    found = {cells[position] for _, position in probed(group) if position in cells}
-    assert found == set(range(1, 17))
+        assert far is not None
+        bands = cell.bands.tolist()
+        assert len(bands) == group.far.stop - group.far.start
+        assert bands == sorted(bands)
+        assert set(bands) == set(range(cell.num_bands))
+        sizes = [bands.count(band) for band in range(cell.num_bands)]
+        assert max(sizes) - min(sizes) <= 1
+        wanted = min(case.probe_rows, max(16, case.requests[group.request].chunk // 64))
+        assert cell.num_bands == min(wanted, len(bands))
+        of_band: dict[int, list[tuple[int, int]]] = {band: [] for band in range(cell.num_bands)}
+        for row, band in zip(probed(group), cell.band_of_row.tolist(), strict=True):
+            of_band[band].append(row)
+        for band, rows in of_band.items():
+            last = group.far.start + max(tile for tile, own in enumerate(bands) if own == band)
+            newest = rows_of(far, last)[::-1][: max(1, wanted // cell.num_bands)]
+            assert rows == newest
 
 
 # -- layouts and errors ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Selection: what is chosen holds what the patterns promise, and the reported coverage and error are true."""
+"""Selection: what is chosen holds what the patterns promise, and the reported coverage is true."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import problems
 from mminference_sgl import prefill
 from mminference_sgl.catalog import load
 from mminference_sgl.config import Config, GridBudget, PatternBudgets
+from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import probe, reference, select
 from mminference_sgl.kernels.tiles import Region, element_mask
 
 PATTERNS = ("auto", "grid", "vertical_slash", "a_shape")
 VIDEO = problems.Request(5 + 24 * 48 + 9, [problems.one_span_video(5, 24, 6, 8)], 0, 5 + 24 * 48 + 9)
+LONG_VIDEO = problems.Request(5 + 48 * 96, [problems.one_span_video(5, 48, 8, 12)], 0, 5 + 48 * 96)
 TIMESTAMPS = problems.Request(1400, [problems.timestamped_video(4, 20, 6, 8)], 500, 640)
 
 
@@ -23,7 +25,7 @@ def probed(problem: problems.Problem, group) -> probe.Probe:
     return probe.run(*operands, slots, group.probe_rows, problem.scale)
 
 
-def choose(problem: problems.Problem, group, pattern: str, config: Config) -> select.Choice:
+def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
     return prefill._choose(group.view, probed(problem, group), [(pattern, pattern)] * problem.query.shape[1], config)
 
 
@@ -39,7 +41,9 @@ def plant(problem: problems.Problem, wanted: torch.Tensor) -> None:
     """
     request = problem.requests[0]
     slots = problem.req_to_token[0, : request.prefix + request.chunk].long()
-    keys = torch.nn.functional.normalize(torch.randn(slots.numel(), problem.query.shape[2]), dim=-1)
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(slots.numel(), problem.query.shape[2], generator=generator)
+    keys /= keys.norm(dim=-1, keepdim=True)
     problem.key_pool[slots] = keys[:, None]
     problem.query.copy_((wanted.float() @ keys)[:, None] * 14 / problem.scale)
 
@@ -59,7 +63,7 @@ def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.R
     group = media_group(problem)
     rows = probed(problem, group)
     choice = choose(problem, group, pattern, config)
-    coverage, error = select.evaluate(group.view, rows, choice)
+    measured = select.measured(group.view, rows, choice).coverage
 
     operands = problem.query, problem.key_pool, problem.value_pool
     parts = []
@@ -72,17 +76,14 @@ def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.R
         whole = torch.zeros_like(problem.query), torch.full(problem.query.shape[:2], -torch.inf)
         reference.attend(*operands, tile_pass, lists.lists(), problem.scale, *whole, merge=False)
         parts.append([x[group.probe_rows.rows] for x in whole])
-    (near_out, near_lse), (far_out, far_lse) = parts
+    (_, near_lse), (_, far_lse) = parts
     lse = torch.logaddexp(near_lse, far_lse)
     scores = torch.einsum("phd,hkd->phk", problem.query[group.probe_rows.rows], _keys(problem)) * problem.scale
     future = torch.arange(scores.shape[-1]) > group.probe_rows.positions[:, None, None]
     dense_lse = scores.masked_fill(future, -torch.inf).logsumexp(-1)
-    torch.testing.assert_close(coverage, (lse - dense_lse).exp().mean(0), atol=1e-5, rtol=1e-4)
-
-    share = torch.exp(far_lse - lse)[..., None]
-    sparse = near_out * (1 - share) + far_out * share
-    dense = problem.dense(torch.float32)[group.probe_rows.rows]
-    torch.testing.assert_close(error, (sparse - dense).square().sum((0, 2)), atol=1e-3, rtol=1e-3)
+    truth = (lse - dense_lse).exp().mean(0)
+    torch.testing.assert_close(choice.coverage, truth, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(measured, truth, atol=1e-5, rtol=1e-4)
 
 
 def _keys(problem: problems.Problem) -> torch.Tensor:
@@ -118,17 +119,20 @@ def test_no_tile_is_wholly_in_the_future_and_every_near_key_is_listed(pattern: s
                 assert (choice.near[head, index] >= needed_tiles).all()
 
 
-def test_every_row_sees_itself_the_sink_and_the_window() -> None:
+@pytest.mark.parametrize(("window", "frames"), [(1, 0), (30, 0), (64, 1), (64, 2)])
+def test_every_row_sees_itself_the_sink_and_the_window(window: int, frames: int) -> None:
     problem = problems.make([TIMESTAMPS], tile_queries=32, tile_keys=16)
-    budget = PatternBudgets(grid=GridBudget(sink=20, window_frames=1))
-    config = Config(coverage=0.01, max_density=0.0, error_ceiling=100.0, patterns=budget)
+    budget = PatternBudgets(grid=GridBudget(sink=20, window=window, window_frames=frames))
+    config = Config(coverage=2.0 / 3, max_density=0.0, error_ceiling=100.0, patterns=budget)
     group = media_group(problem)
     rows = probed(problem, group)
-    kept = select._kept_elements(group.view, rows, choose(problem, group, "grid", config))
+    choice = choose(problem, group, "grid", config)
+    kept = select.kept(group.view, rows, choice)
     position = group.probe_rows.positions[:, None]
     keys = torch.arange(kept.shape[-1])
-    stride = group.view.cell.stride
-    assert kept[:, (keys <= position) & ((keys < 20) | (keys >= position - stride))].all()
+    reach = choice.reach[:, None, None]
+    assert choice.reach.unique().tolist() in ([window], [frames * group.view.cell.stride + 1])
+    assert kept[((keys <= position) & ((keys < 20) | (keys > position - reach))).expand_as(kept)].all()
     assert not kept[:, keys > position].any()
 
 
@@ -143,11 +147,11 @@ def test_grid_finds_the_same_place_in_other_frames() -> None:
     rows = probed(problem, group)
     truth = (rows.weights[..., : key.numel()] * same_place[group.probe_rows.rows]).sum(-1).mean()
     assert truth > 0.85, "the plant must take"
-    coverage, _ = select.evaluate(group.view, rows, choose(problem, group, "grid", config))
+    coverage = choose(problem, group, "grid", config).coverage
     assert (coverage >= truth - 0.02).all()
     auto = choose(problem, group, "auto", config)
     assert (auto.far.sum((1, 2)) > 0).all(), "auto must take the cell pass"
-    assert (auto.tiles() < 0.35 * select.causal_tiles(group.view)).all()
+    assert (auto.tiles() < 0.35 * choices.causal_tiles(group.view)).all()
 
 
 def test_vertical_slash_finds_columns_and_diagonals() -> None:
@@ -160,11 +164,9 @@ def test_vertical_slash_finds_columns_and_diagonals() -> None:
     rows = probed(problem, group)
     truth = (rows.weights[..., : key.numel()] * (lines & (key <= query))[group.probe_rows.rows]).sum(-1).mean()
     choice = choose(problem, group, "vertical_slash", config)
-    coverage, _ = select.evaluate(group.view, rows, choice)
     assert truth > 0.95, "the plant must take"
-    assert (coverage >= config.coverage).all()
-    assert (choice.tiles() < 0.5 * select.causal_tiles(group.view)).all()
-    torch.testing.assert_close(coverage, choice.coverage, atol=1e-4, rtol=1e-4)
+    assert (choice.coverage >= config.coverage).all()
+    assert (choice.tiles() < 0.5 * choices.causal_tiles(group.view)).all()
 
 
 def test_density_stays_within_the_budget() -> None:
@@ -172,37 +174,118 @@ def test_density_stays_within_the_budget() -> None:
     problem = problems.make([VIDEO], tile_queries=16, tile_keys=16)
     problem.query.mul_(0.01)
     group = media_group(problem)
-    causal = select.causal_tiles(group.view)
+    causal = choices.causal_tiles(group.view)
     for pattern in ("grid", "vertical_slash"):
         fixed = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.0)).tiles()
         assert (fixed < 0.5 * causal).all()
         for budget in (0.2, 0.5, 0.8):
-            spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=budget)).tiles()
+            spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=budget, min_gain=0.0)).tiles()
             assert (spent <= torch.maximum(fixed, budget * causal + 1)).all()
             assert (spent >= fixed).all()
         assert (spent > 0.4 * causal).all(), "a diffuse head takes what it may, but for diagonals that share tiles"
+        spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.8, min_gain=2.0)).tiles()
+        assert (spent == fixed).all(), "no tile of a diffuse head holds twice what an average one holds"
+
+
+def cells(problem: problems.Problem) -> torch.Tensor:
+    """Cell of each token, int64 [length]: 0 for text, then from 1."""
+    layout = problem.plan.requests[0].layout.layout
+    inverse, runs = (torch.from_numpy(array.copy()) for array in (layout.inverse("cell"), layout.runs("cell")))
+    return torch.searchsorted(runs, inverse, right=True) - 1
+
+
+def test_h_lines_read_everything() -> None:
+    """Rows of some cells look everywhere, the others at their own place: only the former's query tiles read it all."""
+    problem = problems.make([LONG_VIDEO], tile_queries=32, tile_keys=16, head_dim=256, cell_size=4)
+    query, key = distances(LONG_VIDEO)
+    everywhere = torch.isin(cells(problem), torch.tensor([1, 7]))
+    same_place = ((query - key) % 96 == 0) & (key >= 5) & (key <= query)
+    plant(problem, same_place)
+    problem.query[everywhere] = 0
+    group = media_group(problem)
+    rows = group.probe_rows.rows
+    weights = probed(problem, group).weights[..., : key.numel()]
+    truth = (weights * (same_place | everywhere[:, None])[rows]).sum(-1).mean()
+    choice = choose(problem, group, "grid", Config(coverage=float(truth) - 0.004, max_density=0.5))
+    cell, far = group.view.cell, problem.plan.far
+    visible = choices.far_tiles(cell, int(choice.sink[0]), int(choice.reach[0])).sum(1)
+    slots = [slice(*far.indptr[tile : tile + 2].tolist()) for tile in range(group.far.start, group.far.stop)]
+    h_line = torch.tensor([bool(everywhere[far.positions[slot].long()].all()) for slot in slots])
+    read = choice.far.sum(-1) / visible.clamp_min(1)
+    assert 0 < int(h_line.sum()) < 0.2 * h_line.numel()
+    assert (read[:, h_line] > 0.9).float().mean() > 0.8, "a band at the edge may hold another cell as well"
+    assert (read[:, ~h_line & (visible > 40)] < 0.6).all()
+
+
+def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
+    """Rows that look at the cells before and behind their own along the curve."""
+    problem = problems.make([LONG_VIDEO], tile_queries=32, tile_keys=16, head_dim=128, cell_size=4)
+    cell = cells(problem)
+    query, key = distances(LONG_VIDEO)
+    wanted = ((cell[query] - cell[key]).abs() == 1) & (cell[key] > 0) & (key <= query) & (key % 5 == 0)
+    plant(problem, wanted)
+    group = media_group(problem)
+    rows = probed(problem, group)
+    own = (rows.weights[..., : key.numel()] * (cell[query] == cell[key])[group.probe_rows.rows]).sum(-1).mean()
+    choice = choose(problem, group, "grid", Config(coverage=0.75, max_density=0.5))
+    assert own < 0.2, "the plant must take"
+    assert (choice.coverage >= 0.75).all()
+    assert (choice.tiles() < 0.5 * choices.causal_tiles(group.view)).all()
+
+
+def test_fewest_candidates_are_taken() -> None:
+    """Masses that hold the same keys: twice their sum is needed, which only measuring finds out."""
+    mass = torch.tensor([[0.4, 0.4, 0.2, 0.1, 0.05]])
+    covered = torch.tensor([0.4, 0.0, 0.2, 0.1, 0.05])  # the second one holds what the first one does
+    cost = torch.tensor([1, 1, 1, 1, 1])
+
+    def fewest(budget: float, target: float) -> tuple[list[bool], float]:
+        chosen, coverage = select._fewest(
+            mass, cost, torch.tensor(budget), torch.tensor(5), 0.0, target, lambda chosen: (chosen * covered).sum(1)
+        )
+        return chosen[0].tolist(), float(coverage)
+
+    assert fewest(5, 0.55) == ([True, True, True, False, False], pytest.approx(0.6))
+    assert fewest(5, 0.3) == ([True, False, False, False, False], pytest.approx(0.4))
+    assert fewest(2, 0.55) == ([True, True, False, False, False], pytest.approx(0.4))
+    assert fewest(0, 0.55) == ([False] * 5, 0.0)
+    assert fewest(5, 0.9) == ([True] * 5, pytest.approx(0.75))
 
 
 def test_guard_bounds_the_error_with_the_fewest_heads() -> None:
+    """The error is that of what was computed; heads over the ceiling are computed again, and equal dense attention."""
     problem = problems.make([VIDEO], tile_queries=32, tile_keys=16, heads=8, kv_heads=2)
-    group = media_group(problem)
-    rows = probed(problem, group)
-    choice = choose(problem, group, "a_shape", Config(patterns=PatternBudgets(), max_density=0.1))
-    choice = choose(problem, group, "grid", Config(coverage=0.3, max_density=0.1))
-    _, error = select.evaluate(group.view, rows, choice)
-    energy = rows.output.square().sum()
-    ceiling = 0.5 * float((error.sum() / energy).sqrt())
-    guarded_choice, guarded = select.guard(group.view, choice, error, energy, ceiling)
-    _, after = select.evaluate(group.view, rows, guarded_choice)
+    specs = load("grid").specs(0, range(8))
+    operands = problem.query, problem.key_pool, problem.value_pool
+    rows = media_group(problem).probe_rows.rows
+    exact = problem.dense(torch.float32)
+
+    def run(ceiling: float) -> tuple[prefill.LayerReport, torch.Tensor]:
+        config = Config(coverage=0.3, max_density=0.1, error_ceiling=ceiling)
+        out = torch.full_like(problem.query, torch.nan)
+        (report,) = prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, "torch")
+        return report, out
+
+    free, loose = run(100.0)
+    error = (loose - exact)[rows].square().sum((0, 2))
+    energy = exact[rows].square().sum()
+    assert int(free.guarded) == 0
+    assert float(free.error) == pytest.approx(float((error.sum() / energy).sqrt()), rel=1e-3)
+
+    ceiling = 0.5 * float(free.error)
+    report, out = run(ceiling)
+    after = (out - exact)[rows].square().sum((0, 2))
+    guarded = after < 1e-3 * error
+    assert int(report.guarded) == int(guarded.sum())
     assert 0 < int(guarded.sum()) < 8
     assert float((after.sum() / energy).sqrt()) <= ceiling
     assert error[guarded].min() >= error[~guarded].max(), "the worst heads go first"
     one_less = after.sum() + error[guarded].min()
     assert float((one_less / energy).sqrt()) > ceiling, "no head goes dense without need"
-    _, none = select.guard(group.view, choice, error, energy, 100.0)
-    assert not none.any()
-    _, every = select.guard(group.view, choice, error, energy, 0.0)
-    assert every.all()
+    torch.testing.assert_close(out[:, guarded], exact[:, guarded], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out[:, ~guarded], loose[:, ~guarded], atol=1e-5, rtol=1e-5)
+    assert int(report.tiles) > int(free.tiles)
+    assert int(run(0.0)[0].guarded) == 8
 
 
 @pytest.mark.parametrize("bound", [1, 1 << 16, 1 << 30])

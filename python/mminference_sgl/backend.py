@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 NAME = "mminference"
 logger = logging.getLogger(__name__)
 
+_SMALLEST_QUERY_TILE = {"cpu": 16}
+"""Rows below which a device's matrix unit is not filled; 64 where nothing else is known."""
+_FEW_ROWS = 32
+"""Chunks of fewer rows run dense."""
 _KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -109,10 +113,12 @@ class MMInferenceAttnBackend(AttentionBackend):
         except (ConfigError, ops.ImplementationUnavailableError) as error:
             raise SystemExit(f"mminference: {error}") from None
         self._device = device
+        chunk_tokens = max(0, int(runner.server_args.chunked_prefill_size or 0))
+        self.config = self.config.for_chunks(chunk_tokens, _SMALLEST_QUERY_TILE.get(device.type, 64))
         self._head_offset = head_offset(runner)
         self._layouts = LayoutCache(
             ModelGeometry.of(hf_config),
-            chunk_tokens=max(0, int(runner.server_args.chunked_prefill_size or 0)),
+            chunk_tokens=chunk_tokens,
             tile_queries=self.config.tile_queries,
             tile_keys=self.config.tile_keys,
             cell_size=self.config.cell_size,
@@ -258,7 +264,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         """Why a request runs dense by rule, empty if it may run sparse."""
         if prefix + chunk < self.config.min_tokens:
             return "short"
-        if chunk < self.config.tile_queries // 4:
+        if chunk < _FEW_ROWS:
             return "few rows"
         has_media = mm_inputs is not None and bool(mm_inputs.mm_items)
         if not has_media and "text" not in self._sparse_modalities:

@@ -23,6 +23,7 @@ ENV_SHORTHANDS = {
     "MMINFERENCE_IMPL": "implementation",
 }
 SERVER_JSON_KEY = "mminference"
+TILE_SIZES = (16, 32, 64, 128)
 LARGEST_INTEGER = 1 << 30
 """No sequence is longer, and sums of two still fit the int32 that positions have on the device."""
 
@@ -49,9 +50,10 @@ class VerticalSlashBudget:
 
 @dataclass(frozen=True)
 class GridBudget:
-    """Grid: ``sink`` keys, ``window_frames`` frames back, the row's own cells, at least ``min_lines`` v-line tiles."""
+    """Grid: ``sink`` keys, ``window`` keys or up to ``window_frames`` frames, own cells, ``min_lines`` v-line tiles."""
 
     sink: int = 64
+    window: int = 64
     window_frames: int = 1
     min_lines: int = 0
 
@@ -75,9 +77,10 @@ class Config:
     implementation: str = "auto"
     coverage: float = 0.95
     error_ceiling: float = 1.0
-    max_density: float = 0.08
+    max_density: float = 0.5
+    min_gain: float = 4.0
     probe_rows: int = 64
-    tile_queries: int = 128
+    tile_queries: int = 0
     tile_keys: int = 64
     cell_size: int = 0
     patterns: PatternBudgets = field(default_factory=PatternBudgets)
@@ -101,15 +104,27 @@ class Config:
         _check_float("coverage", self.coverage, 0.0, 1.0)
         _check_float("error_ceiling", self.error_ceiling, 0.0, None)
         _check_float("max_density", self.max_density, 0.0, 1.0)
+        _check_float("min_gain", self.min_gain, 0.0, None)
         _check_int("probe_rows", self.probe_rows, 1)
-        for name in ("tile_queries", "tile_keys"):
+        for name, sizes in (("tile_queries", (0, *TILE_SIZES)), ("tile_keys", TILE_SIZES)):
             value = getattr(self, name)
-            _check(isinstance(value, int) and value in (16, 32, 64, 128), name, value, "16, 32, 64 or 128")
+            _check(type(value) is int and value in sizes, name, value, "one of " + ", ".join(map(str, sizes)))
         _check_int("cell_size", self.cell_size, 0)
         for pattern in dataclasses.fields(self.patterns):
             budget = getattr(self.patterns, pattern.name)
             for item in dataclasses.fields(budget):
                 _check_int(f"patterns.{pattern.name}.{item.name}", getattr(budget, item.name), 0)
+
+    def for_chunks(self, chunk_tokens: int, smallest: int) -> Config:
+        """The configuration with ``tile_queries`` filled in for prefill chunks of this many tokens (0: no chunks).
+
+        A query tile of the cell pass reads its own cells, which are ``tile_queries / chunk_tokens`` of a frame, so the
+        tiles of small chunks are small: 1/64 of the chunk, at least ``smallest``, which is what a device is fast at.
+        """
+        if self.tile_queries:
+            return self
+        fitting = [size for size in TILE_SIZES if smallest <= size and (not chunk_tokens or 64 * size <= chunk_tokens)]
+        return dataclasses.replace(self, tile_queries=max(fitting, default=smallest))
 
     @property
     def active(self) -> bool:

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional
 
 from mminference_sgl import _core
+from mminference_sgl.kernels.choice import CellView, KeyTiles, QueryTiles, View
 from mminference_sgl.kernels.probe import ProbeRows
-from mminference_sgl.kernels.select import CellView, KeyTiles, QueryTiles, View
 from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
 
 KIND_TEXT = 0
@@ -69,6 +69,7 @@ class RowGroup:
     """Rows of one request and one query modality, as selection sees them.
 
     ``near`` and ``far``: the group's query tiles, as slices of the two passes' tiles.
+    ``row_slots``: its row slots in the sequence pass.
     """
 
     request: int
@@ -77,6 +78,7 @@ class RowGroup:
     probe_rows: ProbeRows
     near: slice
     far: slice
+    row_slots: slice
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def build(
 
     groups: list[RowGroup] = []
     near_request, near_kind = on_host("seq.tile_request"), on_host("seq.tile_kind")
-    far_request = on_host("cell.tile_request")
+    far_request, near_indptr = on_host("cell.tile_request"), on_host("seq.row_indptr")
     for index, request in enumerate(requests):
         far_slice = _span(far_request == index)
         for modality in ("text", "media"):
@@ -165,12 +167,7 @@ def build(
                 continue
             has_cells = modality == "media"
             group_far = far_slice if has_cells else slice(far_slice.start, far_slice.start)
-            rows = _probe_rows(
-                _Rows.of(on_host, "seq", near_slice),
-                _Rows.of(on_host, "cell", group_far) if has_cells else None,
-                request.layout.stride,
-                probe_rows,
-            )
+            rows = _probe_rows(on_host, near_slice, group_far, min(probe_rows, max(16, request.chunk // 64)))
             cell = None
             if has_cells:
                 assert far is not None
@@ -179,7 +176,9 @@ def build(
                     keys=request.layout.cell_tiles,
                     own_lo=own_lo[group_far],
                     own_hi=own_hi[group_far],
-                    key_tile=request.layout.key_tile,
+                    bands=torch.from_numpy(rows.bands).to(device),
+                    band_of_row=torch.from_numpy(rows.band_of_row).to(device),
+                    num_bands=rows.num_bands,
                     stride=request.layout.stride,
                 )
             view = View(
@@ -191,9 +190,13 @@ def build(
             probed = ProbeRows(
                 rows=torch.from_numpy(rows.rows).to(device),
                 positions=torch.from_numpy(rows.positions).to(device),
+                first=int(rows.positions.min()),
                 cell_tiles=torch.from_numpy(rows.far_tiles).to(device),
+                key_tile=request.layout.key_tile if has_cells else uploaded[:0],
+                key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
             )
-            groups.append(RowGroup(index, modality, view, probed, near_slice, group_far))
+            slots_of_rows = slice(*(int(near_indptr[tile]) for tile in (near_slice.start, near_slice.stop)))
+            groups.append(RowGroup(index, modality, view, probed, near_slice, group_far, slots_of_rows))
     ends = np.cumsum([-(-r.num_keys // tile_keys) for r in requests]).tolist()
     key_tiles = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     return ForwardPlan(requests, near, far, groups, key_tiles)
@@ -234,46 +237,48 @@ def _key_order(requests: Sequence[_Tiled]) -> KeyOrder:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Row slots of some tiles on the host: batch rows, positions, and each slot's tile counted from the first one."""
-
-    rows: Int32Array
-    positions: Int32Array
-    tiles: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, on_host: Callable[[str], Int32Array], prefix: str, tiles: slice) -> _Rows:
-        indptr = on_host(f"{prefix}.row_indptr")
-        first, end = int(indptr[tiles.start]), int(indptr[tiles.stop])
-        tile = np.repeat(np.arange(tiles.stop - tiles.start), np.diff(indptr[tiles.start : tiles.stop + 1]))
-        return cls(on_host(f"{prefix}.rows")[first:end], on_host(f"{prefix}.positions")[first:end], tile)
-
-
-@dataclass(frozen=True)
 class _ProbeRows:
+    """Probe rows on the host; see :class:`ProbeRows` and :class:`CellView` for what the arrays are."""
+
     rows: npt.NDArray[np.int64]
     positions: Int32Array
     near_tiles: npt.NDArray[np.int64]
     far_tiles: npt.NDArray[np.int64]
+    bands: npt.NDArray[np.int64]
+    band_of_row: npt.NDArray[np.int64]
+    num_bands: int
 
 
-def _probe_rows(near: _Rows, far: _Rows | None, stride: int, count: int) -> _ProbeRows:
-    """Chooses the rows to probe: for media evenly over the cells of the chunk's last frame, for text the last rows.
+def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int) -> _ProbeRows:
+    """Chooses the rows to probe: for media spread over the query tiles of the cell pass, for text the last rows.
 
-    A media row belongs to the last frame when its position is within a frame stride of the last one; where frames are
-    smaller than the number of rows wanted, or not known, the last rows stand for it.
+    The cell pass is cut into as many bands of consecutive query tiles as rows are wanted, and the last rows of each
+    band's last tile stand for it: those of the latest frames at that place.
     """
-    if far is None:
-        picked = np.arange(max(0, near.rows.size - count), near.rows.size)
-        rows, positions = near.rows[picked], near.positions[picked]
-        far_tiles = np.zeros(0, dtype=np.int64)
+    tiles = far.stop - far.start
+    near_indptr = on_host("seq.row_indptr")
+    first, end = int(near_indptr[near.start]), int(near_indptr[near.stop])
+    nothing = np.zeros(0, dtype=np.int64)
+    if tiles == 0:
+        slots = np.arange(max(first, end - count), end)
+        rows, positions = on_host("seq.rows")[slots], on_host("seq.positions")[slots]
+        far_tiles = bands = band_of_row = nothing
+        num_bands = 0
     else:
-        last = np.flatnonzero(far.positions > far.positions.max() - max(stride, count))
-        picked = last[np.linspace(0, last.size - 1, min(count, last.size)).round().astype(np.int64)]
-        rows, positions, far_tiles = far.rows[picked], far.positions[picked], far.tiles[picked]
+        num_bands = min(count, tiles)
+        bands = np.arange(tiles) * num_bands // tiles
+        last_tile = np.searchsorted(bands, np.arange(num_bands), side="right") - 1
+        indptr = on_host("cell.row_indptr").astype(np.int64)
+        begin, stop = indptr[far.start + last_tile], indptr[far.start + last_tile + 1]
+        slot = stop[:, None] - 1 - np.arange(count // num_bands)
+        band_of_row, lane = np.nonzero(slot >= begin[:, None])
+        slots = slot[band_of_row, lane]
+        rows, positions = on_host("cell.rows")[slots], on_host("cell.positions")[slots]
+        far_tiles = last_tile[band_of_row]
     # Row slots ascend in the sequence pass, so a position finds its slot and with it its tile.
-    near_tiles = near.tiles[np.searchsorted(near.positions, positions)]
-    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_tiles, far_tiles)
+    near_slots = first + np.searchsorted(on_host("seq.positions")[first:end], positions)
+    near_tiles = np.searchsorted(near_indptr[near.start : near.stop + 1], near_slots, side="right") - 1
+    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_tiles, far_tiles, bands, band_of_row, num_bands)
 
 
 def _key_tiles(

@@ -1,4 +1,4 @@
-"""Sparse prefill of one layer: probe, select, guard, attend over a :class:`~mminference_sgl.plan.ForwardPlan`.
+"""Sparse prefill of one layer: probe, select, attend, guard over a :class:`~mminference_sgl.plan.ForwardPlan`.
 
 Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 """
@@ -12,8 +12,9 @@ import torch
 
 from mminference_sgl.catalog import HeadSpec
 from mminference_sgl.config import Config
+from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import ops, probe, select
-from mminference_sgl.kernels.select import Choice, Limits, View
+from mminference_sgl.kernels.choice import Choice, Limits, View
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, lists_from_map
 from mminference_sgl.plan import ForwardPlan, RowGroup
 
@@ -67,9 +68,23 @@ def run_layer(
     Returns:
         One report per sparse request.
     """
-    passes, reports = select_layer(query, key_pool, value_pool, plan, specs, config, scale)
-    ops.sparse_prefill(query, key_pool, value_pool, passes, scale, out, implementation)
-    return reports
+    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale)
+    lse = ops.sparse_prefill(query, key_pool, value_pool, passes, scale, out, implementation)
+    for item in watched:
+        item.measure(out, config.error_ceiling)
+    failing = [item for item in watched if item.dense_output is not None]
+    if query.device.type == "cpu":
+        # Elsewhere the question would wait for the layer, which a pass with empty lists does not.
+        failing = [item for item in failing if bool(item.guarded.any())]
+    if failing:
+        lists = _PassLists(plan.near, len(specs))
+        for item in failing:
+            rows = plan.near.rows[item.group.row_slots]
+            lse[rows] = lse[rows].masked_fill(item.guarded, float("-inf"))
+            choice = choices.dense(item.group.view, len(specs))
+            lists.put(item.group.near, choice.near & item.guarded[:, None, None], choice)
+        ops.merge_pass(query, key_pool, value_pool, (plan.near, lists.lists()), scale, out, lse, implementation)
+    return _reports(watched)
 
 
 def select_layer(
@@ -81,20 +96,72 @@ def select_layer(
     config: Config,
     scale: float,
 ) -> tuple[Passes, list[LayerReport]]:
-    """Probes the plan's requests and chooses the tiles of every head; arguments as in :func:`run_layer`."""
+    """Probes the plan's requests and chooses the tiles of every head; arguments as in :func:`run_layer`.
+
+    The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
+    """
+    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale)
+    return passes, _reports(watched)
+
+
+@dataclass
+class _Watched:
+    """A row group's choice and what is known of it, by head: [H] each.
+
+    ``dense_output`` fp32 [H, P, Dv]: that of the probe rows, None where nothing was left out.
+    """
+
+    group: RowGroup
+    tiles: torch.Tensor
+    causal: torch.Tensor
+    coverage: torch.Tensor
+    dense_output: torch.Tensor | None
+    error: torch.Tensor
+    guarded: torch.Tensor
+
+    def measure(self, out: torch.Tensor, ceiling: float) -> None:
+        """Compares the probe rows' output with the dense one and marks the layer's worst heads, which must go dense.
+
+        The error is that of all heads together, so a head counts with the weight it has in the layer's output.
+        """
+        if self.dense_output is None:
+            return
+        rows = self.group.probe_rows.rows
+        error = (out[rows].transpose(0, 1).float() - self.dense_output).square().sum((1, 2))
+        energy = self.dense_output.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        self.error = (error.sum() / energy).sqrt()
+        worst = error.argsort(descending=True)
+        remaining = error[worst].flip(0).cumsum(0).flip(0)
+        self.guarded = torch.zeros_like(self.guarded).scatter_(0, worst, remaining > ceiling * ceiling * energy)
+        self.tiles = torch.where(self.guarded, self.causal, self.tiles)
+        self.coverage = torch.where(self.guarded, 1.0, self.coverage)
+
+
+def _select(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    plan: ForwardPlan,
+    specs: Sequence[HeadSpec],
+    config: Config,
+    scale: float,
+) -> tuple[Passes, list[_Watched]]:
     near = _PassLists(plan.near, len(specs))
     far = _PassLists(plan.far, len(specs)) if plan.far is not None else None
-    reports: dict[int, LayerReport] = {}
+    watched: list[_Watched] = []
     for group in plan.groups:
-        choice, report = _select_group(query, key_pool, value_pool, plan, group, specs, config, scale)
+        choice, dense_output = _select_group(query, key_pool, value_pool, plan, group, specs, config, scale)
         near.put(group.near, choice.near, choice)
         if far is not None and choice.far is not None:
             far.put(group.far, choice.far, choice)
-        reports[group.request] = _add(reports[group.request], report) if group.request in reports else report
+        causal = choices.causal_tiles(group.view)
+        none = torch.zeros(len(specs), dtype=torch.bool, device=query.device)
+        zero = torch.zeros((), device=query.device)
+        watched.append(_Watched(group, choice.tiles(), causal, choice.coverage, dense_output, zero, none))
     passes = [(plan.near, near.lists())]
     if plan.far is not None and far is not None:
         passes.append((plan.far, far.lists()))
-    return passes, list(reports.values())
+    return passes, watched
 
 
 def _select_group(
@@ -106,31 +173,22 @@ def _select_group(
     specs: Sequence[HeadSpec],
     config: Config,
     scale: float,
-) -> tuple[Choice, LayerReport]:
+) -> tuple[Choice, torch.Tensor | None]:
+    """The choice for all heads, and the probe rows' dense output where they were probed."""
     view, heads = group.view, len(specs)
-    causal = select.causal_tiles(view) * heads
     wanted = [spec.of(group.modality) for spec in specs]
-    zero = torch.zeros((), device=query.device)
     if all(pair == ("dense", "dense") for pair in wanted):
-        choice = select.dense(view, heads)
-        return choice, LayerReport(group.request, choice.tiles().sum(), causal, zero + 1, zero, zero.long())
+        return choices.dense(view, heads), None
     slots = plan.near.keys.slots[plan.key_tiles[group.request]]
-    blocks, coverages, errors, energy = [], [], [], zero
+    blocks, outputs = [], []
     for block in _head_blocks(heads, key_pool.shape[1], slots.numel() * group.probe_rows.rows.numel(), query.device):
         kv_block = slice(block.start * key_pool.shape[1] // heads, block.stop * key_pool.shape[1] // heads)
         probed = probe.run(
             query[:, block], key_pool[:, kv_block], value_pool[:, kv_block], slots, group.probe_rows, scale
         )
         blocks.append(_choose(view, probed, wanted[block], config))
-        coverage, error = select.evaluate(view, probed, blocks[-1])
-        coverages.append(coverage)
-        errors.append(error)
-        energy = energy + probed.output.square().sum()
-    coverage, error = torch.cat(coverages), torch.cat(errors)
-    choice, guarded = select.guard(view, select.concatenate(blocks), error, energy, config.error_ceiling)
-    coverage, error = torch.where(guarded, 1.0, coverage), error.masked_fill(guarded, 0.0)
-    relative = (error.sum() / energy.clamp_min(1e-30)).sqrt()
-    return choice, LayerReport(group.request, choice.tiles().sum(), causal, coverage.mean(), relative, guarded.sum())
+        outputs.append(probed.output)
+    return choices.concatenate(blocks), torch.cat(outputs)
 
 
 def _head_blocks(heads: int, kv_heads: int, weights_per_head: int, device: torch.device) -> list[slice]:
@@ -143,7 +201,7 @@ def _head_blocks(heads: int, kv_heads: int, weights_per_head: int, device: torch
 
 def _choose(view: View, probed: probe.Probe, wanted: Sequence[tuple[str, str]], config: Config) -> Choice:
     """One choice for all heads out of each head's (pattern on text keys, pattern on media keys)."""
-    limits = Limits(config.coverage, config.max_density)
+    limits = Limits(config.coverage, config.max_density, config.min_gain)
     made: dict[str, Choice] = {}
 
     def propose(pattern: str) -> Choice:
@@ -157,12 +215,13 @@ def _choose(view: View, probed: probe.Probe, wanted: Sequence[tuple[str, str]], 
         if on_text != on_media:
             # Text keys have no grid of their own: there it means "by mass", which is what columns are.
             text = propose("vertical_slash" if on_text == "grid" else on_text)
-            pair = select.combine(view, text, pair, text_pattern=on_text, media_pattern=on_media)
+            pair = choices.combine(view, text, pair, text_pattern=on_text, media_pattern=on_media)
+            pair = select.measured(view, probed, pair)
         if result is None:
             result = pair
             continue
         heads = torch.tensor([item == (on_text, on_media) for item in wanted], device=pair.coverage.device)
-        result = select.where(heads, pair, result)
+        result = choices.where(heads, pair, result)
     assert result is not None
     return result
 
@@ -177,20 +236,26 @@ def _propose(
 ) -> Choice:
     budgets = config.patterns
     if pattern == "dense":
-        return select.dense(view, probed.weights.shape[0])
+        return choices.dense(view, probed.weights.shape[0])
     if pattern == "a_shape":
         return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
     if pattern == "vertical_slash":
         budget = budgets.vertical_slash
         return select.vertical_slash(view, probed, limits, sink=budget.sink, window=budget.window)
     if pattern == "grid":
+        assert view.cell is not None
         grid = budgets.grid
-        return select.grid(
-            view, probed, limits, sink=grid.sink, window_frames=grid.window_frames, min_lines=grid.min_lines
-        )
+        # One frame back and one key more, so that the same place in the frame before is inside.
+        stride = view.cell.stride
+        reaches = {min(max(grid.window, n * stride + 1), UNBOUNDED) for n in (0, grid.window_frames)}
+        windows = [
+            select.grid(view, probed, limits, sink=grid.sink, reach=reach, min_lines=grid.min_lines)
+            for reach in sorted(reaches)
+        ]
+        return choices.cheapest(windows, limits.coverage)[0]
     candidates = ["grid", "vertical_slash"] if view.cell is not None else ["vertical_slash"]
-    merged, _ = select.cheapest([propose(name) for name in candidates], limits.coverage)
-    return select.never_beyond_dense(view, merged)
+    merged, _ = choices.cheapest([propose(name) for name in candidates], limits.coverage)
+    return choices.never_beyond_dense(view, merged)
 
 
 class _PassLists:
@@ -213,13 +278,28 @@ class _PassLists:
         return lists_from_map(self._pass, self._selected, self._sink, self._reach)
 
 
-def _add(a: LayerReport, b: LayerReport) -> LayerReport:
-    """Report over two row groups of a request; coverage and error are those of the group that left something out."""
-    return LayerReport(
-        a.request,
-        a.tiles + b.tiles,
-        a.causal + b.causal,
-        torch.minimum(a.coverage, b.coverage),
-        torch.maximum(a.error, b.error),
-        a.guarded + b.guarded,
-    )
+def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:
+    """One report per request; of its row groups' coverage and error the worse one counts."""
+    reports: dict[int, LayerReport] = {}
+    for item in watched:
+        heads = item.tiles.numel()
+        report = LayerReport(
+            item.group.request,
+            item.tiles.sum(),
+            item.causal * heads,
+            item.coverage.mean(),
+            item.error,
+            item.guarded.sum(),
+        )
+        before = reports.get(report.request)
+        if before is not None:
+            report = LayerReport(
+                report.request,
+                before.tiles + report.tiles,
+                before.causal + report.causal,
+                torch.minimum(before.coverage, report.coverage),
+                torch.maximum(before.error, report.error),
+                before.guarded + report.guarded,
+            )
+        reports[report.request] = report
+    return list(reports.values())

@@ -1,0 +1,218 @@
+"""What selection sees of one request (:class:`View`) and what it decides (:class:`Choice`), for all heads at once.
+
+Shapes: ``H`` heads, ``P`` probe rows, ``t`` query tiles and ``n`` key tiles of the sequence pass, ``t'`` and ``n'`` of
+the cell pass. Nothing here looks at single heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .tiles import UNBOUNDED, Region, tile_visibility
+
+EXACT = 1.0
+"""Coverage at which every causal tile is selected and budgets do not count: the result is dense attention."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the configuration allows: target ``coverage`` and ``max_density``, computed tiles over causal tiles."""
+
+    coverage: float
+    max_density: float
+    min_gain: float
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """Query tiles of one request, one modality and one pass: position bounds int32 [t]."""
+
+    min_pos: torch.Tensor
+    max_pos: torch.Tensor
+
+
+@dataclass(frozen=True)
+class KeyTiles:
+    """Key tiles of one request in one order.
+
+    Position bounds int32 [n] and whether text or media is in them, bool [n].
+    """
+
+    min_pos: torch.Tensor
+    max_pos: torch.Tensor
+    has_text: torch.Tensor
+    has_media: torch.Tensor
+    tile_keys: int
+
+
+@dataclass(frozen=True)
+class CellView:
+    """The cell order of one request as selection needs it.
+
+    ``own_lo``, ``own_hi`` int32 [t']: the key tiles of the cells that a query tile holds, ``[own_lo, own_hi)``.
+    ``bands`` int64 [t']: the band of each query tile, ascending from 0. A band is consecutive query tiles for which
+    the same probe rows stand. ``band_of_row`` int64 [P]: the band of each probe row.
+    ``stride``: tokens from a frame to the next, the largest of the request.
+    """
+
+    queries: QueryTiles
+    keys: KeyTiles
+    own_lo: torch.Tensor
+    own_hi: torch.Tensor
+    bands: torch.Tensor
+    band_of_row: torch.Tensor
+    num_bands: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class View:
+    """One request's tiles for the query rows of one modality.
+
+    ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [P]: the probe rows' query tile in it.
+    ``cell`` is None where the rows take no part in a cell pass.
+    """
+
+    queries: QueryTiles
+    keys: KeyTiles
+    row_tiles: torch.Tensor
+    cell: CellView | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tiles for all heads.
+
+    ``near`` bool [H, t, n] in sequence order, ``far`` bool [H, t', n'] in cell order or None;
+    ``sink``, ``reach`` int32 [H]: the near region of the sequence pass, the far region of the cell pass is the rest.
+    ``coverage`` fp32 [H]: share of the probe rows' mass that is kept.
+    """
+
+    near: torch.Tensor
+    far: torch.Tensor | None
+    sink: torch.Tensor
+    reach: torch.Tensor
+    coverage: torch.Tensor
+
+    def tiles(self) -> torch.Tensor:
+        """Computed tiles per head, int64 [H]."""
+        near = self.near.sum((1, 2))
+        return near if self.far is None else near + self.far.sum((1, 2))
+
+
+def causal_tiles(view: View) -> torch.Tensor:
+    """Number of tiles that dense attention of these rows computes per head, a 0-d int64 tensor."""
+    return (view.keys.min_pos[None, :] <= view.queries.max_pos[:, None]).sum()
+
+
+def near_tiles(view: View, sink: int, reach: int) -> torch.Tensor:
+    """Tiles of the sequence pass that hold a key of the near region: bool [t, n]."""
+    return _visible(Region.NEAR, view.queries, view.keys, sink, reach)
+
+
+def far_tiles(cell: CellView, sink: int, reach: int) -> torch.Tensor:
+    """Tiles of the cell pass that hold a key of the far region: bool [t', n']."""
+    return _visible(Region.FAR, cell.queries, cell.keys, sink, reach)
+
+
+def dense(view: View, heads: int) -> Choice:
+    """All causal tiles in the sequence pass."""
+    device = view.keys.min_pos.device
+    reach = torch.full((heads,), UNBOUNDED, dtype=torch.int32, device=device)
+    far = None
+    if view.cell is not None:
+        shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
+        far = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
+    near = near_tiles(view, 0, UNBOUNDED).expand(heads, -1, -1)
+    return Choice(near, far, torch.zeros_like(reach), reach, torch.ones(heads, device=device))
+
+
+def cheapest(choices: list[Choice], coverage: float) -> tuple[Choice, torch.Tensor]:
+    """Per head the choice that reaches ``coverage`` with the fewest tiles, or the one that comes closest to it.
+
+    Returns the merged choice and the index of each head's pick, int64 [H]. Earlier choices win ties.
+    """
+    tiles = torch.stack([choice.tiles() for choice in choices]).double()
+    reached = torch.stack([choice.coverage for choice in choices]).double()
+    # Reaching the target beats everything; below it more coverage is better, above it fewer tiles.
+    score = torch.where(reached >= coverage, 2.0 + 1.0 / (1.0 + tiles), reached.clamp_max(1.0))
+    pick = score.argmax(0)
+    merged = choices[0]
+    for index, choice in enumerate(choices[1:], start=1):
+        merged = where(pick == index, choice, merged)
+    return merged, pick
+
+
+def never_beyond_dense(view: View, choice: Choice) -> Choice:
+    """Heads whose tiles would be as many as dense attention computes run dense."""
+    beyond = choice.tiles() >= causal_tiles(view)
+    return where(beyond, dense(view, beyond.numel()), choice)
+
+
+def concatenate(parts: list[Choice]) -> Choice:
+    """Choices for consecutive blocks of heads as one for all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    far = [part.far for part in parts if part.far is not None]
+    return Choice(
+        torch.cat([part.near for part in parts]),
+        torch.cat(far) if far else None,
+        torch.cat([part.sink for part in parts]),
+        torch.cat([part.reach for part in parts]),
+        torch.cat([part.coverage for part in parts]),
+    )
+
+
+def where(heads: torch.Tensor, chosen: Choice, other: Choice) -> Choice:
+    """``chosen`` for the heads where the bool [H] mask holds, ``other`` elsewhere."""
+    wide = heads[:, None, None]
+    far = other.far if chosen.far is None else chosen.far
+    if chosen.far is not None and other.far is not None:
+        far = torch.where(wide, chosen.far, other.far)
+    return Choice(
+        torch.where(wide, chosen.near, other.near),
+        far,
+        torch.where(heads, chosen.sink, other.sink),
+        torch.where(heads, chosen.reach, other.reach),
+        torch.where(heads, chosen.coverage, other.coverage),
+    )
+
+
+def combine(view: View, on_text: Choice, on_media: Choice, *, text_pattern: str, media_pattern: str) -> Choice:
+    """One choice out of a pattern for text keys and another for media keys (the paper's K- and 2D-boundary).
+
+    With a grid on the media, text keys behind the window are read in the cell pass, where they are tiles of their own:
+    all of them for ``dense``, none for ``a_shape``, by mass otherwise. Without one, each key tile of the sequence pass
+    is read if the pattern of a modality it holds asks for it, and a row sees what either pattern's region admits.
+    The result's coverage is yet to be measured.
+    """
+    if media_pattern == "grid":
+        assert view.cell is not None
+        assert on_media.far is not None
+        text_tiles = view.cell.keys.has_text
+        if text_pattern == "a_shape":
+            return replace(on_media, far=on_media.far & ~(text_tiles & ~view.cell.keys.has_media))
+        if text_pattern == "dense":
+            queries, keys = view.cell.queries, view.cell.keys
+            bounds = queries.min_pos, queries.max_pos, keys.min_pos, keys.max_pos
+            visible = tile_visibility(Region.FAR, *bounds, on_media.sink[:, None], on_media.reach[:, None])
+            return replace(on_media, far=on_media.far | (visible & text_tiles))
+        return on_media
+    near = (on_text.near & view.keys.has_text) | (on_media.near & view.keys.has_media)
+    return Choice(
+        near,
+        on_media.far,
+        torch.maximum(on_text.sink, on_media.sink),
+        torch.maximum(on_text.reach, on_media.reach),
+        torch.minimum(on_text.coverage, on_media.coverage),
+    )
+
+
+def _visible(region: Region, queries: QueryTiles, keys: KeyTiles, sink: int, reach: int) -> torch.Tensor:
+    sinks, reaches = (
+        torch.full((1, 1), value, dtype=torch.int32, device=queries.min_pos.device) for value in (sink, reach)
+    )
+    bounds = queries.min_pos, queries.max_pos, keys.min_pos, keys.max_pos
+    return tile_visibility(region, *bounds, sinks, reaches)[0]
