@@ -1,81 +1,40 @@
-"""Geometry of a request from what SGLang's processors leave behind, and the cache of layouts.
-
-Families differ in where spans and frame grids are found; this file is the only place that knows. The result is the
-same for all: items of (modality, inclusive spans, frame grid after merging or None). A span without a grid is still a
-media run, only without places in it.
-"""
+"""Layouts of requests, made once per request and kept on its life."""
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mminference_sgl import _core
+from mminference_sgl.geometry import AUDIO, IMAGE, VIDEO, GeometryError, Item, ModelGeometry, items_of
 from mminference_sgl.plan import DeviceLayout
 
-IMAGE, VIDEO, AUDIO = 1, 2, 3
-_MODALITIES = {"IMAGE": IMAGE, "MULTI_IMAGES": IMAGE, "VIDEO": VIDEO, "AUDIO": AUDIO}
-_GRID_KEYS = ("video_grid_thw", "image_grid_thw", "grid_thws", "image_grid_hws")
+__all__ = [
+    "AUDIO",
+    "IMAGE",
+    "VIDEO",
+    "GeometryError",
+    "Item",
+    "LayoutCache",
+    "ModelGeometry",
+    "items_of",
+    "request_length",
+]
 
-Spans = list[tuple[int, int]]
-Grid = tuple[int, int, int]
-Item = tuple[int, Spans, Grid | None]
-
-
-class GeometryError(ValueError):
-    """A request whose media cannot be laid out; it runs dense."""
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
-    """What of a model's configuration the geometry needs: ``merge``, the side of the square of patches per token."""
-
-    merge: int = 2
-
-    @classmethod
-    def of(cls, hf_config: object) -> ModelGeometry:
-        """Reads the vision configuration, also where a thinker holds it."""
-        for holder in (hf_config, getattr(hf_config, "thinker_config", None)):
-            vision = getattr(holder, "vision_config", None)
-            merge = getattr(vision, "spatial_merge_size", None)
-            if isinstance(merge, int) and merge > 0:
-                return cls(merge)
-        return cls()
-
-
-def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
-    """Items of a request, from SGLang's ``MultimodalInputs``.
-
-    Raises:
-        GeometryError: the spans cannot be known (pruned prompts), there are none, or they cannot be read.
-    """
-    items: list[Item] = []
-    for number, item in enumerate(mm_inputs.mm_items):
-        modality = _MODALITIES.get(getattr(item.modality, "name", str(item.modality)))
-        if modality is None:
-            raise GeometryError(f"item {number}: unknown modality {item.modality!r}")
-        data = item.model_specific_data or {}
-        if "pre_chunked_input_ids" in data:
-            raise GeometryError(f"item {number}: its tokens are pruned, so its spans are not known")
-        try:
-            spans = [(int(start), int(end)) for start, end in item.offsets or ()]
-            grids = _grids(data, geometry)
-        except (TypeError, ValueError, OverflowError, IndexError, RuntimeError) as error:
-            raise GeometryError(f"item {number}: offsets or grid cannot be read: {error}") from None
-        if not spans:
-            raise GeometryError(f"item {number}: no token spans")
-        items.extend(_split(modality, spans, grids))
-    return items
+logger = logging.getLogger(__name__)
+_NAMES = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
 
 
 def request_length(mm_inputs: Any, items: Sequence[Item], seen: int) -> int:
     """Tokens of a request as far as known, so that its layout stays the same from chunk to chunk.
 
     ``seen``: tokens up to the end of the current chunk. Models with M-RoPE carry a position for every prompt token.
+    A prompt that SGLang has cut (``--allow-auto-truncate``), maybe inside a span, keeps the layout of the whole: no
+    chunk ever asks for the tokens that are gone.
     """
     last = max((end for _, spans, _ in items for _, end in spans), default=-1)
     return max(_prompt_length(mm_inputs), seen, last + 1)
@@ -117,6 +76,7 @@ class LayoutCache:
         if cached is None:
             weakref.finalize(mm_inputs, self._layouts.pop, identity, None)
         self._layouts[identity] = (key, layout)
+        logger.debug("mminference layout tokens=%d items=%s", layout.layout.length, _Described(items))
         return layout
 
     def _build(self, length: int, items: list[Item], device: torch.device) -> DeviceLayout:
@@ -127,42 +87,19 @@ class LayoutCache:
         return DeviceLayout(layout, self._tile_keys, device)
 
 
+class _Described:
+    """Items in words, put together only if somebody reads the log: ``image:1x3x4,video:12x8x16,audio:opaque``."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items = sorted(items, key=lambda item: min(item[1]))
+
+    def __str__(self) -> str:
+        return ",".join(
+            f"{_NAMES[modality]}:{'x'.join(map(str, grid)) if grid else 'opaque'}" for modality, _, grid in self._items
+        )
+
+
 def _prompt_length(mm_inputs: Any) -> int:
     """Tokens of the prompt where M-RoPE positions tell, 0 elsewhere."""
     positions = getattr(mm_inputs, "mrope_positions", None)
     return int(positions.shape[-1]) if isinstance(positions, torch.Tensor) else 0
-
-
-def _grids(data: Any, geometry: ModelGeometry) -> list[Grid]:
-    """Frame grids after merging, from whichever key the processor left; none if it left none."""
-    for key in _GRID_KEYS:
-        rows = data.get(key)
-        if rows is None:
-            continue
-        rows = torch.as_tensor(rows)
-        if rows.device.type != "cpu":
-            raise GeometryError(f"{key} is on {rows.device}; reading it would wait for the device")
-        rows = rows.reshape(-1, rows.shape[-1]).tolist()
-        full = [(1, *row) if len(row) == 2 else tuple(row) for row in rows]
-        return [(int(t), int(h) // geometry.merge, int(w) // geometry.merge) for t, h, w in full]
-    return []
-
-
-def _split(modality: int, spans: Spans, grids: list[Grid]) -> list[Item]:
-    """One processor item to items of one image or clip each: one span per grid, or one span per frame.
-
-    A grid that matches neither is handed on with all spans: the planner refuses it and names the numbers.
-    """
-    lengths = [end - start + 1 for start, end in spans]
-    if not grids:
-        return [(modality, [span], None) for span in spans]
-    if len(spans) == len(grids) and all(n == t * h * w for n, (t, h, w) in zip(lengths, grids, strict=True)):
-        return [(modality, [span], grid) for span, grid in zip(spans, grids, strict=True)]
-    if len(spans) == sum(t for t, _, _ in grids):
-        items: list[Item] = []
-        first = 0
-        for grid in grids:
-            items.append((modality, spans[first : first + grid[0]], grid))
-            first += grid[0]
-        return items
-    return [(modality, spans, (sum(t for t, _, _ in grids), *grids[0][1:]))]

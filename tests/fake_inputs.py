@@ -1,0 +1,43 @@
+"""Requests as SGLang's processors leave them, for tests of geometry and layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+
+from mminference_sgl.geometry import ModelGeometry
+from mminference_sgl.layout import LayoutCache
+
+CPU = torch.device("cpu")
+MERGED = ModelGeometry(2)
+
+
+def media(modality: str, offsets: Any, **data: Any) -> MultimodalDataItem:
+    """A processor's item with its model-specific data, grids among them."""
+    return MultimodalDataItem(modality=Modality[modality], offsets=offsets, model_specific_data=data)
+
+
+def request(*items: Any, prompt: int | None = None) -> MultimodalInputs:
+    """Inputs of a request; ``prompt``: its length, for models with M-RoPE."""
+    positions = None if prompt is None else torch.zeros(3, prompt, dtype=torch.long)
+    return MultimodalInputs(mm_items=list(items), mrope_positions=positions)
+
+
+def grid(*rows: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def frame_spans(start: int, frames: int, area: int, gaps: list[int]) -> list[tuple[int, int]]:
+    """A span per frame; before each of them as many text tokens as ``gaps`` says in turn."""
+    spans = []
+    for frame in range(frames):
+        start += gaps[frame % len(gaps)]
+        spans.append((start, start + area - 1))
+        start += area
+    return spans
+
+
+def cache_of(**sizes: int) -> LayoutCache:
+    return LayoutCache(MERGED, **{"chunk_tokens": 512, "tile_queries": 64, "tile_keys": 16, "cell_size": 0} | sizes)
