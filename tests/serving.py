@@ -11,16 +11,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mminference_sgl.testing import Answer, Message, Prefill, Server, png_url, prefills, user_message, write_mp4
+from mminference_sgl.testing import (
+    Answer,
+    Message,
+    Prefill,
+    Server,
+    layouts,
+    png_url,
+    prefills,
+    user_message,
+    write_mp4,
+)
 
 NEW_TOKENS = 8
 LARGEST_LOGIT = 16.0
-ROUNDING_BAND = 8 * float(np.finfo(np.float32).eps) * LARGEST_LOGIT
-"""Eight float32 roundings of a logit."""
 EXACT = {"coverage": 1.0, "min_tokens": 256}
 """Every tile is selected, and all but the shortest requests take the sparse path."""
 
-ALONE = ("text", "image", "two images", "video", "video, radix hit")
+ALONE = ("text", "image", "two images", "video", "video, radix hit", "images and video")
 TOGETHER = ("mixed: text", "mixed: image", "mixed: two images", "mixed: video")
 SCENARIOS = (*ALONE, *TOGETHER)
 
@@ -32,6 +40,7 @@ class Run:
     answers: dict[str, Answer] = field(default_factory=dict)
     prefills: dict[str, list[Prefill]] = field(default_factory=dict)
     """By scenario; the concurrent requests share one list."""
+    layouts: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     log: str = ""
 
 
@@ -57,6 +66,7 @@ def messages(folder: Path) -> Messages:
         "two images": user_message(words(4, 30), images=[second, third]),
         "video": user_message(words(5, 20), videos=[long]),
         "video, radix hit": user_message(words(6, 200), videos=[long]),
+        "images and video": user_message(words(13, 20), images=[first, third], videos=[short], before=words(14, 10)),
         "mixed: text": user_message(words(7, 300)),
         "mixed: image": user_message(words(8, 40), images=[second], before=words(9, 60)),
         "mixed: two images": user_message(words(10, 3), images=[third, first]),
@@ -101,8 +111,8 @@ def start(
     )
 
 
-def ask(server: Server, message: Message, **options: Any) -> Answer:
-    return server.chat([message], NEW_TOKENS, ignore_eos=True, **options)
+def ask(server: Server, message: Message, tokens: int = NEW_TOKENS, **options: Any) -> Answer:
+    return server.chat([message], tokens, ignore_eos=True, **options)
 
 
 def ask_together(server: Server, asked: Messages, **options: Any) -> dict[str, Answer]:
@@ -112,12 +122,13 @@ def ask_together(server: Server, asked: Messages, **options: Any) -> dict[str, A
         return dict(zip(TOGETHER, answers, strict=True))
 
 
-def ask_in_turn(server: Server, asked: Messages, run: Run) -> None:
+def ask_in_turn(server: Server, asked: Messages, run: Run, tokens: int = NEW_TOKENS) -> None:
     """One request after the other; answers and log go to `run`."""
     for name, message in asked.items():
         mark = len(server.log())
-        run.answers[name] = ask(server, message)
-        run.prefills[name] = prefills(server.log(mark))
+        run.answers[name] = ask(server, message, tokens)
+        log = server.log(mark)
+        run.prefills[name], run.layouts[name] = prefills(log), layouts(log)
     run.log = server.log()
 
 
@@ -130,6 +141,11 @@ def ask_everything(server: Server, asked: Messages) -> Run:
     run.prefills |= dict.fromkeys(TOGETHER, prefills(server.log(mark)))
     run.log = server.log()
     return run
+
+
+def rounding_band(dtype: str = "float32") -> float:
+    """Eight roundings of a logit."""
+    return 8 * float(np.finfo(dtype).eps) * LARGEST_LOGIT
 
 
 def difference(one: Answer, other: Answer) -> float:

@@ -28,7 +28,9 @@ def run_of(model_path: serving.ModelPath, messages: serving.Messages) -> serving
     def run_of(
         model: str, chunk: int, backend: str | None, args: tuple[str, ...] = (), plugins: str | None = None
     ) -> serving.Run:
-        with serving.start(model_path(model), chunk, backend, args, SGLANG_PLUGINS=plugins) as server:
+        # The process that warm servers are forked from has imported this package.
+        warm = plugins is None
+        with serving.start(model_path(model), chunk, backend, args, warm=warm, SGLANG_PLUGINS=plugins) as server:
             return serving.ask_everything(server, messages)
 
     return run_of

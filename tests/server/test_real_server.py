@@ -1,5 +1,7 @@
 """Real server processes over HTTP: at coverage 1.0 mminference answers as the dense server does, and harms no other.
 
+One family, Qwen2.5-VL, in every way of serving; test_families.py has the others.
+
 The tolerance for log-probabilities comes from the dense server: its answers at one chunk size differ from those at
 another by rounding alone. Ours may differ from it by twice that spread and a band of eight float32 roundings of a
 logit.
@@ -13,54 +15,49 @@ import pytest
 
 import serving
 from mminference_sgl.testing import ServerError, fallbacks, start_lines
-from serving import ALONE, ROUNDING_BAND, SCENARIOS, Messages, ModelPath, RunOf, difference
+from serving import ALONE, SCENARIOS, Messages, ModelPath, RunOf, difference, rounding_band
 
 pytestmark = pytest.mark.server
 
 CUTS_FRAMES, ONE_CHUNK = 509, -1
-QWEN2_5, QWEN3 = MODELS = ("qwen2_5_vl", "qwen3_vl")
+MODEL = "qwen2_5_vl"
 chunks = pytest.mark.parametrize("chunk", [CUTS_FRAMES, ONE_CHUNK], ids=["chunks of 509", "one chunk"])
-models = pytest.mark.parametrize("model", MODELS)
 scenarios = pytest.mark.parametrize("scenario", SCENARIOS)
 
 
-def tolerance(run_of: RunOf, model: str) -> float:
+def tolerance(run_of: RunOf) -> float:
     """Twice the dense server's own spread between chunk sizes, and a rounding band."""
-    cut, whole = (run_of(model, chunk, None).answers for chunk in (CUTS_FRAMES, ONE_CHUNK))
-    return 2 * max(difference(cut[name], whole[name]) for name in SCENARIOS) + ROUNDING_BAND
+    cut, whole = (run_of(MODEL, chunk, None).answers for chunk in (CUTS_FRAMES, ONE_CHUNK))
+    return 2 * max(difference(cut[name], whole[name]) for name in SCENARIOS) + rounding_band()
 
 
-@models
-def test_tiny_models_tell_tokens_apart(model: str, run_of: RunOf):
+def test_tiny_models_tell_tokens_apart(run_of: RunOf):
     """Otherwise equal tokens would be luck, and different ones no fault."""
-    answers = run_of(model, CUTS_FRAMES, None).answers.values()
-    assert tolerance(run_of, model) < 1e-3
-    assert min(serving.lead(answer) for answer in answers) > 20 * tolerance(run_of, model)
+    answers = run_of(MODEL, CUTS_FRAMES, None).answers.values()
+    assert tolerance(run_of) < 1e-3
+    assert min(serving.lead(answer) for answer in answers) > 20 * tolerance(run_of)
 
 
-@models
 @chunks
 @scenarios
-def test_answers_equal_the_dense_servers(model: str, chunk: int, scenario: str, run_of: RunOf):
-    ours, dense = (run_of(model, chunk, backend).answers[scenario] for backend in ("mminference", None))
+def test_answers_equal_the_dense_servers(chunk: int, scenario: str, run_of: RunOf):
+    ours, dense = (run_of(MODEL, chunk, backend).answers[scenario] for backend in ("mminference", None))
     assert ours.prompt_tokens == dense.prompt_tokens
     assert ours.token_ids == dense.token_ids
-    assert difference(ours, dense) <= tolerance(run_of, model)
+    assert difference(ours, dense) <= tolerance(run_of)
 
 
-@models
 @chunks
-def test_radix_cache_is_hit(model: str, chunk: int, run_of: RunOf):
-    answers = run_of(model, chunk, "mminference").answers
+def test_radix_cache_is_hit(chunk: int, run_of: RunOf):
+    answers = run_of(MODEL, chunk, "mminference").answers
     assert answers["video"].cached_tokens < 16
     assert answers["video, radix hit"].cached_tokens > 1000
 
 
-@models
 @chunks
-def test_requests_with_video_went_sparse(model: str, chunk: int, run_of: RunOf):
-    run = run_of(model, chunk, "mminference")
-    for scenario in ("video", "mixed: video"):
+def test_requests_with_video_went_sparse(chunk: int, run_of: RunOf):
+    run = run_of(MODEL, chunk, "mminference")
+    for scenario in ("video", "images and video", "mixed: video"):
         lines = run.prefills[scenario]
         assert sum(line.chunk for line in lines) > 0.9 * run.answers[scenario].prompt_tokens
         assert all(line.coverage >= 0.999 for line in lines)
@@ -71,26 +68,24 @@ def test_requests_with_video_went_sparse(model: str, chunk: int, run_of: RunOf):
     assert not run.prefills["text"]
 
 
-@models
 @chunks
-def test_nothing_fell_back(model: str, chunk: int, run_of: RunOf):
-    log = run_of(model, chunk, "mminference").log
+def test_nothing_fell_back(chunk: int, run_of: RunOf):
+    log = run_of(MODEL, chunk, "mminference").log
     assert fallbacks(log) == []
     assert "Traceback" not in log
     assert len(start_lines(log)) == 1
 
 
-@models
-def test_dense_server_is_dense(model: str, run_of: RunOf):
-    run = run_of(model, CUTS_FRAMES, None)
+def test_dense_server_is_dense(run_of: RunOf):
+    run = run_of(MODEL, CUTS_FRAMES, None)
     assert not any(run.prefills.values())
     assert start_lines(run.log) == []
 
 
 def test_plugin_changes_nothing_for_another_backend(run_of: RunOf):
     """`SGLANG_PLUGINS` keeps the plugins of this package out; the CPU platform is no plugin and stays."""
-    with_plugin = run_of(QWEN2_5, CUTS_FRAMES, None)
-    without = run_of(QWEN2_5, CUTS_FRAMES, None, plugins="none-of-these")
+    with_plugin = run_of(MODEL, CUTS_FRAMES, None)
+    without = run_of(MODEL, CUTS_FRAMES, None, plugins="none-of-these")
     for scenario in ALONE:  # concurrent requests are batched as they arrive, which changes the rounding
         here, there = with_plugin.answers[scenario], without.answers[scenario]
         assert (here.text, here.token_ids, here.logprobs, here.top) == (
@@ -103,17 +98,17 @@ def test_plugin_changes_nothing_for_another_backend(run_of: RunOf):
 
 def test_prefill_and_decode_backends_named_apart(run_of: RunOf):
     flags = ("--prefill-attention-backend", "mminference", "--decode-attention-backend", "torch_native")
-    run, dense = run_of(QWEN3, CUTS_FRAMES, None, flags), run_of(QWEN3, CUTS_FRAMES, None)
+    run, dense = run_of(MODEL, CUTS_FRAMES, None, flags), run_of(MODEL, CUTS_FRAMES, None)
     assert sum(line.chunk for line in run.prefills["video"]) > 0.9 * run.answers["video"].prompt_tokens
     for scenario in SCENARIOS:
         assert run.answers[scenario].token_ids == dense.answers[scenario].token_ids
-        assert difference(run.answers[scenario], dense.answers[scenario]) <= tolerance(run_of, QWEN3)
+        assert difference(run.answers[scenario], dense.answers[scenario]) <= tolerance(run_of)
 
 
 def test_mixed_chunks_and_overlapping_schedule(run_of: RunOf, model_path: ModelPath, messages: Messages):
     """Prefill chunks that carry decode rows. SGLang mixes only requests without log-probabilities."""
-    dense = run_of(QWEN2_5, CUTS_FRAMES, None).answers
-    args = model_path(QWEN2_5), CUTS_FRAMES, "mminference", ["--enable-mixed-chunk"]
+    dense = run_of(MODEL, CUTS_FRAMES, None).answers
+    args = model_path(MODEL), CUTS_FRAMES, "mminference", ["--enable-mixed-chunk"]
     with serving.start(*args, overlap_schedule=True) as server:
         rounds = []
         for _ in range(3):
@@ -129,16 +124,17 @@ def test_mixed_chunks_and_overlapping_schedule(run_of: RunOf, model_path: ModelP
 
 
 @pytest.mark.parametrize(
-    ("config", "complaint"),
+    ("config", "complaint", "warm"),
     [
-        ({"coverige": 0.9}, "unknown key 'coverige'"),
-        ({"coverage": 1.5}, "coverage must be"),
-        ({"implementation": "flashinfer"}, "implementation 'flashinfer' is not available"),
+        ({"coverige": 0.9}, "unknown key 'coverige'", False),
+        ({"coverage": 1.5}, "coverage must be", True),
+        ({"implementation": "flashinfer"}, "implementation 'flashinfer' is not available", True),
     ],
     ids=["unknown key", "bad value", "implementation that cannot run here"],
 )
-def test_bad_configuration_stops_the_server(config: dict[str, Any], complaint: str, model_path: ModelPath):
-    server = serving.start(model_path(QWEN2_5), ONE_CHUNK, "mminference", config=config, warm=False)
+def test_bad_configuration_stops_the_server(config: dict[str, Any], complaint: str, warm: bool, model_path: ModelPath):
+    """The first one on the command line, as users start it."""
+    server = serving.start(model_path(MODEL), ONE_CHUNK, "mminference", config=config, warm=warm)
     with pytest.raises(ServerError, match="stopped with exit code") as caught, server:
         pytest.fail("the server started")
     assert caught.value.returncode != 0

@@ -21,7 +21,7 @@ import pytest
 
 import serving
 from mminference_sgl.testing import Prefill, fallbacks, start_lines
-from serving import ROUNDING_BAND, Messages, ModelPath, Run, difference
+from serving import Messages, ModelPath, Run, difference, rounding_band
 
 pytestmark = pytest.mark.server
 
@@ -97,7 +97,7 @@ def settings(pattern: Path) -> dict[str, Any]:
 
 def tolerance(run_with: RunWith) -> float:
     one, two = (run_with(ranks, None).answers for ranks in (1, RANKS))
-    return 2 * max(difference(one[name], two[name]) for name in SCENARIOS) + ROUNDING_BAND
+    return 2 * max(difference(one[name], two[name]) for name in SCENARIOS) + rounding_band()
 
 
 def test_two_ranks_answer_as_one(run_with: RunWith):

@@ -35,7 +35,7 @@ _TEXT_2 = {**TEXT, "rope_parameters": _ROPE, "max_window_layers": 2, "use_slidin
 
 def build_qwen2_vl(folder: Path) -> None:
     vision = {name: VISION[name] for name in ("depth", "num_heads", "temporal_patch_size", "spatial_merge_size")}
-    vision |= {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2, "patch_size": 14, "in_channels": 3}
+    vision |= {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2, "patch_size": 14, "in_chans": 3}
     config = Qwen2VLConfig(text_config=_TEXT_2, vision_config=vision, vision_token_id=_ID["<|vision_pad|>"], **_IDS)
     _write(folder, Qwen2VLForConditionalGeneration(config), "Qwen2VLProcessor", "Qwen2VLVideoProcessor", 14)
 

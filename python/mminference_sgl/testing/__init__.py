@@ -1,7 +1,7 @@
 """Real SGLang servers for tests, demonstrations and benchmarks.
 
 `Server` runs ``python -m sglang.launch_server`` in a process group of its own and speaks HTTP to it;
-nothing of SGLang is imported here. `prefills`, `fallbacks` and `start_lines` read the backend's log
+nothing of SGLang is imported here. `prefills`, `layouts`, `fallbacks` and `start_lines` read the backend's log
 lines; `write_mp4` and `png_url` make media from arrays.
 """
 
@@ -9,6 +9,7 @@ from mminference_sgl.testing.log import (
     Fallback,
     Prefill,
     fallbacks,
+    layouts,
     mean_density,
     prefills,
     start_lines,
@@ -24,6 +25,7 @@ __all__ = [
     "Server",
     "ServerError",
     "fallbacks",
+    "layouts",
     "mean_density",
     "png_url",
     "prefills",

@@ -35,6 +35,7 @@ class Fallback:
 
 
 _PREFILL = re.compile(r"(?:\bTP(\d+)[^\]\n]*\] )?mminference prefill (?=\S+=)(.*)$", re.MULTILINE)
+_LAYOUT = re.compile(r"mminference layout tokens=\d+ items=(\S+)$", re.MULTILINE)
 _FALLBACK = re.compile(r"mminference: request runs dense: ([^:\n]+): (.*)$", re.MULTILINE)
 _START = re.compile(r"\bmminference: (?!request runs dense)(.*)$", re.MULTILINE)
 
@@ -57,6 +58,11 @@ def prefills(log: str) -> list[Prefill]:
             )
         )
     return found
+
+
+def layouts(log: str) -> list[tuple[str, ...]]:
+    """The items of each request with media as they were laid out, in prompt order, such as ``video:12x8x16``."""
+    return [tuple(match[1].split(",")) for match in _LAYOUT.finditer(log)]
 
 
 def fallbacks(log: str) -> list[Fallback]:

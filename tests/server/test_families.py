@@ -1,0 +1,171 @@
+"""Real servers of the other families: where their tokens lie, and that mminference at coverage 1.0 answers as dense.
+
+Each request is asked twice, of an empty radix cache and behind its first words in the cache, which moves every chunk's
+bounds: chunks of 509 tokens cut frames in two ways. The tolerance for log-probabilities is twice what that changes on
+the dense server, by rounding alone, and a band of eight roundings of a logit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import serving
+from mminference_sgl.testing import Message, fallbacks, png_url, user_message, write_mp4
+from serving import NEW_TOKENS, ModelPath, Run, difference, rounding_band, squares, words
+
+pytestmark = pytest.mark.server
+
+CHUNK = 509
+EMPTY, CACHED = ROUNDS = ("empty cache", "first words cached")
+SIZES = ((13, 19), (9, 31))
+"""Of the two images, in squares of 28 pixels; the video has 24 frames of 8 x 16."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """``layouts``: by scenario, the items as they must be laid out."""
+
+    layouts: dict[str, tuple[str, ...]]
+    args: tuple[str, ...] = ()
+    dtype: str = "float32"
+    new_tokens: int = NEW_TOKENS
+
+    @property
+    def scenarios(self) -> tuple[str, ...]:
+        return tuple(self.layouts)
+
+
+def with_grids(first: str, second: str, video: str) -> Family:
+    one, two, clip = f"image:{first}", f"image:{second}", f"video:{video}"
+    return Family({"image": (one,), "two images": (one, two), "video": (clip,), "images and video": (one, two, clip)})
+
+
+THREE_BY_TWO, SIX_BY_TWO = (("image:1x8x8",) * (tiles + 1) for tiles in (3 * 2, 6 * 2))
+"""InternVL's tiles of the two images, each with a thumbnail."""
+FAMILIES = {
+    "qwen2_vl": with_grids("1x13x19", "1x9x31", "12x8x16"),
+    "qwen3_vl": with_grids("1x11x17", "1x8x27", "12x7x14"),
+    "glm4v": with_grids("1x13x19", "1x9x31", "12x8x16"),
+    # It always takes 32 frames.
+    "internvl": Family(
+        {
+            "image": THREE_BY_TWO,
+            "two images": THREE_BY_TWO + SIX_BY_TWO,
+            "video": ("video:32x8x8",),
+            "images and video": (*THREE_BY_TWO, *SIX_BY_TWO, "video:32x8x8"),
+        }
+    ),
+    # Its images are cut into tiles when there is one, and are whole when there are several.
+    "llava_onevision": Family(
+        {"image": ("image:opaque",), "two images": ("image:1x13x13",) * 2, "video": ("video:24x7x7",)},
+        args=("--dtype", "float16"),
+        dtype="float16",
+        new_tokens=2,
+    ),
+}
+CASES = [(name, scenario) for name, family in FAMILIES.items() for scenario in family.scenarios]
+
+families = pytest.mark.parametrize("name", FAMILIES)
+cases = pytest.mark.parametrize(("name", "scenario"), CASES, ids=[f"{name}-{scenario}" for name, scenario in CASES])
+
+FamilyRun = Callable[[str, str | None], dict[str, Run]]
+
+
+def requests(name: str, folder: Path) -> dict[str, Message]:
+    """By scenario; every request begins with other words."""
+    images = [png_url(squares(seed, 1, *size)[0]) for seed, size in enumerate(SIZES, 1)]
+    frames = squares(24, 24, 8, 16)
+    if name == "llava_onevision":
+        parts = {"image": ("image", images[:1]), "two images": ("multi-images", images)}
+        parts["video"] = ("video", [png_url(frame) for frame in frames])
+        return {scenario: in_parts(scenario, *part) for scenario, part in parts.items()}
+    clip = [str(write_mp4(folder / "clip.mp4", frames))]
+    media: dict[str, dict[str, list[str]]] = {"image": {"images": images[:1]}, "two images": {"images": images}}
+    media |= {"video": {"videos": clip}, "images and video": {"images": images, "videos": clip}}
+    return {
+        scenario: user_message(words(9, 20), before=first_words(scenario), **media[scenario])
+        for scenario in FAMILIES[name].scenarios
+    }
+
+
+def in_parts(scenario: str, kind: str, images: list[str]) -> Message:
+    """LLaVA's videos are images that say they are frames."""
+    parts = [{"type": "image_url", "image_url": {"url": url}, "modalities": kind} for url in images]
+    before, after = ({"type": "text", "text": text} for text in (first_words(scenario), words(9, 20)))
+    return {"role": "user", "content": [before, *parts, after]}
+
+
+def first_words(scenario: str) -> str:
+    return words(sum(map(ord, scenario)), 100)
+
+
+@pytest.fixture(scope="module")
+def run_of(model_path: ModelPath, tmp_path_factory: pytest.TempPathFactory) -> FamilyRun:
+    """Both rounds on a server of its own, once per family and backend."""
+
+    @functools.cache
+    def run_of(name: str, backend: str | None) -> dict[str, Run]:
+        asked = requests(name, tmp_path_factory.mktemp("clip"))
+        family, rounds = FAMILIES[name], {EMPTY: Run(), CACHED: Run()}
+        with serving.start(model_path(name), CHUNK, backend, family.args) as server:
+            for scenario, message in asked.items():
+                for when, run in rounds.items():
+                    server.flush_cache()
+                    if when == CACHED:
+                        serving.ask(server, user_message(first_words(scenario)))
+                    serving.ask_in_turn(server, {scenario: message}, run, family.new_tokens)
+        return rounds
+
+    return run_of
+
+
+def tolerance(run_of: FamilyRun, name: str) -> float:
+    empty, cached = (run_of(name, None)[when].answers for when in ROUNDS)
+    spread = max(difference(empty[scenario], cached[scenario]) for scenario in FAMILIES[name].scenarios)
+    return 2 * spread + rounding_band(FAMILIES[name].dtype)
+
+
+@families
+def test_tiny_models_tell_tokens_apart(name: str, run_of: FamilyRun):
+    """Otherwise equal tokens would be luck, and different ones no fault."""
+    leads = [serving.lead(answer) for run in run_of(name, None).values() for answer in run.answers.values()]
+    assert min(leads) > tolerance(run_of, name)
+
+
+@pytest.mark.parametrize("when", ROUNDS)
+@cases
+def test_answers_equal_the_dense_servers(name: str, scenario: str, when: str, run_of: FamilyRun):
+    ours, dense = (run_of(name, backend)[when].answers[scenario] for backend in ("mminference", None))
+    assert ours.prompt_tokens == dense.prompt_tokens
+    assert (ours.cached_tokens > 100) == (when == CACHED)
+    assert ours.token_ids == dense.token_ids
+    assert len(ours.token_ids) == FAMILIES[name].new_tokens
+    assert difference(ours, dense) <= tolerance(run_of, name)
+
+
+@cases
+def test_tokens_lie_as_the_media_say(name: str, scenario: str, run_of: FamilyRun):
+    """Without M-RoPE a prompt's length shows chunk by chunk, so there may be several layouts, all with these items."""
+    for run in run_of(name, "mminference").values():
+        assert set(run.layouts[scenario]) == {FAMILIES[name].layouts[scenario]}
+
+
+@cases
+def test_requests_went_sparse(name: str, scenario: str, run_of: FamilyRun):
+    for run in run_of(name, "mminference").values():
+        answer, lines = run.answers[scenario], run.prefills[scenario]
+        assert sum(line.chunk for line in lines) > 0.9 * (answer.prompt_tokens - answer.cached_tokens)
+        assert all(line.coverage >= 0.999 and line.layers == 2 for line in lines)
+
+
+@families
+def test_nothing_fell_back(name: str, run_of: FamilyRun):
+    for run in run_of(name, "mminference").values():
+        assert fallbacks(run.log) == []
+        assert "Traceback" not in run.log
+    assert not any(lines for run in run_of(name, None).values() for lines in run.prefills.values())
