@@ -206,8 +206,13 @@ def forward(
     )
     wanted = torch.zeros(end - start, dtype=torch.bool)
     wanted[sample[(sample >= start) & (sample < end)] - start] = True
-    far = plan.far and thin(plan.far, wanted)
-    sampled = replace(plan, near=thin(plan.near, wanted), far=far)
+    for group in plan.groups:
+        # The guard looks at their output.
+        wanted[group.probe_rows.rows] = True
+    near, far = thin(plan.near, wanted), plan.far and thin(plan.far, wanted)
+    slots = [slice(*near.indptr[[group.near.start, group.near.stop]].tolist()) for group in plan.groups]
+    groups = [replace(group, row_slots=own) for group, own in zip(plan.groups, slots, strict=True)]
+    sampled = replace(plan, near=near, far=far, groups=groups)
     return Forward(problem, start, end, problem.query[start:end], *pools, plan, sampled)
 
 
@@ -275,16 +280,21 @@ def measure(
         own = np.flatnonzero((truth.positions >= one.start) & (truth.positions < one.end))
         rows = truth.positions[own] - one.start
         operands, scale = (one.query, one.key_pool, one.value_pool), one.problem.scale
-        passes, reports = prefill.select_layer(*operands, one.sampled_plan, specs, config, scale)
-        tiles += sum(lists.tiles.numel() for _, lists in passes)
-        near_tiles += passes[0][1].tiles.numel()
-        coverage.append(float(reports[0].coverage))
-        guarded += int(reports[0].guarded)
+        passes, _ = prefill.select_layer(*operands, one.sampled_plan, specs, config, scale)
         out = torch.full_like(one.query, torch.nan)
         lse = ops.sparse_prefill(*operands, passes, scale, out, "torch")
         kept[own] = torch.exp(lse[rows] - truth.lse[own])
         out.fill_(torch.nan)
-        prefill.run_layer(*operands, one.sampled_plan, specs, config, scale, out, "torch")
+        (report,) = prefill.run_layer(*operands, one.sampled_plan, specs, config, scale, out, "torch")
+        coverage.append(float(report.coverage))
+        tiles += sum(lists.tiles.numel() for _, lists in passes)
+        near_tiles += passes[0][1].tiles.numel()
+        if report.guarded > 0:
+            # Heads that the guard sent to dense compute all of their tiles on top, and keep everything.
+            guarded += int(report.guarded)
+            tiles += int(report.guarded) * one.causal // len(specs)
+            error = (out[rows] - truth.out[own]).square().sum(-1)
+            kept[own] = torch.where(error < 1e-8 * truth.out[own].square().sum(-1), 1.0, kept[own])
         own_weight = torch.from_numpy(weight[own])
         squares += float(((out[rows] - truth.out[own]).square().sum((1, 2)) * own_weight).sum())
         norm += float((truth.out[own].square().sum((1, 2)) * own_weight).sum())
@@ -332,13 +342,14 @@ def run(cases: Sequence[Case], config: Config, *, why: bool = False) -> Iterator
         truth = dense_truth(problem, [case.chunk for case in same], first.seed)
         for case in same:
             chunks = measured_chunks(problem.scene.length, case.chunk)
+            # Query tiles of 64 rows are the smallest that a GPU is fast at.
+            sized = config.for_chunks(case.chunk, 64)
             forwards = [
-                forward(problem, *bounds, config, truth.positions, chunk=case.chunk, seed=case.seed)
-                for bounds in chunks
+                forward(problem, *bounds, sized, truth.positions, chunk=case.chunk, seed=case.seed) for bounds in chunks
             ]
             for pattern, specs in case.specs().items():
                 start = time.perf_counter()
-                figures = measure(forwards, truth, case.chunk, specs, config, why=why)
+                figures = measure(forwards, truth, case.chunk, specs, sized, why=why)
                 yield Result(
                     case.name, pattern, case.tokens, case.chunk, **figures, seconds=time.perf_counter() - start
                 )
