@@ -1,11 +1,13 @@
-"""Block-sparse prefill attention in Triton: one program per (head, query tile) list, over the paged pool.
+"""Block-sparse prefill attention in Triton over the paged pool: a program per list and sub-tile of its query tile.
 
 Rows and keys are addressed through the pass (``rows``, ``slots``), so nothing is permuted or copied. A list's full
-tiles come first and skip the position compare. The second pass of a layer merges, in its epilogue, with what the first
-one left.
+tiles come first and skip the position compare. A program takes ``BLOCK_M`` rows of the query tile and ``BLOCK_N`` keys
+of a key tile at a time, as :mod:`.launch_table` says for the device. The second pass of a layer starts from what the
+first one left, so that merging costs one read of the output.
 
-Floor per listed tile of M rows and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and ``N * (D + Dv)`` elements of the pool
-plus ``8 * N`` bytes of slots (and ``4 * N`` of positions for a tile that compares them).
+Floor per listed tile of M rows and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and per sub-tile ``N * (D + Dv)`` elements
+of the pool plus ``8 * N`` bytes of slots, or 8 bytes where tiles are whole pages (and ``4 * N`` of positions for a
+tile that compares them). docs/kernels.md has what that means on a device.
 """
 
 from __future__ import annotations
@@ -16,7 +18,128 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import Region, TileLists, TilePass
+from .launch_table import NATIVE_FP8, Launch, device_architecture, fitted, lookup
+from .tiles import ABSENT, Region, TileLists, TilePass
+
+NO_TOKEN = tl.constexpr(ABSENT)
+
+
+@triton.jit
+def load_rows(p_pool, b_slot, m_slot, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Columns ``FIRST`` to ``FIRST + WIDTH`` of some rows of memory; ``m_slot`` None reads all of them."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    p_rows = p_pool + b_slot[:, None] * stride + o_d[None, :]
+    if FIRST + WIDTH > HEAD_DIM:
+        m_load = (o_d < HEAD_DIM)[None, :]
+        if m_slot is not None:
+            m_load = m_load & m_slot[:, None]
+        return tl.load(p_rows, mask=m_load, other=0.0)
+    if m_slot is not None:
+        return tl.load(p_rows, mask=m_slot[:, None], other=0.0)
+    return tl.load(p_rows)
+
+
+@triton.jit
+def widen(b_block, DTYPE: tl.constexpr, FP8_BITS: tl.constexpr):
+    """Pool elements in the query's dtype; with ``FP8_BITS``, bytes of e4m3 become 1/256 of their value, exactly."""
+    if FP8_BITS:
+        # e4m3 moved into the fields of e5m10, whose bias is 8 larger; subnormal numbers stay right.
+        b_block = b_block.to(tl.uint16)
+        b_block = (((b_block & 0x80) << 8) | ((b_block & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return b_block.to(DTYPE)
+
+
+@triton.jit
+def attend_tiles(
+    b_acc,
+    b_acc_rest,
+    b_sum,
+    b_max,
+    b_query,
+    b_query_rest,
+    b_pos,
+    sink,
+    reach,
+    p_key,
+    p_value,
+    stride_key_slot,
+    stride_value_slot,
+    p_slots,
+    p_key_pos,
+    p_tiles,
+    tile_first,
+    count,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    REST_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    FAR: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over the ``count`` tiles at ``p_tiles``; with ``MASKED`` it compares positions."""
+    PARTS: tl.constexpr = TILE_KEYS // BLOCK_N
+    DTYPE: tl.constexpr = b_query.dtype
+    o_n = tl.arange(0, BLOCK_N)
+    b_far_edge = b_pos - reach
+    for step in tl.range(0, count * PARTS):
+        key_first = (tile_first + tl.load(p_tiles + step // PARTS)) * TILE_KEYS + (step % PARTS) * BLOCK_N
+        if CONTIGUOUS:
+            b_slot = tl.load(p_slots + key_first).to(tl.int64) + o_n
+        else:
+            b_slot = tl.load(p_slots + key_first + o_n).to(tl.int64)
+        m_slot = None
+        if MASKED:
+            b_key_pos = tl.load(p_key_pos + key_first + o_n)
+            if CONTIGUOUS:
+                # Behind a request's last key a page may hold anything, and 0 * NaN is no 0.
+                m_slot = b_key_pos != NO_TOKEN
+        # keys x head size
+        b_key = widen(load_rows(p_key, b_slot, None, stride_key_slot, 0, BLOCK_D, HEAD_DIM), DTYPE, FP8_BITS)
+        b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+        if REST_D > 0:
+            b_key = widen(load_rows(p_key, b_slot, None, stride_key_slot, BLOCK_D, REST_D, HEAD_DIM), DTYPE, FP8_BITS)
+            b_score = tl.dot(b_query_rest, tl.trans(b_key), b_score, input_precision="ieee")
+        b_score *= scale_log2
+        if MASKED:
+            if FAR:
+                m_see = (b_key_pos >= sink)[None, :] & (b_key_pos[None, :] <= b_far_edge[:, None])
+            else:
+                m_see = (b_key_pos < sink)[None, :] | (b_key_pos[None, :] > b_far_edge[:, None])
+                m_see = m_see & (b_key_pos[None, :] <= b_pos[:, None])
+            b_score = tl.where(m_see, b_score, -float("inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+        b_shift = b_new_max
+        if MASKED:
+            # A row that has seen no key yet has no maximum to subtract.
+            b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+        b_weight = tl.exp2(b_score - b_shift[:, None])
+        b_decay = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
+        b_max = b_new_max
+        b_weight = b_weight.to(DTYPE)
+        b_value = widen(load_rows(p_value, b_slot, m_slot, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V), DTYPE, FP8_BITS)
+        b_acc = tl.dot(b_weight, b_value, b_acc * b_decay[:, None], input_precision="ieee")
+        if REST_DV > 0:
+            b_value = widen(
+                load_rows(p_value, b_slot, m_slot, stride_value_slot, BLOCK_DV, REST_DV, HEAD_DIM_V), DTYPE, FP8_BITS
+            )
+            b_acc_rest = tl.dot(b_weight, b_value, b_acc_rest * b_decay[:, None], input_precision="ieee")
+    return b_acc, b_acc_rest, b_sum, b_max
+
+
+@triton.jit
+def store_rows(p_out, b_block, b_row, m_row, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Writes columns ``FIRST`` to ``FIRST + WIDTH`` of some rows."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    m_out = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
+    tl.store(p_out + b_row[:, None] * stride + o_d[None, :], b_block.to(p_out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -40,6 +163,7 @@ def attend_kernel(
     p_sink,
     p_reach,
     scale_log2,
+    value_scale,
     query_tiles,
     stride_query_row,
     stride_query_head,
@@ -54,117 +178,117 @@ def attend_kernel(
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    REST_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUB_TILES: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    FP8_BITS: tl.constexpr,
     FAR: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Online softmax over one list; the names of its arguments are those of the pass and the lists."""
-    i_list = tl.load(p_order + tl.program_id(0))
-    i_head = i_list // query_tiles
+    """One list and one sub-tile of its rows; the names of its arguments are those of the pass and the lists.
+
+    Head sizes that are no power of two come in two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded.
+    """
+    # Sub-tiles of a list start together, so that what they read twice comes from L2.
+    i_list = tl.load(p_order + tl.program_id(0) // SUB_TILES)
+    i_head = (i_list // query_tiles).to(tl.int64)
     i_tile = i_list % query_tiles
-
-    o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    row_first = tl.load(p_row_indptr + i_tile)
-    m_row = o_m < tl.load(p_row_indptr + i_tile + 1) - row_first
-    b_row = tl.load(p_rows + row_first + o_m, mask=m_row, other=0).to(tl.int64)
-    # A lane without a row stands before every key, so it sees none.
-    b_pos = tl.load(p_row_pos + row_first + o_m, mask=m_row, other=-1)
-    # rows x head size
-    b_query = tl.load(
-        p_query + b_row[:, None] * stride_query_row + i_head * stride_query_head + o_d[None, :],
-        mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-
-    p_key += (i_head // GROUP).to(tl.int64) * stride_key_head
-    p_value += (i_head // GROUP).to(tl.int64) * stride_value_head
-    tile_first = tl.load(p_tile_indptr + tl.load(p_request + i_tile)).to(tl.int64)
+    row_first = tl.load(p_row_indptr + i_tile) + tl.program_id(0) % SUB_TILES * BLOCK_M
+    row_end = tl.load(p_row_indptr + i_tile + 1)
     begin = tl.load(p_indptr + i_list)
-    middle = begin + tl.load(p_full + i_list)
-    end = tl.load(p_indptr + i_list + 1)
-    if MERGE and begin == end:
+    count = tl.load(p_indptr + i_list + 1) - begin
+    if row_first >= row_end:
+        return
+    if MERGE and count == 0:
         return
 
-    b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for entry in tl.range(begin, middle):
-        b_key_index = (tile_first + tl.load(p_tiles + entry)) * BLOCK_N + o_n
-        b_slot = tl.load(p_slots + b_key_index).to(tl.int64)
-        # head size x keys
-        b_key = tl.load(
-            p_key + b_slot[None, :] * stride_key_slot + o_d[:, None], mask=(o_d < HEAD_DIM)[:, None], other=0.0
-        )
-        b_score = tl.dot(b_query, b_key) * scale_log2
-        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
-        b_weight = tl.exp2(b_score - b_new_max[:, None])
-        b_decay = tl.exp2(b_max - b_new_max)
-        b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-        # keys x head size
-        b_value = tl.load(
-            p_value + b_slot[:, None] * stride_value_slot + o_dv[None, :],
-            mask=(o_dv < HEAD_DIM_V)[None, :],
-            other=0.0,
-        )
-        b_acc = tl.dot(b_weight.to(b_value.dtype), b_value, b_acc * b_decay[:, None])
-        b_max = b_new_max
+    o_row = row_first + tl.arange(0, BLOCK_M)
+    m_row = o_row < row_end
+    b_row = tl.load(p_rows + o_row, mask=m_row, other=0).to(tl.int64)
+    # A lane without a row stands before every key, so it sees none.
+    b_pos = tl.load(p_row_pos + o_row, mask=m_row, other=-1)
+    # rows x head size
+    p_query += i_head * stride_query_head
+    b_query = load_rows(p_query, b_row, m_row, stride_query_row, 0, BLOCK_D, HEAD_DIM)
+    b_query_rest = b_query
+    if REST_D > 0:
+        b_query_rest = load_rows(p_query, b_row, m_row, stride_query_row, BLOCK_D, REST_D, HEAD_DIM)
 
-    b_sink = tl.load(p_sink + i_list)
-    b_far_edge = b_pos - tl.load(p_reach + i_list)
-    for entry in tl.range(middle, end):
-        b_key_index = (tile_first + tl.load(p_tiles + entry)) * BLOCK_N + o_n
-        b_slot = tl.load(p_slots + b_key_index).to(tl.int64)
-        b_key_pos = tl.load(p_key_pos + b_key_index)
-        b_key = tl.load(
-            p_key + b_slot[None, :] * stride_key_slot + o_d[:, None], mask=(o_d < HEAD_DIM)[:, None], other=0.0
+    p_key += i_head // GROUP * stride_key_head
+    p_value += i_head // GROUP * stride_value_head
+    p_tiles += begin
+    tile_first = tl.load(p_tile_indptr + tl.load(p_request + i_tile)).to(tl.int64)
+    full = tl.load(p_full + i_list)
+    sink = tl.load(p_sink + i_list)
+    reach = tl.load(p_reach + i_list)
+
+    p_out += i_head * stride_out_head
+    p_lse += b_row * stride_lse_row + i_head
+    b_acc_rest = b_pos
+    if MERGE:
+        # What the first pass left is a softmax over its keys: it goes on from there.
+        b_max = tl.load(p_lse, mask=m_row, other=-float("inf")) * 1.4426950408889634
+        m_old = b_max != -float("inf")
+        b_sum = tl.where(m_old, 1.0, 0.0)
+        b_acc = load_rows(p_out, b_row, m_old, stride_out_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32) / value_scale
+        if REST_DV > 0:
+            b_acc_rest = load_rows(p_out, b_row, m_old, stride_out_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
+            b_acc_rest = b_acc_rest.to(tl.float32) / value_scale
+    else:
+        b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        if REST_DV > 0:
+            b_acc_rest = tl.zeros([BLOCK_M, REST_DV], tl.float32)
+    for MASKED in tl.static_range(2):
+        b_acc, b_acc_rest, b_sum, b_max = attend_tiles(
+            b_acc,
+            b_acc_rest,
+            b_sum,
+            b_max,
+            b_query,
+            b_query_rest,
+            b_pos,
+            sink,
+            reach,
+            p_key,
+            p_value,
+            stride_key_slot,
+            stride_value_slot,
+            p_slots,
+            p_key_pos,
+            p_tiles + MASKED * full,
+            tile_first,
+            MASKED * (count - full) + (1 - MASKED) * full,
+            scale_log2,
+            HEAD_DIM,
+            HEAD_DIM_V,
+            BLOCK_D,
+            REST_D,
+            BLOCK_DV,
+            REST_DV,
+            BLOCK_N,
+            TILE_KEYS,
+            CONTIGUOUS,
+            FP8_BITS,
+            FAR,
+            MASKED,
         )
-        b_score = tl.dot(b_query, b_key) * scale_log2
-        if FAR:
-            m_see = (b_key_pos >= b_sink)[None, :] & (b_key_pos[None, :] <= b_far_edge[:, None])
-        else:
-            m_see = (b_key_pos < b_sink)[None, :] | (b_key_pos[None, :] > b_far_edge[:, None])
-            m_see = m_see & (b_key_pos[None, :] <= b_pos[:, None])
-        b_score = tl.where(m_see, b_score, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
-        # A row that has seen no key yet has no maximum to subtract.
-        b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-        b_weight = tl.exp2(b_score - b_shift[:, None])
-        b_decay = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-        b_value = tl.load(
-            p_value + b_slot[:, None] * stride_value_slot + o_dv[None, :],
-            mask=(o_dv < HEAD_DIM_V)[None, :],
-            other=0.0,
-        )
-        b_acc = tl.dot(b_weight.to(b_value.dtype), b_value, b_acc * b_decay[:, None])
-        b_max = b_new_max
 
     m_seen = b_sum > 0
-    b_out = b_acc / tl.where(m_seen, b_sum, 1.0)[:, None]
+    b_sum = tl.where(m_seen, b_sum, 1.0)
+    b_share = (value_scale / b_sum)[:, None]
+    store_rows(p_out, b_acc * b_share, b_row, m_row, stride_out_row, 0, BLOCK_DV, HEAD_DIM_V)
+    if REST_DV > 0:
+        store_rows(p_out, b_acc_rest * b_share, b_row, m_row, stride_out_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
     # Natural logarithm: ln(2) = 0.693...
-    b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453, -float("inf"))
-    o_out = b_row[:, None] * stride_out_row + i_head * stride_out_head + o_dv[None, :]
-    m_out = m_row[:, None] & (o_dv < HEAD_DIM_V)[None, :]
-    o_lse = b_row * stride_lse_row + i_head
-    if MERGE:
-        b_old_lse = tl.load(p_lse + o_lse, mask=m_row, other=-float("inf"))
-        b_old = tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
-        b_top = tl.maximum(b_lse, b_old_lse)
-        b_top = tl.where(b_top == -float("inf"), 0.0, b_top)
-        b_new_share = tl.exp(b_lse - b_top)
-        b_old_share = tl.exp(b_old_lse - b_top)
-        b_total = b_new_share + b_old_share
-        m_any = b_total > 0
-        b_total = tl.where(m_any, b_total, 1.0)
-        b_out = (b_out * b_new_share[:, None] + b_old * b_old_share[:, None]) / b_total[:, None]
-        b_lse = tl.where(m_any, b_top + tl.log(b_total), -float("inf"))
-    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_lse + o_lse, b_lse, mask=m_row)
+    b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) * 0.6931471805599453, -float("inf"))
+    tl.store(p_lse, b_lse, mask=m_row)
 
 
 def attend(
@@ -178,12 +302,38 @@ def attend(
     lse: torch.Tensor,
     *,
     merge: bool,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+    launch: Launch | None = None,
 ) -> None:
-    """Attention of one pass; arguments as in :func:`.reference.attend`."""
+    """Attention of one pass; arguments as in :func:`.reference.attend`.
+
+    ``key_scale`` and ``value_scale`` are what a pool's elements are multiplied by, for pools in fp8 e4m3.
+    ``launch`` replaces the table's entry.
+    """
     heads, head_dim = query.shape[1:]
     keys = tile_pass.keys
-    warps, stages = launch_options(head_dim, tile_pass.tile_queries, keys.tile_keys, query.element_size())
-    attend_kernel[(lists.order.numel(),)](
+    architecture = device_architecture(query.device)
+    fp8_bits = key_pool.element_size() == 1 and architecture < NATIVE_FP8
+    if fp8_bits:
+        key_pool, value_pool = key_pool.view(torch.uint8), value_pool.view(torch.uint8)
+        key_scale, value_scale = key_scale * 256, value_scale * 256
+    if launch is None:
+        launch = lookup(architecture, max(head_dim, value_pool.shape[2]), key_pool.element_size())
+    launch = fitted(launch, tile_pass.tile_queries, keys.tile_keys)
+    constants = constants_for(
+        launch,
+        tile_pass.tile_queries,
+        keys.tile_keys,
+        group=heads // key_pool.shape[1],
+        head_dim=head_dim,
+        head_dim_v=value_pool.shape[2],
+        contiguous=getattr(keys, "contiguous", False),
+        fp8_bits=fp8_bits,
+        far=tile_pass.region is Region.FAR,
+        merge=merge,
+    )
+    attend_kernel[(lists.order.numel() * constants["SUB_TILES"],)](
         query,
         key_pool,
         value_pool,
@@ -202,7 +352,8 @@ def attend(
         lists.full,
         lists.sink,
         lists.reach,
-        scale * math.log2(math.e),
+        scale * key_scale * math.log2(math.e),
+        value_scale,
         tile_pass.num_tiles,
         query.stride(0),
         query.stride(1),
@@ -213,24 +364,54 @@ def attend(
         out.stride(0),
         out.stride(1),
         lse.stride(0),
-        GROUP=heads // key_pool.shape[1],
-        HEAD_DIM=head_dim,
-        HEAD_DIM_V=value_pool.shape[2],
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_DV=triton.next_power_of_2(value_pool.shape[2]),
-        BLOCK_M=tile_pass.tile_queries,
-        BLOCK_N=keys.tile_keys,
-        FAR=tile_pass.region is Region.FAR,
-        MERGE=merge,
-        num_warps=warps,
-        num_stages=stages,
+        **constants,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
 
 
-def launch_options(head_dim: int, tile_queries: int, tile_keys: int, element_size: int) -> tuple[int, int]:
-    """Warps and pipeline stages: as many stages as keep the operands within the smallest shared memory (99 KiB)."""
-    warps = 8 if tile_queries >= 128 else 4
-    width = triton.next_power_of_2(head_dim)
-    per_stage = 2 * tile_keys * width * element_size
-    free = 99 * 1024 - tile_queries * width * element_size
-    return warps, max(1, min(3, free // per_stage))
+def constants_for(
+    launch: Launch,
+    tile_queries: int,
+    tile_keys: int,
+    *,
+    group: int,
+    head_dim: int,
+    head_dim_v: int,
+    contiguous: bool,
+    fp8_bits: bool,
+    far: bool,
+    merge: bool,
+) -> dict[str, int]:
+    """The kernel's compile-time arguments."""
+    block_d, rest_d = head_blocks(head_dim, split=launch.split)
+    block_dv, rest_dv = head_blocks(head_dim_v, split=launch.split)
+    return {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "BLOCK_D": block_d,
+        "REST_D": rest_d,
+        "BLOCK_DV": block_dv,
+        "REST_DV": rest_dv,
+        "BLOCK_M": launch.rows,
+        "BLOCK_N": launch.keys,
+        "SUB_TILES": -(-tile_queries // launch.rows),
+        "TILE_KEYS": tile_keys,
+        "CONTIGUOUS": contiguous,
+        "FP8_BITS": fp8_bits,
+        "FAR": far,
+        "MERGE": merge,
+    }
+
+
+def head_blocks(head_dim: int, *, split: bool) -> tuple[int, int]:
+    """Two powers of two that hold a head: 64 + 16 for 80, 64 + 32 for 96; the second is 0 where it saves nothing.
+
+    With ``split`` it is half of the head then: an operand that comes in halves needs half as many registers.
+    """
+    whole = max(16, triton.next_power_of_2(head_dim))
+    rest = max(16, triton.next_power_of_2(head_dim - whole // 2))
+    if whole >= 32 and (split or rest < whole // 2):
+        return whole // 2, rest
+    return whole, 0

@@ -1,0 +1,155 @@
+"""How the attend kernel is launched on a device: a table instead of autotuning when a server starts.
+
+Nothing here has been timed yet. An entry is the first that compiles without spills of 128 x 64, 128 x 32, 64 x 64 and
+64 x 32, with the head in one part before halves: rows first, because keys and values are read once per sub-tile.
+``make tune`` measures on a GPU and rewrites :data:`TABLE`, with what it measured behind each line; ``python
+tests/aot.py`` compiles every entry without one and prints registers, stack and shared memory. No entry may spill or
+need more shared memory than its architecture has; the tests assert both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """``rows`` of a query tile per program, ``keys`` of a key tile per step, warps and pipeline stages.
+
+    ``split``: the head comes in two halves, so that fewer registers hold operands of matrix instructions.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Bytes of shared memory that one block and all blocks of a processor may use; registers are 65,536 everywhere."""
+
+    block_shared: int
+    total_shared: int
+
+
+ARCHITECTURES = {
+    80: Architecture(166912, 167936),
+    86: Architecture(101376, 102400),
+    89: Architecture(101376, 102400),
+    90: Architecture(232448, 233472),
+    100: Architecture(232448, 233472),
+    120: Architecture(101376, 102400),
+}
+"""By compute capability, 90 for 9.0. Others take the entries of the next older one of these."""
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Head sizes with entries of their own; others take those of the next larger one."""
+
+NATIVE_FP8 = 89
+"""First architecture with instructions that convert e4m3."""
+
+TABLE: dict[tuple[int, int, int], Launch] = {
+    # (architecture, head size, bytes of a pool element): rows, keys, warps, stages
+    (80, 64, 2): Launch(128, 64, 8, 3),
+    (80, 80, 2): Launch(128, 32, 8, 3),
+    (80, 96, 2): Launch(128, 32, 8, 3),
+    (80, 128, 2): Launch(128, 32, 8, 3, split=True),
+    (80, 256, 2): Launch(64, 32, 8, 3, split=True),
+    (86, 64, 2): Launch(128, 64, 8, 3),
+    (86, 80, 2): Launch(128, 32, 8, 3),
+    (86, 96, 2): Launch(128, 32, 8, 3),
+    (86, 128, 2): Launch(128, 32, 8, 3, split=True),
+    (86, 256, 2): Launch(64, 32, 8, 3, split=True),
+    (89, 64, 2): Launch(128, 64, 8, 3),
+    (89, 80, 2): Launch(128, 32, 8, 3),
+    (89, 96, 2): Launch(128, 32, 8, 3),
+    (89, 128, 2): Launch(128, 32, 8, 3, split=True),
+    (89, 256, 2): Launch(64, 32, 8, 3, split=True),
+    (90, 64, 2): Launch(128, 64, 8, 3),
+    (90, 80, 2): Launch(128, 64, 8, 3),
+    (90, 96, 2): Launch(128, 64, 8, 3),
+    (90, 128, 2): Launch(128, 64, 8, 3),
+    (90, 256, 2): Launch(128, 32, 8, 3),
+    (100, 64, 2): Launch(128, 64, 8, 3),
+    (100, 80, 2): Launch(128, 64, 8, 3),
+    (100, 96, 2): Launch(128, 64, 8, 3),
+    (100, 128, 2): Launch(128, 64, 8, 3),
+    (100, 256, 2): Launch(128, 64, 8, 3, split=True),
+    (120, 64, 2): Launch(128, 64, 8, 3),
+    (120, 80, 2): Launch(128, 32, 8, 3),
+    (120, 96, 2): Launch(128, 32, 8, 2),
+    (120, 128, 2): Launch(128, 32, 8, 3, split=True),
+    (120, 256, 2): Launch(64, 32, 8, 3, split=True),
+    (80, 64, 1): Launch(128, 64, 8, 3),
+    (80, 80, 1): Launch(128, 32, 8, 3),
+    (80, 96, 1): Launch(128, 32, 8, 3),
+    (80, 128, 1): Launch(128, 32, 8, 3),
+    (80, 256, 1): Launch(64, 32, 8, 3, split=True),
+    (86, 64, 1): Launch(128, 64, 8, 3),
+    (86, 80, 1): Launch(128, 32, 8, 3),
+    (86, 96, 1): Launch(128, 32, 8, 3),
+    (86, 128, 1): Launch(128, 32, 8, 3),
+    (86, 256, 1): Launch(64, 32, 8, 3, split=True),
+    (89, 64, 1): Launch(128, 64, 8, 3),
+    (89, 80, 1): Launch(128, 32, 8, 3),
+    (89, 96, 1): Launch(128, 32, 8, 3),
+    (89, 128, 1): Launch(128, 32, 8, 3),
+    (89, 256, 1): Launch(64, 32, 8, 3, split=True),
+    (90, 64, 1): Launch(128, 64, 8, 3),
+    (90, 80, 1): Launch(128, 64, 8, 3),
+    (90, 96, 1): Launch(128, 64, 8, 3),
+    (90, 128, 1): Launch(128, 64, 8, 3),
+    (90, 256, 1): Launch(128, 32, 8, 3, split=True),
+    (100, 64, 1): Launch(128, 64, 8, 3, split=True),
+    (100, 80, 1): Launch(128, 64, 8, 3),
+    (100, 96, 1): Launch(128, 32, 8, 3),
+    (100, 128, 1): Launch(128, 64, 8, 3),
+    (100, 256, 1): Launch(128, 64, 8, 3, split=True),
+    (120, 64, 1): Launch(128, 64, 8, 3),
+    (120, 80, 1): Launch(64, 64, 8, 3),
+    (120, 96, 1): Launch(64, 32, 8, 3, split=True),
+    (120, 128, 1): Launch(128, 32, 8, 3),
+    (120, 256, 1): Launch(64, 32, 8, 3, split=True),
+}
+
+FLOAT32 = Launch(16, 16, 4, 3)
+"""For fp32, which computes without tensor cores and exists for tests."""
+
+
+def lookup(architecture: int, head_dim: int, element_size: int) -> Launch:
+    """The entry for a device, the larger of a layer's two head sizes, and the bytes of a pool element.
+
+    Raises:
+        ValueError: no architecture or head size of the table covers these.
+    """
+    known = max((arch for arch in ARCHITECTURES if arch <= architecture), default=None)
+    width = min((size for size in HEAD_DIMS if size >= head_dim), default=None)
+    if known is None or width is None:
+        raise ValueError(
+            f"no launch entry for compute capability {architecture / 10} and head size {head_dim}: "
+            f"the kernels are made for {min(ARCHITECTURES) / 10} and newer and for heads up to {max(HEAD_DIMS)}"
+        )
+    return FLOAT32 if element_size == 4 else TABLE[known, width, element_size]
+
+
+def fitted(launch: Launch, tile_queries: int, tile_keys: int) -> Launch:
+    """An entry cut to a plan's tiles: no program has more rows than a query tile, and its keys divide a key tile."""
+    rows = min(launch.rows, tile_queries)
+    return launch._replace(
+        rows=rows, keys=gcd(launch.keys, tile_keys), warps=max(1, launch.warps * rows // launch.rows)
+    )
+
+
+@cache
+def device_architecture(device: torch.device) -> int:
+    """Compute capability as one number, 90 for 9.0; what is no GPU (the interpreter's memory) counts as the oldest."""
+    if device.type != "cuda":
+        return min(ARCHITECTURES)
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor

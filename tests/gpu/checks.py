@@ -1,0 +1,148 @@
+"""What the GPU tests and the sanitizer run: the attend kernel on random problems against the reference in fp64.
+
+``python tests/gpu/checks.py [--device cpu]`` runs a few small shapes once, without pytest: compute-sanitizer watches
+that, and with ``TRITON_INTERPRET=1`` it runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import enum
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import problems
+from mminference_sgl.kernels import attend, reference
+from mminference_sgl.kernels.launch_table import Launch
+from test_attention import random_lists
+
+ODD = (
+    problems.Request(1000, [problems.one_span_video(63, 9, 8, 11)], 0, 1000),
+    problems.Request(1, [], 0, 1),
+    problems.Request(900, [problems.timestamped_video(18, 10, 6, 10)], 307, 557),
+    problems.Request(1111, [problems.one_span_video(3, 63, 1, 17)], 1000, 111),
+)
+"""Odd lengths, a request of one key, a chunk cut inside a timestamped frame, a long prefix."""
+SMALL = (
+    problems.Request(111, [problems.one_span_video(3, 6, 3, 3), problems.one_span_video(60, 5, 2, 4)], 0, 111),
+    problems.Request(1, [], 0, 1),
+    problems.Request(100, [problems.timestamped_video(9, 4, 3, 3)], 37, 63),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One problem: shapes, pool and launch; ``fp8`` is the pool's dtype, with scales."""
+
+    head_dim: int
+    dtype: torch.dtype
+    page_size: int
+    heads: tuple[int, int] = (4, 2)
+    tiles: tuple[int, int] = (128, 64)
+    launch: Launch | None = None
+    fp8: bool = False
+    requests: tuple[problems.Request, ...] = ODD
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A copy of a tensor, or of an object or container with tensors in it, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, enum.Enum) or not type(value).__module__.startswith(("mminference_sgl", "problems")):
+        return value
+    if not hasattr(value, "__dict__"):
+        return value
+    result = copy.copy(value)
+    for name, item in vars(value).items():
+        object.__setattr__(result, name, moved(item, device))
+    return result
+
+
+def check(setting: Setting, device: torch.device, seed: int) -> None:
+    """Both passes of a random problem, in memory that starts as NaN; raises AssertionError with what is off.
+
+    Our error against fp64 must be at most twice that of plain PyTorch in the same dtype plus a band of rounding.
+    """
+    problem = problems.make(
+        setting.requests,
+        tile_queries=setting.tiles[0],
+        tile_keys=setting.tiles[1],
+        head_dim=setting.head_dim,
+        heads=setting.heads[0],
+        kv_heads=setting.heads[1],
+        page_size=setting.page_size,
+        dtype=setting.dtype,
+        seed=seed,
+    )
+    passes = [
+        (tile_pass, random_lists(problem, tile_pass, seed + far))
+        for far, tile_pass in enumerate((problem.plan.near, problem.plan.far))
+    ]
+    query, pools, passes = moved((problem.query, [problem.key_pool, problem.value_pool], passes), device)
+    own, options = pools, {"launch": setting.launch}
+    if setting.fp8:
+        own, scales = [pool.to(torch.float8_e4m3fn) for pool in pools], (0.75, 1.5)
+        pools = [pool.to(setting.dtype) * scale for pool, scale in zip(own, scales, strict=True)]
+        options |= {"key_scale": scales[0], "value_scale": scales[1]}
+    results = []
+    for implementation, operands, extra in (
+        (reference, [x.double() for x in (query, *pools)], {}),
+        (reference, [query, *pools], {}),
+        (attend, [query, *own], options),
+    ):
+        out = torch.full_like(operands[0], torch.nan)
+        lse_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+        lse = torch.full(out.shape[:2], torch.nan, dtype=lse_dtype, device=device)
+        for index, (tile_pass, lists) in enumerate(passes):
+            if index == 0 and setting.page_size % setting.tiles[1] == 0:
+                object.__setattr__(tile_pass.keys, "contiguous", True)
+            implementation.attend(*operands, tile_pass, lists, problem.scale, out, lse, merge=index > 0, **extra)
+        results.append((out, lse))
+    compare(*results, what=f"{setting}, seed {seed}")
+
+
+def compare(exact: Any, plain: Any, ours: Any, what: str) -> None:
+    """Outputs and LSEs by the rule; rows that see no key must be 0 and -inf."""
+    blind = torch.isneginf(exact[1])
+    assert torch.equal(torch.isneginf(ours[1]), blind), f"other rows see no key: {what}"
+    assert bool((ours[0][blind] == 0).all()), f"a row without keys is not 0: {what}"
+    for name, index, band in (("output", 0, torch.finfo(plain[0].dtype).eps), ("LSE", 1, 4e-6)):
+        want, have, got = (result[index][~blind].double() for result in (exact, plain, ours))
+        assert not bool(got.isnan().any()), f"NaN in the {name}: {what}"
+        allowed = 2 * float((have - want).abs().max()) + 2 * band * float(want.abs().max())
+        error = float((got - want).abs().max())
+        assert error <= allowed, f"{name} off by {error:.3g}, allowed {allowed:.3g}: {what}"
+
+
+def sanitized_settings(dtype: torch.dtype) -> list[Setting]:
+    """Every body and both regions on shapes small enough for a sanitizer."""
+    return [
+        Setting(64, dtype, 1, tiles=(32, 16), requests=SMALL),
+        Setting(80, dtype, 16, tiles=(32, 16), requests=SMALL),
+        Setting(128, dtype, 64, heads=(2, 1), tiles=(64, 32), requests=SMALL),
+        Setting(64, dtype, 16, tiles=(32, 16), requests=SMALL, fp8=True),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    options = parser.parse_args()
+    # The interpreter computes bf16 wrong.
+    dtype = torch.float16 if options.device.type == "cpu" else torch.bfloat16
+    for setting in sanitized_settings(dtype):
+        check(setting, options.device, seed=1)
+        print("ok", setting, flush=True)
+
+
+if __name__ == "__main__":
+    main()
