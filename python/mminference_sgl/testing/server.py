@@ -30,6 +30,7 @@ Message = Mapping[str, Any]
 _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 40
 _TERM_GRACE_S = 10.0
+_FLUSH_WAIT_S = 10
 
 
 class ServerError(RuntimeError):
@@ -206,8 +207,8 @@ class Server:
             return self._last_log[since:]
 
     def flush_cache(self) -> None:
-        """Empty the radix cache (SGLang keeps its cache of vision embeddings)."""
-        self._post("/flush_cache", {})
+        """Empty the radix cache (SGLang keeps its cache of vision embeddings), once no request is left."""
+        self._post(f"/flush_cache?timeout={_FLUSH_WAIT_S}", {})
 
     def chat(
         self,
