@@ -7,7 +7,8 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-method fuzz miri clean
+.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-method \
+	tune test-gpu bench-gpu bench-gpu-serving fuzz miri clean
 
 FUZZ_SECONDS ?= 600
 
@@ -51,6 +52,21 @@ bench-planner: venv ## time planning against numpy and memcpy
 
 bench-method: venv ## what selection keeps of planted attention, and what it computes for it
 	$(BIN)/python benchmarks/method.py --check $(BENCH_ARGS)
+
+bench-toy: venv ## answers of the toy model, dense and sparse, 2K to 16K tokens
+	$(BIN)/python benchmarks/toy_accuracy.py $(BENCH_ARGS)
+
+test-gpu: venv ## tests of the kernels on this machine's GPU, compute-sanitizer among them
+	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+bench-gpu: venv ## time one layer's sparse prefill on this GPU against dense cuDNN attention
+	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
+
+bench-gpu-serving: venv ## time to first token of long videos on this GPU, dense and sparse
+	$(BIN)/python benchmarks/gpu_serving.py $(BENCH_ARGS)
+
+tune: venv ## measure the kernels' launch table on this GPU and write it down
+	$(BIN)/python benchmarks/tune.py $(BENCH_ARGS)
 
 fuzz: ## arbitrary requests against the planner, FUZZ_SECONDS long
 	@cargo fuzz --version > /dev/null 2>&1 || { echo "needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }

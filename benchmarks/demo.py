@@ -53,30 +53,20 @@ from mminference_sgl.testing import (
     write_mp4,
 )
 from toy.scenes import TASKS, Question, Scene, make_scene
+from toy.serving import CHANGE, CLIP_FPS, COLUMNS, CONTROL, FPS, ROWS, Score, ask
+from toy.serving import server as toy_server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CHECKPOINT = Path(__file__).parent / "toy" / "checkpoint"
-ROWS, COLUMNS = 8, 16
-CHANGE = 0.5
-"""Probability that a tile changes colour; so high that an older colour cannot be guessed."""
 SEED = 20260101
-FPS = 2
 CLIP = "bikes.mp4"
-CLIP_FPS = 8
-"""Sampling rate; the toy video has fewer frames per second, so all of them are taken."""
 OPENINGS = ("one", "two", "three", "four", "five")
 """Texts before the video, each of which makes a new prefix."""
 RATIO_CEILING = 0.5
 CONTROL_CEILING = 0.5
-GUARD_OFF = 1e9
-"""Error ceiling that no head reaches: the guard would send the heads that fail to dense."""
 MIN_QUESTIONS = 24
 MIN_TOKENS = 16384
-
-USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 @dataclass
@@ -105,20 +95,10 @@ class Run:
 
     name: str
     start_s: float = 0.0
-    right: dict[str, int] = field(default_factory=dict)
-    asked: dict[str, int] = field(default_factory=dict)
+    score: Score = field(default_factory=Score)
     toy: Timing | None = None
     clip: Timing | None = None
     fallbacks: list[str] = field(default_factory=list)
-
-    @property
-    def all_right(self) -> bool:
-        """Whether every question was answered correctly."""
-        return self.right == self.asked
-
-    def share(self, task: str) -> float:
-        """Share of right answers to one task."""
-        return self.right[task] / self.asked[task]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,11 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = np.random.default_rng(SEED)
     scene = make_scene(rng, options.patches, ROWS, COLUMNS, change=CHANGE)
     warm_up = make_scene(rng, 8, ROWS, COLUMNS, change=CHANGE)
-    control = {
-        "pattern": "a_shape",
-        "error_ceiling": GUARD_OFF,
-        "patterns": {"a_shape": {"sink": 64, "window": scene.frame_tokens}},
-    }
     runs: list[Run] = []
     try:
         with tempfile.TemporaryDirectory(prefix="mminference-demo-") as folder:
@@ -142,14 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, backend, config, repeats in (
                 ("dense", None, {}, options.repeats),
                 ("mminference", "mminference", {}, options.repeats),
-                ("control", "mminference", control, 0),
+                ("control", "mminference", CONTROL, 0),
             ):
                 _say(f"{name}: starting a server")
-                with _server(backend, config, options.chunk) as server:
+                with toy_server(backend, config, options.chunk) as server:
                     _say(f"{name}: ready after {server.start_seconds:.0f} s")
                     run = Run(name, server.start_seconds)
                     server.chat([user_message("find dot", videos=[str(short)])], 1)
-                    ask(server, run, scene, video, repeats)
+                    ask(server, run.score, scene, video)
+                    _say(f"{name}: {run.score.right.total()} of {run.score.asked.total()} answers right")
+                    run.toy = time_toy(server, run.score, scene, video, repeats)
                     if clip is not None and repeats:
                         run.clip = time_clip(server, clip, repeats)
                     run.fallbacks = [f"{f.reason}: {f.detail}" for f in fallbacks(server.log())]
@@ -170,31 +147,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def ask(server: Server, run: Run, scene: Scene, video: Path, repeats: int) -> None:
-    """Ask every question about one video, and time its prefill `repeats` times more."""
-    questions = scene.questions()
-    session = server.open_session()
-    mark = len(server.log())
-    first = server.generate(
-        USER + VIDEO + questions[0].text + END,
-        video_data=[str(video)],
-        max_tokens=3,
-        stream=True,
-        session_params={"id": session},
-    )
-    if first.meta["video_tokens"] != scene.tokens:
-        raise ServerError(f"{first.meta['video_tokens']} video tokens, not {scene.tokens}")
-    density = _density(server, first, mark)
-    kept = first.prompt_tokens - server.count_tokens(questions[0].text + END)
-    turn = {"id": session, "rid": first.meta["id"], "offset": kept, "drop_previous_output": True}
-    answers = [first]
-    answers += [server.generate(question.text + END, max_tokens=3, session_params=turn) for question in questions[1:]]
-    for question, answer in zip(questions, answers, strict=True):
-        run.asked[question.task] = run.asked.get(question.task, 0) + 1
-        run.right[question.task] = run.right.get(question.task, 0) + question.is_right(answer.text)
-    _say(f"{run.name}: {sum(run.right.values())} of {len(questions)} answers right")
-    again = [_prefill_again(server, video, before, questions[0]) for before in OPENINGS[:repeats]]
-    run.toy = _timing(first, again, density)
+def time_toy(server: Server, score: Score, scene: Scene, video: Path, repeats: int) -> Timing:
+    """Time the prefill of the toy video `repeats` times more."""
+    question = scene.questions()[0]
+    again = [_prefill_again(server, video, before, question) for before in OPENINGS[:repeats]]
+    if score.first is None:
+        raise ServerError("no question was asked")
+    return _timing(score.first, again, score.densities[0])
 
 
 def time_clip(server: Server, clip: Path, repeats: int) -> Timing:
@@ -213,12 +172,12 @@ def time_clip(server: Server, clip: Path, repeats: int) -> Timing:
 def judge(runs: Sequence[Run], scene: Scene) -> list[str]:
     """The claims that do not hold."""
     dense, sparse, control = runs
-    failures = [f"{run.name} gave wrong answers" for run in (dense, sparse) if not run.all_right]
-    if sum(dense.asked.values()) < MIN_QUESTIONS:
+    failures = [f"{run.name} gave wrong answers" for run in (dense, sparse) if not run.score.all_right]
+    if dense.score.asked.total() < MIN_QUESTIONS:
         failures.append(f"fewer than {MIN_QUESTIONS} questions were asked")
     if scene.tokens < MIN_TOKENS:
         failures.append(f"the video has only {scene.tokens} tokens")
-    if control.share("prev") >= CONTROL_CEILING:
+    if control.score.share("prev") >= CONTROL_CEILING:
         failures.append(f"the control answers `prev`: {control.share('prev'):.2f}")
     if dense.toy is None or sparse.toy is None:
         raise ValueError("the toy video was not timed")
@@ -275,21 +234,10 @@ def _timing(first: Answer, again: Sequence[Answer], density: float) -> Timing:
     return Timing(first.prompt_tokens, first.ttft, seconds, density)
 
 
-def _server(backend: str | None, config: dict[str, Any], chunk: int | None) -> Server:
-    return Server(
-        CHECKPOINT,
-        attention_backend=backend,
-        chunked_prefill_size=chunk,
-        metrics=True,
-        args=["--mm-process-config", json.dumps({"video": {"fps": CLIP_FPS}})],
-        env={"MMINFERENCE_CONFIG": json.dumps(config), "MMINFERENCE_LOG": "debug"},
-    )
-
-
 def _row(run: Run, dense: Run, timing: Timing | None, base: Timing | None) -> list[str]:
     if timing is None or base is None:
         raise ValueError("nothing was timed")
-    right = [f"{run.right[task]}/{run.asked[task]}" for task in TASKS]
+    right = [f"{run.score.right[task]}/{run.score.asked[task]}" for task in TASKS]
     row = [run.name, str(timing.tokens), *right, f"{timing.density:.3f}", f"{timing.ttft:.2f} s"]
     if np.isnan(timing.median):
         return [*row, "", "", "", ""]
@@ -314,7 +262,17 @@ def _record(runs: Sequence[Run], chunk: int | None, failures: list[str]) -> dict
         "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {name: metadata.version(name) for name in packages},
         "chunk": chunk,
-        "runs": [asdict(run) for run in runs],
+        "runs": [
+            {
+                "name": run.name,
+                "right": dict(run.score.right),
+                "asked": dict(run.score.asked),
+                "toy": run.toy and asdict(run.toy),
+                "clip": run.clip and asdict(run.clip),
+                "fallbacks": run.fallbacks,
+            }
+            for run in runs
+        ],
         "failures": failures,
     }
 

@@ -152,7 +152,7 @@ def test_refuses_and_names_source_key_and_value(key: str, value: Any) -> None:
         ("implementation", "cuda", "one of auto, reference, torch, triton, flashinfer"),
         ("coverage", 1.5, "a number of at least 0.0 and at most 1.0"),
         ("error_ceiling", -1, "a number of at least 0.0"),
-        ("tile_keys", 65, "16, 32, 64 or 128"),
+        ("tile_keys", 65, "one of 16, 32, 64, 128"),
     ],
 )
 def test_message_says_what_is_allowed(key: str, value: Any, allowed: str) -> None:
