@@ -1,0 +1,436 @@
+"""``make bench-gpu``: block-sparse prefill of one layer on a GPU, against dense cuDNN attention in the same run.
+
+One request: text, one video, one question, planted so that rows attend to the same place of all frames, to their own
+frame and to the first tokens. Each line is one shape (all tokens at once, or a chunk behind a prefix), page size and
+density; selection is what a server runs, with its tile budget set to the density and an unreachable coverage, so that
+the budget is used up; at 100 % everything is listed.
+
+- *probe*, *select*, *attend*: milliseconds of the device; *select* includes making the lists.
+- *TFLOP/s*: of the computed tiles, masked halves of tiles included; *share*: of the dense kernel's rate on the same
+  rows. Dense is cuDNN over contiguous keys and values, copied for it outside of the timing; a chunk behind a prefix is
+  two calls, one per part, whose merging is not counted.
+- *true mass*: share of sampled rows' softmax that the listed tiles hold. *speed-up*: dense / (probe + select + attend).
+- *peak*: most device memory beyond the operands.
+
+Before a line is reported, sampled rows of its output are compared with fp64 attention over the listed keys: the error
+may be twice that of fp32 arithmetic rounded to the dtype plus a band of rounding. The first failure ends the run.
+Medians and quartiles of repetitions; a buffer larger than the L2 cache is written before each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpu_inputs import HEAD_DIM, Layer, Shape, make_layer
+from mminference_sgl import prefill
+from mminference_sgl.catalog import load
+from mminference_sgl.config import Config
+from mminference_sgl.kernels import ops, probe
+from mminference_sgl.kernels.tiles import TileLists, TilePass, element_mask
+
+RESULTS = Path(__file__).parent / "results"
+HEADS = (28, 4)
+"""Query and KV heads, those of Qwen2.5-VL-7B."""
+TOKENS = ("32K", "128K", "256K", "1M")
+CHUNKS = ("one-shot", "8K", "32K")
+PAGE_SIZES = (1, 64)
+DENSITIES = (2, 5, 10, 25, 100)
+DENSE_ROWS = 65536
+"""Rows of one dense call: more would overflow 32-bit offsets."""
+SAMPLED_ROWS = 24
+TILE_QUERIES = 128
+FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        if len(samples) < 2:
+            return cls(samples[0], samples[0], samples[0])
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    shape: str
+    page_size: int
+    wanted_density: float
+    density: float
+    true_mass: float
+    probe: Timing
+    select: Timing
+    attend: Timing
+    dense: Timing
+    tflops: float
+    dense_tflops: float
+    tiles_per_list: float
+    peak_bytes: int
+    error: float
+    allowed_error: float
+
+    @property
+    def share(self) -> float:
+        """Of the dense kernel's rate."""
+        return self.tflops / self.dense_tflops
+
+    @property
+    def speed_up(self) -> float:
+        """Everything included."""
+        return self.dense.median / (self.probe.median + self.select.median + self.attend.median)
+
+
+class Clock:
+    """Times functions on a device: events on CUDA, the wall on a CPU (dry runs only)."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        size = FLUSH_BYTES if device.type == "cuda" else 1
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def samples(self, work: Callable[[], object]) -> Timing:
+        work()
+        return Timing.of([self.once(work) for _ in range(self.repeats)])
+
+    def once(self, work: Callable[[], object]) -> float:
+        """Milliseconds of one call, with a cold L2 cache."""
+        self._flush.zero_()
+        with self.span() as span:
+            work()
+        return span()
+
+    @contextmanager
+    def span(self) -> Iterator[Callable[[], float]]:
+        """Gives a function that tells the milliseconds of what ran inside, once it is over."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+            def tell() -> float:
+                end.synchronize()
+                return begin.elapsed_time(end)
+
+            begin.record()
+            yield tell
+            end.record()
+        else:
+            times = [time.perf_counter()]
+            yield lambda: 1e3 * (times[1] - times[0])
+            times.append(time.perf_counter())
+
+
+def dense_attention(layer: Layer) -> Callable[[], None]:
+    """Dense causal attention of the chunk by cuDNN over contiguous keys and values; on a CPU by whatever is there."""
+    cuda = layer.query.device.type == "cuda"
+    query, key, value = (x.transpose(0, 1)[None] for x in (layer.query, *_contiguous(layer)))
+    backends = [SDPBackend.CUDNN_ATTENTION] if cuda else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+
+    def run() -> None:
+        with sdpa_kernel(backends):
+            for first in range(0, layer.shape.chunk, DENSE_ROWS):
+                part = query[:, :, first : first + DENSE_ROWS]
+                before, end = layer.shape.prefix + first, layer.shape.prefix + first + part.shape[2]
+                attention = torch.nn.functional.scaled_dot_product_attention
+                if before:
+                    attention(part, key[:, :, :before], value[:, :, :before], enable_gqa=True)
+                attention(part, key[:, :, before:end], value[:, :, before:end], is_causal=True, enable_gqa=True)
+
+    return run
+
+
+def _contiguous(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.key_pool[layer.slots], layer.value_pool[layer.slots]
+
+
+def measure(layer: Layer, density: float, page_size: int, dense: Timing, config: Config, clock: Clock) -> Line:
+    """Selects, attends, checks, and times both; ``density`` in per cent."""
+    device, heads = layer.query.device, layer.query.shape[1]
+    scale = HEAD_DIM**-0.5
+    specs = load("auto").specs(0, range(heads))
+    implementation = ops.resolve("auto", device)
+    out = torch.full_like(layer.query, torch.nan)
+    select_times: list[float] = []
+    probe_times: list[float] = []
+
+    def select() -> prefill.Passes:
+        with _spans(clock) as probes, clock.span() as span:
+            passes, _ = prefill.select_layer(*layer.operands, layer.plan, specs, config, scale)
+        total, probed = span(), sum(tell() for tell in probes)
+        select_times.append(total - probed)
+        probe_times.append(probed)
+        return passes
+
+    before = _memory(device, reset=True)
+    passes = select()
+    lse = ops.sparse_prefill(*layer.operands, passes, scale, out, implementation)
+    peak = _memory(device, reset=False) - before
+    mass, error, allowed = verify(layer, passes, out, lse, scale)
+    if not error <= allowed:
+        raise SystemExit(f"{layer.shape}, {density} %: the output is off by {error:.3g}, {allowed:.3g} is allowed")
+    del select_times[:], probe_times[:]
+    for _ in range(clock.repeats):
+        select()
+    attend = clock.samples(lambda: ops.sparse_prefill(*layer.operands, passes, scale, out, implementation))
+    tiles, pairs = _work(passes)
+    near = layer.plan.near
+    causal_tiles = (near.max_pos // config.tile_keys + 1).long() * near.indptr.diff()
+    flops = 4 * HEAD_DIM
+    return Line(
+        shape=str(layer.shape),
+        page_size=page_size,
+        wanted_density=density,
+        density=pairs / (heads * config.tile_keys * int(causal_tiles.sum())),
+        true_mass=mass,
+        probe=Timing.of(probe_times),
+        select=Timing.of(select_times),
+        attend=attend,
+        dense=dense,
+        tflops=flops * pairs / attend.median / 1e9,
+        dense_tflops=flops * heads * layer.shape.causal_pairs / dense.median / 1e9,
+        tiles_per_list=tiles / sum(lists.full.numel() for _, lists in passes),
+        peak_bytes=peak,
+        error=error,
+        allowed_error=allowed,
+    )
+
+
+@contextmanager
+def _spans(clock: Clock) -> Iterator[list[Callable[[], float]]]:
+    """Times every call of the probe while it lasts."""
+    run, found = probe.run, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with clock.span() as span:
+            result = run(*args, **kwargs)
+        found.append(span)
+        return result
+
+    probe.run = timed  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        probe.run = run  # type: ignore[assignment]
+
+
+def _work(passes: Sequence[tuple[TilePass, TileLists]]) -> tuple[int, int]:
+    """Listed tiles, and their (row, key) pairs."""
+    tiles = pairs = 0
+    for tile_pass, lists in passes:
+        lengths = lists.indptr.diff().long()
+        rows = tile_pass.indptr.diff().long().repeat(lengths.numel() // tile_pass.num_tiles)
+        tiles += int(lengths.sum())
+        pairs += int((lengths * rows).sum()) * tile_pass.keys.tile_keys
+    return tiles, pairs
+
+
+def verify(
+    layer: Layer, passes: Sequence[tuple[TilePass, TileLists]], out: torch.Tensor, lse: torch.Tensor, scale: float
+) -> tuple[float, float, float]:
+    """True mass of sampled (row, head) pairs, our error on them, and the error that is allowed."""
+    generator = torch.Generator().manual_seed(0)
+    group = layer.query.shape[1] // layer.key_pool.shape[1]
+    masses, ours, plains, largest = [], 0.0, 0.0, 0.0
+    for row in torch.randint(0, layer.shape.chunk, (SAMPLED_ROWS,), generator=generator).tolist():
+        head = int(torch.randint(0, layer.query.shape[1], (1,), generator=generator))
+        slots = torch.cat([_listed(tile_pass, lists, row, head) for tile_pass, lists in passes])
+        seen = layer.slots[: layer.shape.prefix + row + 1]
+        q, k, v = layer.query[row, head], layer.key_pool[:, head // group], layer.value_pool[:, head // group]
+        scores = k[slots].double() @ q.double() * scale
+        exact = scores.softmax(0) @ v[slots].double()
+        plain = ((k[slots].float() @ q.float() * scale).softmax(0) @ v[slots].float()).to(out.dtype)
+        dense_lse = torch.logsumexp(k[seen].float() @ q.float() * scale, 0)
+        masses.append(float(torch.exp(lse[row, head] - dense_lse)))
+        ours = max(ours, float((out[row, head].double() - exact).abs().nan_to_num(torch.inf).max()))
+        plains = max(plains, float((plain.double() - exact).abs().max()))
+        largest = max(largest, float(exact.abs().max()))
+    return statistics.fmean(masses), ours, 2 * plains + 2 * torch.finfo(out.dtype).eps * largest
+
+
+def _listed(tile_pass: TilePass, lists: TileLists, row: int, head: int) -> torch.Tensor:
+    """Slots of the keys that a row sees through its list."""
+    keys = tile_pass.keys
+    where = (tile_pass.rows == row).nonzero()
+    if where.numel() == 0:
+        return keys.slots[:0].flatten()
+    tile = int(torch.searchsorted(tile_pass.indptr, where[0].int(), right=True)) - 1
+    entries = slice(*lists.indptr[head * tile_pass.num_tiles + tile :][:2].tolist())
+    listed = keys.tile_indptr[tile_pass.request[tile]].long() + lists.tiles[entries].long()
+    position = tile_pass.positions[where[0]]
+    sees = element_mask(
+        tile_pass.region, position, keys.positions[listed], lists.sink[head, tile], lists.reach[head, tile]
+    )
+    return keys.slots[listed][sees]
+
+
+def _memory(device: torch.device, *, reset: bool) -> int:
+    if device.type != "cuda":
+        return 0
+    if reset:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
+
+
+def settings(density: float) -> Config:
+    """A server's settings with its tile budget at ``density`` per cent; the guard would add tiles, so it is off."""
+    if density >= 100:
+        return Config(coverage=1.0, tile_queries=TILE_QUERIES)
+    budget = {"coverage": 1 - 1e-6, "max_density": density / 100, "min_gain": 0.0, "error_ceiling": 1e9}
+    return Config(**budget, tile_queries=TILE_QUERIES)
+
+
+def run(options: argparse.Namespace, device: torch.device) -> Iterator[Line]:
+    """The lines of all shapes; those that do not fit into the device's memory are left out with a word."""
+    clock = Clock(device, options.repeats)
+    for shape in shapes(options.tokens, options.chunks):
+        dense: Timing | None = None
+        for page_size in options.page_sizes:
+            for density in options.densities:
+                config = settings(density)
+                try:
+                    layer = make_layer(shape, page_size, config, options.heads, device)
+                    if dense is None:
+                        dense = clock.samples(dense_attention(layer))
+                    yield measure(layer, density, page_size, dense, config, clock)
+                except torch.OutOfMemoryError as error:
+                    say(f"{shape}, page size {page_size}, {density} %: left out, {str(error).partition('.')[0]}")
+                    torch.cuda.empty_cache()
+
+
+def shapes(tokens: Sequence[str], chunks: Sequence[str]) -> list[Shape]:
+    """``tokens`` at once, or a chunk behind as many."""
+    return [
+        Shape(0, parse_count(total)) if chunk == "one-shot" else Shape(parse_count(total), parse_count(chunk))
+        for total in tokens
+        for chunk in chunks
+    ]
+
+
+def parse_count(text: str) -> int:
+    """128K as 131072."""
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
+    return int(text.rstrip("KM")) * unit
+
+
+COLUMNS: dict[str, Callable[[Line], str]] = {
+    "shape": lambda line: line.shape,
+    "page": lambda line: str(line.page_size),
+    "budget %": lambda line: f"{line.wanted_density:g}",
+    "density %": lambda line: f"{100 * line.density:.2f}",
+    "true mass": lambda line: f"{line.true_mass:.3f}",
+    "probe ms": lambda line: str(line.probe),
+    "select ms": lambda line: str(line.select),
+    "attend ms": lambda line: str(line.attend),
+    "dense ms": lambda line: str(line.dense),
+    "TFLOP/s": lambda line: f"{line.tflops:.3g}",
+    "share": lambda line: f"{line.share:.2f}",
+    "tiles/list": lambda line: f"{line.tiles_per_list:.0f}",
+    "speed-up": lambda line: f"{line.speed_up:.2f}",
+    "peak MiB": lambda line: f"{line.peak_bytes / 2**20:.0f}",
+}
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Markdown."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *([tell(line) for tell in COLUMNS.values()] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device and versions, which every result is stored with."""
+    name = platform.machine()
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    packages = ("mminference-sgl", "sglang", "torch", "triton")
+    versions = {package: metadata.version(package) for package in packages}
+    return {
+        "device": name,
+        "versions": versions,
+        "cudnn": torch.backends.cudnn.version(),
+        "time": time.strftime("%F %T"),
+    }
+
+
+def write(folder: Path, name: str, lines: Sequence[Line], found: dict[str, Any]) -> None:
+    """``name``.json and ``name``.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {**found, "lines": [{**asdict(line), "share": line.share, "speed_up": line.speed_up} for line in lines]}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    text = f"# Sparse prefill of one layer on {found['device']}\n\n{versions}, {found['time']}.\n"
+    text += "Columns: see the head of benchmarks/gpu.py.\n"
+    (folder / f"{name}.md").write_text(f"{text}\n{table(lines)}\n")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", type=listed(str), default=list(TOKENS))
+    parser.add_argument("--chunks", type=listed(str), default=list(CHUNKS), help="one-shot, or tokens of a chunk")
+    parser.add_argument("--page-sizes", type=listed(int), default=list(PAGE_SIZES))
+    parser.add_argument("--densities", type=listed(float), default=list(DENSITIES), help="per cent")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", help="of the files; by default the device's")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: does the script work?")
+    options = parser.parse_args(argv)
+    options.heads = HEADS
+    if options.dry_run:
+        options.tokens, options.chunks, options.page_sizes = ["1K"], ["one-shot", "512"], [1, 64]
+        options.densities, options.repeats, options.heads = [20.0, 100.0], 2, (4, 2)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
+    if not options.dry_run and not torch.cuda.is_available():
+        say("needs a CUDA device; --dry-run shows on the CPU that the script works")
+        return 1
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    found = environment(device)
+    name = options.name or found["device"].lower().replace(" ", "-").replace("(", "").replace(")", "")
+    lines: list[Line] = []
+    for line in run(options, device):
+        lines.append(line)
+        say(" | ".join(tell(line) for tell in COLUMNS.values()))
+        # After every line, so that a run that is cut off leaves what it has.
+        write(options.output, name, lines, found)
+    print(table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
