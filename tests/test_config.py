@@ -38,7 +38,7 @@ TILE_SIZES = (16, 32, 64, 128)
 
 GOOD: dict[str, tuple[Any, ...]] = {
     "enabled": (True, False),
-    "min_tokens": (0, 1, 1000, LARGEST_INTEGER),
+    "min_tokens": (None, 0, 1, 1000, LARGEST_INTEGER),
     "pattern": ("auto", "off", "grid", "/some/file.json"),
     "implementation": IMPLEMENTATIONS,
     "coverage": (0, 0.0, 0.5, 1, 1.0),
@@ -65,7 +65,7 @@ SHARE = (-0.01, 1.01, 2, float("nan"), float("inf"), *NOT_NUMBERS)
 
 BAD: dict[str, tuple[Any, ...]] = {
     "enabled": (1, 0, "true", None),
-    "min_tokens": NATURAL,
+    "min_tokens": tuple(value for value in NATURAL if value is not None),
     "pattern": ("", None, 5, True, ["grid"], {"id": "grid"}),
     "implementation": ("", "cuda", "Torch", None, 1, ["torch"]),
     "coverage": SHARE,
@@ -174,7 +174,7 @@ def test_nested_settings_must_be_objects(key: str, value: Any) -> None:
         ("", "cell_size, coverage, enabled"),
         ("active", "cell_size, coverage, enabled"),
         ("patterns.dense", "a_shape, grid, vertical_slash"),
-        ("patterns.grid.window", "min_lines, sink, window_frames"),
+        ("patterns.grid.window", "min_lines, sink, window, window_frames"),
         ("patterns.a_shape.window_frames", "sink, window"),
     ],
 )

@@ -18,13 +18,13 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from mminference_sgl import _core, prefill, selfcheck
+from mminference_sgl import _core, crossover, prefill, selfcheck
 from mminference_sgl.catalog import MODALITIES, HeadSpec, PatternFile, load
 from mminference_sgl.config import Config, ConfigError, environment_sources, from_sources, server_source
 from mminference_sgl.kernels import ops
 from mminference_sgl.layout import GeometryError, LayoutCache, ModelGeometry
 from mminference_sgl.plan import ForwardPlan, SparseRequest, build
-from mminference_sgl.sglang_compat import default_dense_backend, head_offset, set_kv_buffer
+from mminference_sgl.sglang_compat import agreed, default_dense_backend, head_offset, set_kv_buffer
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -124,6 +124,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             cell_size=self.config.cell_size,
         )
         dense_layers, self._last_layer = self._survey(runner.model)
+        self._min_tokens = self._crossover(runner, chunk_tokens, sparse_layers=dense_layers[""])
         self._announce(runner, dense_layers)
 
     # -- what SGLang calls ---------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ class MMInferenceAttnBackend(AttentionBackend):
 
     def _request_reason(self, prefix: int, chunk: int, mm_inputs: Any) -> str:
         """Why a request runs dense by rule, empty if it may run sparse."""
-        if prefix + chunk < self.config.min_tokens:
+        if prefix + chunk < self._min_tokens:
             return "short"
         if chunk < _FEW_ROWS:
             return "few rows"
@@ -304,6 +305,24 @@ class MMInferenceAttnBackend(AttentionBackend):
             logger.warning("mminference: prefill is dense: implementation %r %s", implementation, state)
             self.config = dataclasses.replace(self.config, enabled=False)
         return implementation
+
+    def _crossover(self, runner: ModelRunner, chunk_tokens: int, *, sparse_layers: int) -> int:
+        """Tokens below which requests run dense: the setting, or what this machine was measured to gain from."""
+        if self.config.min_tokens is not None:
+            return self.config.min_tokens
+        if not (self.config.active and self._sparse_modalities and sparse_layers):
+            return 0
+        model = runner.model_config
+        shape = crossover.Shape(
+            group=max(1, int(model.num_attention_heads) // int(model.get_total_num_kv_heads())),
+            head_dim=int(model.head_dim),
+            dtype=model.dtype,
+            device=self._device,
+            chunk_tokens=chunk_tokens,
+            implementation=self.implementation,
+            config=self.config,
+        )
+        return agreed(crossover.min_tokens(shape))
 
     def _check_pattern(self, runner: ModelRunner) -> None:
         """Resolves every head once, so that a pattern that cannot be run stops the server and not a request."""
@@ -348,7 +367,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             architectures[0],
             self._pattern.id,
             self.config.active,
-            self.config.min_tokens,
+            self._min_tokens,
             self.config.coverage,
             self.config.max_density,
             self.config.error_ceiling,

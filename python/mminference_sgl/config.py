@@ -72,7 +72,7 @@ class Config:
     """All settings of one server, fixed for its life. docs/configuration.md says what each does."""
 
     enabled: bool = True
-    min_tokens: int = 4096
+    min_tokens: int | None = None
     pattern: str = "auto"
     implementation: str = "auto"
     coverage: float = 0.95
@@ -92,7 +92,8 @@ class Config:
             ConfigError: a value is of the wrong type or out of range.
         """
         _check(isinstance(self.enabled, bool), "enabled", self.enabled, "true or false")
-        _check_int("min_tokens", self.min_tokens, 0)
+        if self.min_tokens is not None:
+            _check_int("min_tokens", self.min_tokens, 0)
         named = isinstance(self.pattern, str) and self.pattern != ""  # type: ignore[redundant-expr]
         _check(named, "pattern", self.pattern, "an id, a path, auto or off")
         _check(

@@ -33,6 +33,14 @@ def head_offset(runner: ModelRunner) -> int:
     return int(parallel.attn_tp_rank) if parallel.attn_tp_size > 1 else 0
 
 
+def agreed(value: int) -> int:
+    """The first tensor-parallel rank's value, so that all of them decide alike."""
+    parallel = get_parallel()
+    if parallel.tp_size == 1:
+        return value
+    return int(parallel.tp_group.broadcast_object(value, src=0))
+
+
 def set_kv_buffer(
     pool: Any, layer: RadixAttention, batch: ForwardBatch, key: torch.Tensor, value: torch.Tensor
 ) -> None:
