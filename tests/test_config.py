@@ -174,7 +174,7 @@ def test_nested_settings_must_be_objects(key: str, value: Any) -> None:
         ("", "cell_size, coverage, enabled"),
         ("active", "cell_size, coverage, enabled"),
         ("patterns.dense", "a_shape, grid, vertical_slash"),
-        ("patterns.grid.window", "min_lines, sink, window, window_frames"),
+        ("patterns.grid.windows", "min_lines, sink, window, window_frames"),
         ("patterns.a_shape.window_frames", "sink, window"),
     ],
 )

@@ -45,7 +45,7 @@ class VerticalSlashBudget:
     """Vertical-slash: always the first ``sink`` keys and the last ``window`` ones; columns and diagonals by mass."""
 
     sink: int = 64
-    window: int = 128
+    window: int = 64
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SECONDS = 4.0
 """After this much time no further length is tried."""
 MARGIN = 1.25
-"""Sparse must be this much faster: random operands need fewer tiles than a video, and other work is not in the ratio."""
+"""Sparse must be this much faster: random operands need fewer tiles than a video."""
 _SIDE = 16
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Shape:
 def min_tokens(shape: Shape, file: Path | None = None) -> int:
     """Smallest tried length at which sparse prefill wins, from the file or measured.
 
-    ``file`` defaults to ``mminference-sgl/crossover.json`` in the user's cache. A file that cannot be read or written is
+    ``file`` defaults to ``mminference-sgl/crossover.json`` in the user's cache; one that cannot be read or written is
     done without.
     """
     file = file or _cache_file()
