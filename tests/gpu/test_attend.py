@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import checks
+
 import problems
-from gpu import checks
 from mminference_sgl import selfcheck
 from mminference_sgl.catalog import load
 from mminference_sgl.config import Config
