@@ -16,9 +16,18 @@ EXACT = 1.0
 """Coverage at which every causal tile is selected and budgets do not count: the result is dense attention."""
 
 
+SLACK = 0.01
+"""Mass that rows below the target may lack of it, on average over all rows, where a head counts as reaching it."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What the configuration allows: target ``coverage`` and ``max_density``, computed tiles over causal tiles."""
+    """What the configuration allows.
+
+    ``coverage``: target share of each row's mass; ``max_density``: computed tiles over causal tiles; ``min_gain``: mass
+    per tile, in units of an average causal tile's, that makes a tile worth computing for a head that cannot reach the
+    target.
+    """
 
     coverage: float
     max_density: float
@@ -88,6 +97,7 @@ class Choice:
     ``near`` bool [H, t, n] in sequence order, ``far`` bool [H, t', n'] in cell order or None;
     ``sink``, ``reach`` int32 [H]: the near region of the sequence pass, the far region of the cell pass is the rest.
     ``coverage`` fp32 [H]: share of the probe rows' mass that is kept.
+    ``missing`` fp32 [H]: mass that the rows below the target lack of it, on average over all rows.
     """
 
     near: torch.Tensor
@@ -95,6 +105,7 @@ class Choice:
     sink: torch.Tensor
     reach: torch.Tensor
     coverage: torch.Tensor
+    missing: torch.Tensor
 
     def tiles(self) -> torch.Tensor:
         """Computed tiles per head, int64 [H]."""
@@ -126,19 +137,21 @@ def dense(view: View, heads: int) -> Choice:
         shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
         far = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
     near = near_tiles(view, 0, UNBOUNDED).expand(heads, -1, -1)
-    return Choice(near, far, torch.zeros_like(reach), reach, torch.ones(heads, device=device))
+    coverage = torch.ones(heads, device=device)
+    return Choice(near, far, torch.zeros_like(reach), reach, coverage, torch.zeros_like(coverage))
 
 
-def cheapest(choices: list[Choice], coverage: float) -> tuple[Choice, torch.Tensor]:
-    """Per head the choice that reaches ``coverage`` with the fewest tiles, or the one that comes closest to it.
+def cheapest(view: View, choices: list[Choice], limits: Limits) -> tuple[Choice, torch.Tensor]:
+    """Per head the choice that reaches the target with the fewest tiles.
 
-    Returns the merged choice and the index of each head's pick, int64 [H]. Earlier choices win ties.
+    Where none does, the one whose mass is worth its tiles most, at the price of ``min_gain``. Returns the merged choice
+    and the index of each head's pick, int64 [H]. Earlier choices win ties.
     """
     tiles = torch.stack([choice.tiles() for choice in choices]).double()
-    reached = torch.stack([choice.coverage for choice in choices]).double()
-    # Reaching the target beats everything; below it more coverage is better, above it fewer tiles.
-    score = torch.where(reached >= coverage, 2.0 + 1.0 / (1.0 + tiles), reached.clamp_max(1.0))
-    pick = score.argmax(0)
+    reached = torch.stack([choice.missing for choice in choices]) <= SLACK
+    coverage = torch.stack([choice.coverage for choice in choices]).double()
+    worth = coverage - limits.min_gain * tiles / causal_tiles(view)
+    pick = torch.where(reached, 2.0 + 1.0 / (1.0 + tiles), worth).argmax(0)
     merged = choices[0]
     for index, choice in enumerate(choices[1:], start=1):
         merged = where(pick == index, choice, merged)
@@ -162,6 +175,7 @@ def concatenate(parts: list[Choice]) -> Choice:
         torch.cat([part.sink for part in parts]),
         torch.cat([part.reach for part in parts]),
         torch.cat([part.coverage for part in parts]),
+        torch.cat([part.missing for part in parts]),
     )
 
 
@@ -177,6 +191,7 @@ def where(heads: torch.Tensor, chosen: Choice, other: Choice) -> Choice:
         torch.where(heads, chosen.sink, other.sink),
         torch.where(heads, chosen.reach, other.reach),
         torch.where(heads, chosen.coverage, other.coverage),
+        torch.where(heads, chosen.missing, other.missing),
     )
 
 
@@ -207,6 +222,7 @@ def combine(view: View, on_text: Choice, on_media: Choice, *, text_pattern: str,
         torch.maximum(on_text.sink, on_media.sink),
         torch.maximum(on_text.reach, on_media.reach),
         torch.minimum(on_text.coverage, on_media.coverage),
+        torch.maximum(on_text.missing, on_media.missing),
     )
 
 

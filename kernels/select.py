@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from .choice import EXACT, CellView, Choice, Limits, View, causal_tiles, dense, far_tiles, near_tiles
+from .choice import EXACT, SLACK, CellView, Choice, Limits, View, causal_tiles, dense, far_tiles, near_tiles
 from .probe import Probe
 from .tiles import Region, element_mask
 
@@ -29,13 +29,13 @@ def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int)
     if limits.coverage >= EXACT:
         return base
     reach = max(window, 1)
-    return replace(
+    choice = replace(
         base,
         near=near_tiles(view, sink, reach).expand(heads, -1, -1),
         sink=torch.full_like(base.sink, sink),
         reach=torch.full_like(base.reach, reach),
-        coverage=_near_weights(probe, sink, reach)[1].sum(-1).mean(-1),
     )
+    return _covering(choice, _near_weights(probe, sink, reach)[1].sum(-1), limits.coverage)
 
 
 def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, window: int) -> Choice:
@@ -61,18 +61,18 @@ def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, windo
     column_cost = causal.sum(0)
     diagonal_cost = (high.clamp_max(tiles) - low).clamp_min(0).sum(0)
     loose = row_mass * ~fixed_at_rows
-    mass = torch.cat([loose, _diagonal_mass(loose, probe.rows.positions, tile)], dim=2).mean(1)
+    useful = _useful(loose, limits.coverage - (row_mass * fixed_at_rows).sum(-1))
+    mass = torch.cat([useful, _diagonal_mass(useful, probe.rows.positions, tile)], dim=2).mean(1)
     cost = torch.cat([column_cost, diagonal_cost]).clamp_min(1)
 
     def reached(chosen: torch.Tensor) -> torch.Tensor:
         at_rows = chosen[:, None, :tiles] | _paint(chosen[:, tiles:], row_low, row_high, tiles) | fixed_at_rows
-        return (row_mass * at_rows).sum(-1).mean(-1)
+        return (row_mass * at_rows).sum(-1)
 
     budget = limits.max_density * causal.sum() - fixed.sum()
-    chosen, coverage = _fewest(mass, cost, budget, causal_tiles(view), limits.min_gain, limits.coverage, reached)
-    chosen = chosen | always
-    near = (chosen[:, None, :tiles] | _paint(chosen[:, tiles:], low, high, tiles)) & base.near
-    return replace(base, near=near, coverage=coverage)
+    chosen = _fewest(mass, cost, budget, causal_tiles(view), limits, reached)
+    near = (chosen[:, None, :tiles] | _paint(chosen[:, tiles:], low, high, tiles) | fixed) & base.near
+    return _covering(replace(base, near=near), reached(chosen), limits.coverage)
 
 
 def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min_lines: int) -> Choice:
@@ -107,27 +107,28 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min
     rest = visible & ~own
     keys, bands = cell.keys.min_pos.numel(), cell.num_bands
 
+    need = limits.coverage - start
+    useful = _useful(loose, need)
     in_band = torch.nn.functional.one_hot(cell.band_of_row, bands).to(loose.dtype)
-    share = loose.sum(-1) @ in_band / rows.numel()
-    mass = torch.cat([loose.mean(1), share, (loose * beside[rows]).sum((1, 2))[:, None] / rows.numel()], dim=1)
+    share = _useful(loose.sum(-1), need) @ in_band / rows.numel()
+    neighbours = _useful((loose * beside[rows]).sum(-1), need).mean(-1, keepdim=True)
+    mass = torch.cat([useful.mean(1), share, neighbours], dim=1)
     band_cost = torch.zeros(bands, dtype=torch.int64, device=rest.device).index_add_(0, cell.bands, rest.sum(1))
     cost = torch.cat([rest.sum(0), band_cost, (rest & beside).sum()[None]]).clamp_min(1)
 
     def at(chosen: torch.Tensor, tile_bands: torch.Tensor, own_like: torch.Tensor) -> torch.Tensor:
-        lines, whole, neighbours = chosen[:, :keys], chosen[:, keys:-1], chosen[:, -1]
-        return lines[:, None] | whole[:, tile_bands, None] | (neighbours[:, None, None] & own_like)
+        lines, whole, wide = chosen[:, :keys], chosen[:, keys:-1], chosen[:, -1]
+        return lines[:, None] | whole[:, tile_bands, None] | (wide[:, None, None] & own_like)
 
     def reached(chosen: torch.Tensor) -> torch.Tensor:
-        return (start + (loose * at(chosen, cell.band_of_row, beside[rows])).sum(-1)).mean(-1)
+        return start + (loose * at(chosen, cell.band_of_row, beside[rows])).sum(-1)
 
     budget = limits.max_density * causal_tiles(view) - near.sum() - (visible & own).sum()
-    chosen, coverage = _fewest(mass, cost, budget, causal_tiles(view), limits.min_gain, limits.coverage, reached)
+    chosen = _fewest(mass, cost, budget, causal_tiles(view), limits, reached)
     if min_lines:
-        chosen = chosen.clone()
-        chosen.scatter_(1, mass[:, :keys].topk(min(min_lines, keys), dim=1).indices, value=True)
-        coverage = reached(chosen)
+        chosen = chosen.scatter(1, mass[:, :keys].topk(min(min_lines, keys), dim=1).indices, value=True)
     far = (own | at(chosen, cell.bands, beside)) & visible
-    return replace(base, far=far, coverage=coverage)
+    return _covering(replace(base, far=far), reached(chosen), limits.coverage)
 
 
 def kept(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
@@ -145,9 +146,20 @@ def kept(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
     return seen
 
 
-def measured(view: View, probe: Probe, choice: Choice) -> Choice:
+def measured(view: View, probe: Probe, choice: Choice, limits: Limits) -> Choice:
     """The choice with the coverage that its masks really keep; patterns by themselves know theirs."""
-    return replace(choice, coverage=(probe.weights * kept(view, probe, choice)).sum(-1).mean(-1))
+    return _covering(choice, (probe.weights * kept(view, probe, choice)).sum(-1), limits.coverage)
+
+
+def _covering(choice: Choice, by_row: torch.Tensor, target: float) -> Choice:
+    """The choice that keeps this mass of each probe row, fp32 [H, P]."""
+    return replace(choice, coverage=by_row.mean(-1), missing=(target - by_row).clamp_min(0).mean(-1))
+
+
+def _useful(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
+    """Mass of rows [H, P, ...] up to what they lack to the target [H, P]: more is no use to the row."""
+    need = need.clamp_min(0).view(*need.shape, *[1] * (mass.dim() - 2))
+    return torch.minimum(mass, need)
 
 
 def _fewest(
@@ -155,18 +167,18 @@ def _fewest(
     cost: torch.Tensor,
     budget: torch.Tensor,
     causal: torch.Tensor,
-    min_gain: float,
-    target: float,
+    limits: Limits,
     reached: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest candidates, best mass per tile first, that reach the target within the budget.
+) -> torch.Tensor:
+    """The fewest candidates, best mass per tile first, that take the rows to the target within the budget.
 
-    A head that cannot reach it is diffuse: much mass in many tiles, whose loss costs little output. It gets those
+    Rows below the target are not made up for by rows above it; over all rows :data:`~.choice.SLACK` may be missing. A
+    head that cannot get there is diffuse: much mass in many tiles, whose loss costs little output. It gets those
     candidates that hold ``min_gain`` times the mass of an average causal tile, per tile.
 
-    ``mass`` fp32 [H, m]: a candidate's mass by itself; several may hold the same mass, so their sum is only a bound.
-    How many are needed is searched on that sum, each step measured by ``reached``: bool [H, m] -> coverage fp32 [H].
-    ``cost`` [m] tiles, ``budget`` and ``causal`` 0-d tiles. Returns the chosen ones, bool [H, m], and the coverage.
+    ``mass`` fp32 [H, m]: a candidate's useful mass by itself; several may hold the same mass, so how many are needed is
+    searched on their sum, each step measured by ``reached``: bool [H, m] -> coverage by row, fp32 [H, P].
+    ``cost`` [m] tiles, ``budget`` and ``causal`` 0-d tiles. Returns the chosen ones, bool [H, m].
     """
     heads, candidates = mass.shape
     mass = mass.masked_fill(cost > budget, 0.0)
@@ -180,27 +192,24 @@ def _fewest(
         taken = affordable & (before < amount[:, None])
         return torch.zeros(heads, candidates, dtype=torch.bool, device=mass.device).scatter_(1, rank, taken)
 
+    def missing(chosen: torch.Tensor) -> torch.Tensor:
+        return (limits.coverage - reached(chosen)).clamp_min(0).mean(-1)
+
     # The sum of masses is at least what is added, so no amount below the missing one can do.
-    low = (target - reached(torch.zeros(heads, candidates, dtype=torch.bool, device=mass.device))).clamp_min(0)
+    low = (missing(torch.zeros(heads, candidates, dtype=torch.bool, device=mass.device)) - SLACK).clamp_min(0)
     high = total[:, -1] * (1 + 1e-4) + 1e-6
-    everything = choose(high)
-    diffuse = reached(everything) < target
-    economical = everything & (gain * causal >= min_gain)
-    enough_for_some = choose(low)
-    coverage = reached(enough_for_some)
-    done = diffuse | (coverage >= target)
-    best = torch.where(diffuse[:, None], economical, torch.where(done[:, None], enough_for_some, everything))
-    coverage = reached(best)
+    everything, least = choose(high), choose(low)
+    diffuse = missing(everything) > SLACK
+    done = diffuse | (missing(least) <= SLACK)
+    economical = everything & (gain * causal >= limits.min_gain)
+    best = torch.where(diffuse[:, None], economical, torch.where(done[:, None], least, everything))
     for _ in range(_SEARCH_STEPS):
         middle = (low.clamp_min(1e-4) * high).sqrt()
         tried = choose(middle)
-        tried_coverage = reached(tried)
-        enough = tried_coverage >= target
-        better = (enough & ~done)[:, None]
-        best = torch.where(better, tried, best)
-        coverage = torch.where(enough & ~done, tried_coverage, coverage)
+        enough = missing(tried) <= SLACK
+        best = torch.where((enough & ~done)[:, None], tried, best)
         high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
-    return best, coverage
+    return best
 
 
 def _own_tiles(cell: CellView, margin: int = 0) -> torch.Tensor:

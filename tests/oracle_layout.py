@@ -142,6 +142,8 @@ class OracleLayout:
         seen = np.minimum(chunk_tokens, self.last_end - first)
         repeats = -(-seen // self.area) if chunk_tokens else self.frames
         automatic = np.maximum(tile_queries // np.maximum(repeats, 1), 1)
+        # All frames of a cell are a run of 256 keys, and no more than that takes.
+        automatic = np.minimum(automatic, -(-256 // self.frames))
         self.cell_sizes = np.minimum(cell_size or automatic, self.area)
         cells = -(-self.area // self.cell_sizes)
         self.first_run = np.concatenate([[1], 1 + np.cumsum(cells)])

@@ -148,9 +148,9 @@ def test_the_sizes_of_the_cache_reach_the_layout(cell_size: int) -> None:
 
 
 def test_automatic_cells_follow_chunk_and_query_tile() -> None:
-    """A chunk sees every place of a frame of 40 ceil(chunk / 40) times; a cell's rows in it fill a query tile."""
+    """A cell has the places whose rows in a chunk fill a query tile, but no more than make a run of 256 keys."""
     sizes = [
         cache_of(chunk_tokens=chunk, tile_queries=queries).get(video_request(), 100, CPU).layout.cell_size(0)
         for chunk, queries in ((80, 64), (160, 64), (160, 16), (0, 64))
     ]
-    assert sizes == [32, 16, 4, 7]
+    assert sizes == [-(-256 // 9), 16, 4, 7]

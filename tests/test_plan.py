@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -400,8 +401,8 @@ def test_text_probes_are_the_last_text_rows(case: Case) -> None:
             assert probed(group) == chunk_rows(case, group.request, TEXT_KIND)[-count:]
 
 
-def test_media_probes_are_the_newest_rows_of_each_band(case: Case) -> None:
-    """Bands are consecutive query tiles of the cell pass, as even as can be, and each has the same number of rows."""
+def test_media_probes_stand_for_bands(case: Case) -> None:
+    """Bands are consecutive query tiles of the cell pass, as even as can be; their probe rows are rows of theirs."""
     for group in case.plan.groups:
         cell, far = group.view.cell, case.plan.far
         if cell is None:
@@ -415,13 +416,21 @@ def test_media_probes_are_the_newest_rows_of_each_band(case: Case) -> None:
         assert max(sizes) - min(sizes) <= 1
         wanted = min(case.probe_rows, max(16, case.requests[group.request].chunk // 64))
         assert cell.num_bands == min(wanted, len(bands))
-        of_band: dict[int, list[tuple[int, int]]] = {band: [] for band in range(cell.num_bands)}
+        assert set(cell.band_of_row.tolist()) == set(range(cell.num_bands)), "every band is probed"
         for row, band in zip(probed(group), cell.band_of_row.tolist(), strict=True):
-            of_band[band].append(row)
-        for band, rows in of_band.items():
-            last = group.far.start + max(tile for tile, own in enumerate(bands) if own == band)
-            newest = rows_of(far, last)[::-1][: max(1, wanted // cell.num_bands)]
-            assert rows == newest
+            own = [rows_of(far, group.far.start + tile) for tile, of in enumerate(bands) if of == band]
+            assert row in [item for rows in own for item in rows]
+
+
+def test_media_probes_spread_over_time() -> None:
+    """Of a video in one chunk every quarter has its share of the probe rows, and so has every quarter of the frame."""
+    case = make([Request(2010, [one_run(4, 30, 8, 8)], 0, 2010)], tile_queries=32, tile_keys=16, probe_rows=64)
+    (group,) = [group for group in case.plan.groups if group.modality == "media"]
+    positions = np.array([position for _, position in probed(group)]) - 4
+    assert len(positions) >= 30
+    for share in (positions // 64 * 4 // 30, positions % 64 // 16):
+        counts = np.bincount(share, minlength=4)
+        assert counts.min() >= 0.15 * len(positions), counts
 
 
 # -- layouts and errors ------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.R
     group = media_group(problem)
     rows = probed(problem, group)
     choice = choose(problem, group, pattern, config)
-    measured = select.measured(group.view, rows, choice).coverage
+    measured = select.measured(group.view, rows, choice, choices.Limits(0.8, 0.4, 4.0)).coverage
 
     operands = problem.query, problem.key_pool, problem.value_pool
     parts = []
@@ -164,7 +164,7 @@ def test_vertical_slash_finds_columns_and_diagonals() -> None:
     rows = probed(problem, group)
     truth = (rows.weights[..., : key.numel()] * (lines & (key <= query))[group.probe_rows.rows]).sum(-1).mean()
     choice = choose(problem, group, "vertical_slash", config)
-    assert truth > 0.95, "the plant must take"
+    assert truth > 0.85, "the plant must take; the first rows have nothing to look at yet"
     assert (choice.coverage >= config.coverage).all()
     assert (choice.tiles() < 0.5 * choices.causal_tiles(group.view)).all()
 
@@ -234,22 +234,61 @@ def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
 
 
 def test_fewest_candidates_are_taken() -> None:
-    """Masses that hold the same keys: twice their sum is needed, which only measuring finds out."""
+    """Candidates that hold the same mass: their sum promises more than measuring finds."""
     mass = torch.tensor([[0.4, 0.4, 0.2, 0.1, 0.05]])
     covered = torch.tensor([0.4, 0.0, 0.2, 0.1, 0.05])  # the second one holds what the first one does
-    cost = torch.tensor([1, 1, 1, 1, 1])
+    cost = torch.ones(5, dtype=torch.int64)
 
-    def fewest(budget: float, target: float) -> tuple[list[bool], float]:
-        chosen, coverage = select._fewest(
-            mass, cost, torch.tensor(budget), torch.tensor(5), 0.0, target, lambda chosen: (chosen * covered).sum(1)
+    def fewest(budget: float, target: float, min_gain: float = 0.0) -> list[bool]:
+        limits = choices.Limits(target, 1.0, min_gain)
+        chosen = select._fewest(
+            mass, cost, torch.tensor(budget), torch.tensor(5), limits, lambda chosen: (chosen * covered).sum(1)[:, None]
         )
-        return chosen[0].tolist(), float(coverage)
+        return chosen[0].tolist()
 
-    assert fewest(5, 0.55) == ([True, True, True, False, False], pytest.approx(0.6))
-    assert fewest(5, 0.3) == ([True, False, False, False, False], pytest.approx(0.4))
-    assert fewest(2, 0.55) == ([True, True, False, False, False], pytest.approx(0.4))
-    assert fewest(0, 0.55) == ([False] * 5, 0.0)
-    assert fewest(5, 0.9) == ([True] * 5, pytest.approx(0.75))
+    assert fewest(5, 0.55) == [True, True, True, False, False]
+    assert fewest(5, 0.3) == [True, False, False, False, False]
+    assert fewest(2, 0.55) == [True, True, False, False, False], "the budget ends the list"
+    assert fewest(0, 0.55) == [False] * 5
+    assert fewest(5, 0.9) == [True] * 5
+    assert fewest(5, 0.9, min_gain=1.0) == [True, True, True, False, False], "out of reach: what holds its share"
+
+
+def test_rows_above_the_target_do_not_make_up_for_rows_below() -> None:
+    """Nine rows find all they need in one tile, the tenth in another: the mean is reached without it, but it is not."""
+    mass = torch.zeros(1, 10, 2)
+    mass[0, :9, 0], mass[0, 9, 1] = 1.0, 1.0
+    limits = choices.Limits(0.9, 1.0, 0.0)
+    useful = select._useful(mass, torch.full((1, 10), 0.9)).mean(1)
+    cost = torch.ones(2, dtype=torch.int64)
+    chosen = select._fewest(
+        useful, cost, torch.tensor(9), torch.tensor(9), limits, lambda chosen: (mass * chosen[:, None]).sum(-1)
+    )
+    assert chosen.all()
+
+
+def test_the_cheapest_choice_that_reaches_the_target_is_picked() -> None:
+    problem = problems.make([VIDEO], tile_queries=32, tile_keys=16)
+    view = media_group(problem).view
+    causal = int(choices.causal_tiles(view))
+
+    def choice(tiles: int, coverage: float, missing: float) -> choices.Choice:
+        near = torch.zeros(1, causal, dtype=torch.bool)
+        near[0, :tiles] = True
+        whole = choices.dense(view, 1)
+        return choices.Choice(
+            near[None], None, whole.sink, whole.reach, torch.tensor([coverage]), torch.tensor([missing])
+        )
+
+    def pick(*made: choices.Choice) -> int:
+        return int(choices.cheapest(view, list(made), choices.Limits(0.9, 1.0, 4.0))[1])
+
+    cheap, dear, poor = choice(9, 0.92, 0.0), choice(99, 0.99, 0.0), choice(1, 0.8, 0.1)
+    assert pick(dear, cheap, poor) == 1
+    assert pick(poor, dear) == 1, "reaching the target beats everything"
+    tenth = causal // 10
+    assert pick(choice(tenth, 0.5, 0.4), choice(2 * tenth, 0.8, 0.1)) == 0, "0.3 of the mass for a tenth of the tiles"
+    assert pick(choice(tenth, 0.3, 0.6), choice(2 * tenth, 0.8, 0.1)) == 1, "half the mass for a tenth of the tiles"
 
 
 def test_guard_bounds_the_error_with_the_fewest_heads() -> None:

@@ -23,6 +23,9 @@ from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
 KIND_TEXT = 0
 """Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
 
+_GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples spread evenly over the unit interval, whatever their number."""
+
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -250,10 +253,11 @@ class _ProbeRows:
 
 
 def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int) -> _ProbeRows:
-    """Chooses the rows to probe: for media spread over the query tiles of the cell pass, for text the last rows.
+    """Chooses the rows to probe: for media spread over the chunk's places and times, for text the last rows.
 
-    The cell pass is cut into as many bands of consecutive query tiles as rows are wanted, and the last rows of each
-    band's last tile stand for it: those of the latest frames at that place.
+    The cell pass is cut into as many bands of consecutive query tiles as rows are wanted. The rows that stand for a
+    band are taken from all its rows alike, at another moment in each band: what the probe rows hold on average is then
+    what the chunk's rows hold.
     """
     tiles = far.stop - far.start
     near_indptr = on_host("seq.row_indptr")
@@ -267,14 +271,16 @@ def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, c
     else:
         num_bands = min(count, tiles)
         bands = np.arange(tiles) * num_bands // tiles
-        last_tile = np.searchsorted(bands, np.arange(num_bands), side="right") - 1
+        starts = far.start + np.searchsorted(bands, np.arange(num_bands + 1))
         indptr = on_host("cell.row_indptr").astype(np.int64)
-        begin, stop = indptr[far.start + last_tile], indptr[far.start + last_tile + 1]
-        slot = stop[:, None] - 1 - np.arange(count // num_bands)
-        band_of_row, lane = np.nonzero(slot >= begin[:, None])
-        slots = slot[band_of_row, lane]
-        rows, positions = on_host("cell.rows")[slots], on_host("cell.positions")[slots]
-        far_tiles = last_tile[band_of_row]
+        sizes = np.diff(indptr[starts])
+        lane, band = np.divmod(np.arange(count // num_bands * num_bands), num_bands)
+        moment = (lane + np.arange(1, num_bands + 1)[band] * _GOLDEN % 1) / (count // num_bands)
+        slots = indptr[starts[band]] + np.minimum(moment * sizes[band], sizes[band] - 1).astype(np.int64)
+        slots = np.unique(slots)
+        tile = np.searchsorted(indptr, slots, side="right") - 1
+        rows, positions, far_tiles = on_host("cell.rows")[slots], on_host("cell.positions")[slots], tile - far.start
+        band_of_row = bands[far_tiles]
     # Row slots ascend in the sequence pass, so a position finds its slot and with it its tile.
     near_slots = first + np.searchsorted(on_host("seq.positions")[first:end], positions)
     near_tiles = np.searchsorted(near_indptr[near.start : near.stop + 1], near_slots, side="right") - 1

@@ -212,11 +212,11 @@ def _choose(view: View, probed: probe.Probe, wanted: Sequence[tuple[str, str]], 
     result: Choice | None = None
     for on_text, on_media in dict.fromkeys(wanted):
         pair = propose(on_media)
-        if on_text != on_media:
+        if on_text != on_media and limits.coverage < choices.EXACT:
             # Text keys have no grid of their own: there it means "by mass", which is what columns are.
             text = propose("vertical_slash" if on_text == "grid" else on_text)
             pair = choices.combine(view, text, pair, text_pattern=on_text, media_pattern=on_media)
-            pair = select.measured(view, probed, pair)
+            pair = select.measured(view, probed, pair, limits)
         if result is None:
             result = pair
             continue
@@ -252,9 +252,9 @@ def _propose(
             select.grid(view, probed, limits, sink=grid.sink, reach=reach, min_lines=grid.min_lines)
             for reach in sorted(reaches)
         ]
-        return choices.cheapest(windows, limits.coverage)[0]
+        return choices.cheapest(view, windows, limits)[0]
     candidates = ["grid", "vertical_slash"] if view.cell is not None else ["vertical_slash"]
-    merged, _ = choices.cheapest([propose(name) for name in candidates], limits.coverage)
+    merged, _ = choices.cheapest(view, [propose(name) for name in candidates], limits)
     return choices.never_beyond_dense(view, merged)
 
 

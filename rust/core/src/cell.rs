@@ -194,14 +194,18 @@ impl CellTable {
     }
 }
 
-/// Cell size that lets one query tile hold one whole cell of one chunk.
+/// Keys that the run of a cell should hold: a few key tiles, so that their ends, which other cells share, count little.
+const RUN_KEYS: usize = 256;
+
+/// Cell size that lets one query tile hold whole cells of one chunk, and keeps cells small.
 ///
 /// A chunk of `chunk_tokens` shows every place of a frame `ceil(chunk_tokens / area)` times at most, so a cell of
 /// `tile_queries / that` places has at most `tile_queries` rows in the chunk. Then a query tile needs the keys of
 /// one cell for its slash lines, about `1 / cells` of the item. Larger cells would be split and read their keys
-/// once per part; smaller ones would share a tile, which then reads all their keys for every row. An item shorter
-/// than the chunk (`extent` tokens, gaps included) is seen whole, and `chunk_tokens` 0 means that there are no
-/// chunks: then every place is seen once per frame.
+/// once per part. Smaller ones share a tile, which then reads all their keys, so they cost its slash lines nothing,
+/// and a place that all rows read drags fewer others along: a cell is no larger than its run of all frames needs to
+/// be to hold [`RUN_KEYS`] keys. An item shorter than the chunk (`extent` tokens, gaps included) is seen whole, and
+/// `chunk_tokens` 0 means that there are no chunks: then every place is seen once per frame.
 #[must_use]
 pub fn automatic_cell_size(
     chunk_tokens: usize,
@@ -211,5 +215,5 @@ pub fn automatic_cell_size(
     area: usize,
 ) -> usize {
     let repeats = if chunk_tokens == 0 { frames } else { chunk_tokens.min(extent).div_ceil(area) };
-    (tile_queries / repeats.max(1)).clamp(1, area)
+    (tile_queries / repeats.max(1)).min(RUN_KEYS.div_ceil(frames.max(1))).clamp(1, area)
 }

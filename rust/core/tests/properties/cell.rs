@@ -23,7 +23,10 @@ fn curve_visits_every_place_once_and_stays_near() {
 #[test]
 fn automatic_cell_size_fills_a_tile_of_a_chunk() {
     // 8K chunk, 256 places: 32 rows per place, four places fill 128 rows.
-    assert_eq!(automatic_cell_size(8192, 128, 1 << 20, 4096, 256), 4);
+    assert_eq!(automatic_cell_size(8192, 128, 1 << 20, 64, 256), 4);
+    // As many frames by themselves make a long run.
+    assert_eq!(automatic_cell_size(8192, 128, 1 << 20, 100, 256), 3);
+    assert_eq!(automatic_cell_size(8192, 128, 1 << 20, 4096, 256), 1);
     // Unchunked: a place has a row per frame.
     assert_eq!(automatic_cell_size(0, 128, 1 << 20, 64, 256), 2);
     // An image is seen once.
