@@ -82,6 +82,7 @@ def make_layer(shape: Shape, page_size: int, config: Config, heads: tuple[int, i
         tile_queries=config.tile_queries,
         tile_keys=config.tile_keys,
         probe_rows=config.probe_rows,
+        page_size=page_size,
     )
     query, key, value = planted(shape, start, *heads, generator)
     pool_rows = (pages.numel() + 1) * page_size

@@ -328,7 +328,7 @@ def attend(
         group=heads // key_pool.shape[1],
         head_dim=head_dim,
         head_dim_v=value_pool.shape[2],
-        contiguous=getattr(keys, "contiguous", False),
+        contiguous=keys.contiguous,
         fp8_bits=fp8_bits,
         far=tile_pass.region is Region.FAR,
         merge=merge,

@@ -16,7 +16,9 @@ EXACT = 1.0
 """Coverage at which every causal tile is selected and budgets do not count: the result is dense attention."""
 
 
-SLACK = 0.01
+LOYALTY = 0.1
+"""Share of its tiles by which a pattern counts as cheaper to a head that ran it in the chunk before."""
+SLACK = 0.005
 """Mass that rows below the target may lack of it, on average over all rows, where a head counts as reaching it."""
 
 
@@ -141,13 +143,20 @@ def dense(view: View, heads: int) -> Choice:
     return Choice(near, far, torch.zeros_like(reach), reach, coverage, torch.zeros_like(coverage))
 
 
-def cheapest(view: View, choices: list[Choice], limits: Limits) -> tuple[Choice, torch.Tensor]:
+def cheapest(
+    view: View, choices: list[Choice], limits: Limits, previous: torch.Tensor | None = None
+) -> tuple[Choice, torch.Tensor]:
     """Per head the choice that reaches the target with the fewest tiles.
 
-    Where none does, the one whose mass is worth its tiles most, at the price of ``min_gain``. Returns the merged choice
-    and the index of each head's pick, int64 [H]. Earlier choices win ties.
+    Where none does, the one whose mass is worth its tiles most, at the price of ``min_gain``. ``previous`` int64 [H]:
+    each head's pick in the chunk before; another one must be cheaper by more than :data:`LOYALTY`, so that heads
+    between two patterns do not change with every chunk. Returns the merged choice and the index of each head's pick,
+    int64 [H]. Earlier choices win ties.
     """
     tiles = torch.stack([choice.tiles() for choice in choices]).double()
+    if previous is not None:
+        kept = torch.nn.functional.one_hot(previous, len(choices)).T.bool()
+        tiles = torch.where(kept, tiles * (1 - LOYALTY), tiles)
     reached = torch.stack([choice.missing for choice in choices]) <= SLACK
     coverage = torch.stack([choice.coverage for choice in choices]).double()
     worth = coverage - limits.min_gain * tiles / causal_tiles(view)

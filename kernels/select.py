@@ -7,7 +7,7 @@ reads is a list of *candidates*, sets of tiles such as a column or a diagonal, r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,10 +69,12 @@ def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, windo
         at_rows = chosen[:, None, :tiles] | _paint(chosen[:, tiles:], row_low, row_high, tiles) | fixed_at_rows
         return (row_mass * at_rows).sum(-1)
 
-    budget = limits.max_density * causal.sum() - fixed.sum()
-    chosen = _fewest(mass, cost, budget, causal_tiles(view), limits, reached)
-    near = (chosen[:, None, :tiles] | _paint(chosen[:, tiles:], low, high, tiles) | fixed) & base.near
-    return _covering(replace(base, near=near), reached(chosen), limits.coverage)
+    def near(chosen: torch.Tensor) -> torch.Tensor:
+        return (chosen[:, None, :tiles] | _paint(chosen[:, tiles:], low, high, tiles) | fixed) & base.near
+
+    candidates = _Candidates(mass, cost, reached, lambda chosen: near(chosen).sum((1, 2)))
+    chosen = _fewest(candidates, causal.sum(), limits)
+    return _covering(replace(base, near=near(chosen)), reached(chosen), limits.coverage)
 
 
 def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min_lines: int) -> Choice:
@@ -123,12 +125,14 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min
     def reached(chosen: torch.Tensor) -> torch.Tensor:
         return start + (loose * at(chosen, cell.band_of_row, beside[rows])).sum(-1)
 
-    budget = limits.max_density * causal_tiles(view) - near.sum() - (visible & own).sum()
-    chosen = _fewest(mass, cost, budget, causal_tiles(view), limits, reached)
+    def far(chosen: torch.Tensor) -> torch.Tensor:
+        return (own | at(chosen, cell.bands, beside)) & visible
+
+    candidates = _Candidates(mass, cost, reached, lambda chosen: near.sum() + far(chosen).sum((1, 2)))
+    chosen = _fewest(candidates, causal_tiles(view), limits)
     if min_lines:
         chosen = chosen.scatter(1, mass[:, :keys].topk(min(min_lines, keys), dim=1).indices, value=True)
-    far = (own | at(chosen, cell.bands, beside)) & visible
-    return _covering(replace(base, far=far), reached(chosen), limits.coverage)
+    return _covering(replace(base, far=far(chosen)), reached(chosen), limits.coverage)
 
 
 def kept(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
@@ -162,54 +166,60 @@ def _useful(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
     return torch.minimum(mass, need)
 
 
-def _fewest(
-    mass: torch.Tensor,
-    cost: torch.Tensor,
-    budget: torch.Tensor,
-    causal: torch.Tensor,
-    limits: Limits,
-    reached: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """The fewest candidates, best mass per tile first, that take the rows to the target within the budget.
+@dataclass(frozen=True)
+class _Candidates:
+    """Sets of tiles that may be added to what a pattern always reads.
+
+    ``mass`` fp32 [H, m]: useful mass of each by itself; several may hold the same mass. ``cost`` int64 [m]: its tiles.
+    ``reached``: chosen ones, bool [H, m] -> coverage by row, fp32 [H, P]; ``tiles``: -> tiles of the head, int64 [H].
+    """
+
+    mass: torch.Tensor
+    cost: torch.Tensor
+    reached: Callable[[torch.Tensor], torch.Tensor]
+    tiles: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _fewest(candidates: _Candidates, causal: torch.Tensor, limits: Limits) -> torch.Tensor:
+    """The fewest candidates, best mass per tile first, that take the rows to the target: bool [H, m].
 
     Rows below the target are not made up for by rows above it; over all rows :data:`~.choice.SLACK` may be missing. A
-    head that cannot get there is diffuse: much mass in many tiles, whose loss costs little output. It gets those
-    candidates that hold ``min_gain`` times the mass of an average causal tile, per tile.
-
-    ``mass`` fp32 [H, m]: a candidate's useful mass by itself; several may hold the same mass, so how many are needed is
-    searched on their sum, each step measured by ``reached``: bool [H, m] -> coverage by row, fp32 [H, P].
-    ``cost`` [m] tiles, ``budget`` and ``causal`` 0-d tiles. Returns the chosen ones, bool [H, m].
+    head that cannot get there within ``max_density`` is diffuse: much mass in many tiles, whose loss costs little
+    output. It gets those candidates that hold ``min_gain`` times the mass of an average causal tile, per tile. How many
+    are needed is searched on the sum of masses, each step measured. ``causal``: tiles of dense attention, 0-d.
     """
-    heads, candidates = mass.shape
-    mass = mass.masked_fill(cost > budget, 0.0)
+    mass, cost = candidates.mass, candidates.cost
+    budget = limits.max_density * causal
+    nothing = torch.zeros_like(mass, dtype=torch.bool)
     gain = mass / cost
     rank = gain.argsort(dim=1, descending=True)
     total = mass.gather(1, rank).cumsum(1)
     before = torch.nn.functional.pad(total[:, :-1], (1, 0))
-    affordable = (cost[rank].cumsum(1) <= budget) & (mass.gather(1, rank) > 0)
 
     def choose(amount: torch.Tensor) -> torch.Tensor:
-        taken = affordable & (before < amount[:, None])
-        return torch.zeros(heads, candidates, dtype=torch.bool, device=mass.device).scatter_(1, rank, taken)
+        return nothing.scatter(1, rank, before < amount[:, None]) & (mass > 0)
 
     def missing(chosen: torch.Tensor) -> torch.Tensor:
-        return (limits.coverage - reached(chosen)).clamp_min(0).mean(-1)
+        return (limits.coverage - candidates.reached(chosen)).clamp_min(0).mean(-1)
 
     # The sum of masses is at least what is added, so no amount below the missing one can do.
-    low = (missing(torch.zeros(heads, candidates, dtype=torch.bool, device=mass.device)) - SLACK).clamp_min(0)
+    low = (missing(nothing) - SLACK).clamp_min(0)
     high = total[:, -1] * (1 + 1e-4) + 1e-6
-    everything, least = choose(high), choose(low)
-    diffuse = missing(everything) > SLACK
-    done = diffuse | (missing(least) <= SLACK)
-    economical = everything & (gain * causal >= limits.min_gain)
-    best = torch.where(diffuse[:, None], economical, torch.where(done[:, None], least, everything))
+    best, least = choose(high), choose(low)
+    possible, done = missing(best) <= SLACK, missing(least) <= SLACK
+    best = torch.where(done[:, None], least, best)
     for _ in range(_SEARCH_STEPS):
         middle = (low.clamp_min(1e-4) * high).sqrt()
         tried = choose(middle)
         enough = missing(tried) <= SLACK
         best = torch.where((enough & ~done)[:, None], tried, best)
         high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
-    return best
+    fixed = candidates.tiles(nothing)
+    worth = (gain * causal >= limits.min_gain) & (mass > 0)
+    affordable = (cost * worth).gather(1, rank).cumsum(1) <= (budget - fixed)[:, None]
+    economical = worth & nothing.scatter(1, rank, affordable)
+    within = torch.maximum(budget, fixed)
+    return torch.where((possible & (candidates.tiles(best) <= within))[:, None], best, economical)
 
 
 def _own_tiles(cell: CellView, margin: int = 0) -> torch.Tensor:

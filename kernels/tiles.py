@@ -39,6 +39,7 @@ class KeyOrder:
     ``positions`` int32 [n, tile_keys]: token positions, :data:`ABSENT` where a tile is short.
     ``tile_min``, ``tile_max`` int32 [n]: smallest and largest position in each key tile (a short tile's is ABSENT).
     ``tile_indptr`` int32 [R + 1]: where a request's key tiles begin; ``widest``: most key tiles of any request.
+    ``contiguous``: whether the slots of every tile are consecutive, so that its first one tells them all.
     """
 
     slots: torch.Tensor
@@ -47,6 +48,7 @@ class KeyOrder:
     tile_max: torch.Tensor
     tile_indptr: torch.Tensor
     widest: int
+    contiguous: bool = False
 
     @property
     def tile_keys(self) -> int:

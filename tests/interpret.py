@@ -101,9 +101,6 @@ def run(case: Case, dtype: torch.dtype) -> None:
     plain = Result(problem.query, pools, problem.scale)
     for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
         near = seed == 0
-        if near and case.page_size % case.tile_keys == 0:
-            # What the plan says of tiles that are whole pages.
-            object.__setattr__(tile_pass.keys, "contiguous", True)
         lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, seed)
         for result in (exact, plain):
             result.run(reference, tile_pass, lists, merge=not near)

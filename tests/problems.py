@@ -134,5 +134,7 @@ def make(
         row += request.chunk
     key_pool[~written] = torch.nan
     value_pool[~written] = torch.nan
-    plan = build(sparse, req_to_token, tile_queries=tile_queries, tile_keys=tile_keys, probe_rows=probe_rows)
+    plan = build(
+        sparse, req_to_token, tile_queries=tile_queries, tile_keys=tile_keys, probe_rows=probe_rows, page_size=page_size
+    )
     return Problem(query, key_pool, value_pool, req_to_token, requests, plan, head_dim**-0.5)

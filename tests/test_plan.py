@@ -12,7 +12,7 @@ import torch
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
-from mminference_sgl.plan import DeviceLayout, ForwardPlan, RowGroup, SparseRequest, build
+from mminference_sgl.plan import DeviceLayout, ForwardPlan, RowGroup, SparseRequest, build, rows_to_probe
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
 TEXT_KIND, MEDIA_KIND, INTERSTITIAL_KIND = 0, 1, 2
@@ -397,7 +397,7 @@ def test_probe_rows_are_rows_of_their_group_and_know_their_tiles(case: Case) -> 
 def test_text_probes_are_the_last_text_rows(case: Case) -> None:
     for group in case.plan.groups:
         if group.modality == "text":
-            count = min(case.probe_rows, max(16, case.requests[group.request].chunk // 64))
+            count = min(case.probe_rows, rows_to_probe(case.requests[group.request].chunk))
             assert probed(group) == chunk_rows(case, group.request, TEXT_KIND)[-count:]
 
 
@@ -414,7 +414,7 @@ def test_media_probes_stand_for_bands(case: Case) -> None:
         assert set(bands) == set(range(cell.num_bands))
         sizes = [bands.count(band) for band in range(cell.num_bands)]
         assert max(sizes) - min(sizes) <= 1
-        wanted = min(case.probe_rows, max(16, case.requests[group.request].chunk // 64))
+        wanted = min(case.probe_rows, rows_to_probe(case.requests[group.request].chunk))
         assert cell.num_bands == min(wanted, len(bands))
         assert set(cell.band_of_row.tolist()) == set(range(cell.num_bands)), "every band is probed"
         for row, band in zip(probed(group), cell.band_of_row.tolist(), strict=True):
@@ -441,6 +441,22 @@ def test_a_text_layout_has_no_cell_order() -> None:
     assert (layout.has_media, layout.stride) == (False, 0)
     assert not hasattr(layout, "tokens")
     assert layout.sequence_tiles.max_pos.tolist()[-1] == 110
+
+
+@pytest.mark.parametrize(("page_size", "whole"), [(1, False), (16, False), (32, True), (64, True)])
+def test_tiles_of_whole_pages_are_known_as_contiguous(page_size: int, whole: bool) -> None:
+    pages = torch.randperm(64, generator=torch.Generator().manual_seed(0)) + 1
+    slots = (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:700].int()
+    if slots.numel() < 700:
+        slots = torch.nn.functional.pad(slots, (0, 700 - slots.numel()))
+    layout = DeviceLayout(_core.Layout(700, [STAMPED], chunk_tokens=0, tile_queries=32), 32, CPU)
+    sizes = {"tile_queries": 32, "tile_keys": 32, "probe_rows": 8, "page_size": page_size}
+    plan = build([SparseRequest(layout, 0, 700, torch.tensor([0]), 0)], slots[None], **sizes)
+    assert plan.near.keys.contiguous is whole
+    assert plan.far is not None
+    assert not plan.far.keys.contiguous
+    steps = plan.near.keys.slots.diff(dim=1)[plan.near.keys.positions[:, 1:] != ABSENT]
+    assert bool((steps == 1).all()) is whole or page_size < 16
 
 
 def test_plans_of_consecutive_chunks_cover_the_request() -> None:

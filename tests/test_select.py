@@ -26,7 +26,8 @@ def probed(problem: problems.Problem, group) -> probe.Probe:
 
 
 def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
-    return prefill._choose(group.view, probed(problem, group), [(pattern, pattern)] * problem.query.shape[1], config)
+    proposals = prefill._Proposals(group.view, probed(problem, group), config, None)
+    return proposals.choose([(pattern, pattern)] * problem.query.shape[1])
 
 
 def media_group(problem: problems.Problem):
@@ -240,17 +241,18 @@ def test_fewest_candidates_are_taken() -> None:
     cost = torch.ones(5, dtype=torch.int64)
 
     def fewest(budget: float, target: float, min_gain: float = 0.0) -> list[bool]:
-        limits = choices.Limits(target, 1.0, min_gain)
-        chosen = select._fewest(
-            mass, cost, torch.tensor(budget), torch.tensor(5), limits, lambda chosen: (chosen * covered).sum(1)[:, None]
+        limits = choices.Limits(target, budget / 5, min_gain)
+        candidates = select._Candidates(
+            mass, cost, lambda chosen: (chosen * covered).sum(1)[:, None], lambda chosen: chosen.sum(1)
         )
-        return chosen[0].tolist()
+        return select._fewest(candidates, torch.tensor(5), limits)[0].tolist()
 
     assert fewest(5, 0.55) == [True, True, True, False, False]
     assert fewest(5, 0.3) == [True, False, False, False, False]
     assert fewest(2, 0.55) == [True, True, False, False, False], "the budget ends the list"
     assert fewest(0, 0.55) == [False] * 5
     assert fewest(5, 0.9) == [True] * 5
+    assert fewest(4, 0.72) == [True, True, True, True, False]
     assert fewest(5, 0.9, min_gain=1.0) == [True, True, True, False, False], "out of reach: what holds its share"
 
 
@@ -261,9 +263,10 @@ def test_rows_above_the_target_do_not_make_up_for_rows_below() -> None:
     limits = choices.Limits(0.9, 1.0, 0.0)
     useful = select._useful(mass, torch.full((1, 10), 0.9)).mean(1)
     cost = torch.ones(2, dtype=torch.int64)
-    chosen = select._fewest(
-        useful, cost, torch.tensor(9), torch.tensor(9), limits, lambda chosen: (mass * chosen[:, None]).sum(-1)
+    candidates = select._Candidates(
+        useful, cost, lambda chosen: (mass * chosen[:, None]).sum(-1), lambda chosen: chosen.sum(1)
     )
+    chosen = select._fewest(candidates, torch.tensor(9), limits)
     assert chosen.all()
 
 
@@ -325,6 +328,45 @@ def test_guard_bounds_the_error_with_the_fewest_heads() -> None:
     torch.testing.assert_close(out[:, ~guarded], loose[:, ~guarded], atol=1e-5, rtol=1e-5)
     assert int(report.tiles) > int(free.tiles)
     assert int(run(0.0)[0].guarded) == 8
+
+
+def test_a_head_keeps_its_pattern_unless_another_one_is_clearly_cheaper() -> None:
+    problem = problems.make([VIDEO], tile_queries=32, tile_keys=16)
+    view = media_group(problem).view
+    limits = choices.Limits(0.9, 1.0, 4.0)
+
+    def of(*tiles: int) -> choices.Choice:
+        near = torch.zeros(len(tiles), 1, 1000, dtype=torch.bool)
+        for head, count in enumerate(tiles):
+            near[head, 0, :count] = True
+        whole = choices.dense(view, len(tiles))
+        return choices.Choice(near, None, whole.sink, whole.reach, whole.coverage, whole.missing)
+
+    made = [of(100, 100, 100), of(99, 95, 80)]
+    assert choices.cheapest(view, made, limits)[1].tolist() == [1, 1, 1]
+    assert choices.cheapest(view, made, limits, torch.tensor([0, 0, 0]))[1].tolist() == [0, 0, 1]
+    assert choices.cheapest(view, made, limits, torch.tensor([1, 1, 1]))[1].tolist() == [1, 1, 1]
+
+
+def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request() -> None:
+    problem = problems.make([VIDEO], tile_queries=32, tile_keys=16)
+    layout = problem.plan.requests[0].layout
+    specs = load("auto").specs(0, range(4))
+
+    def run(layer: int | None) -> torch.Tensor:
+        out = torch.empty_like(problem.query)
+        operands = problem.query, problem.key_pool, problem.value_pool
+        prefill.run_layer(*operands, problem.plan, specs, Config(), problem.scale, out, "torch", layer)
+        return out
+
+    free = run(None)
+    assert layout.picks == {}
+    run(3)
+    assert {key: pick.shape for key, pick in layout.picks.items()} == {(3, "media"): (4,)}
+    torch.testing.assert_close(run(3), free)
+    layout.picks[3, "media"] = 1 - layout.picks[3, "media"]
+    run(5)
+    assert set(layout.picks) == {(3, "media"), (5, "media")}
 
 
 @pytest.mark.parametrize("bound", [1, 1 << 16, 1 << 30])

@@ -113,6 +113,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         except (ConfigError, ops.ImplementationUnavailableError) as error:
             raise SystemExit(f"mminference: {error}") from None
         self._device = device
+        self._page_size = int(runner.server_args.page_size or 1)
         chunk_tokens = max(0, int(runner.server_args.chunked_prefill_size or 0))
         self.config = self.config.for_chunks(chunk_tokens, _SMALLEST_QUERY_TILE.get(device.type, 64))
         self._head_offset = head_offset(runner)
@@ -143,6 +144,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             tile_queries=self.config.tile_queries,
             tile_keys=self.config.tile_keys,
             probe_rows=self.config.probe_rows,
+            page_size=self._page_size,
         )
         rest = [i for i in range(forward_batch.batch_size) if i not in sparse]
         rows, batch = _sub_batch(forward_batch, rest) if rest else (None, None)
@@ -219,6 +221,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             layer.scaling,
             out,
             self.implementation,
+            layer.layer_id,
         )
         if forward.dense_rows is not None:
             self._point_dense_at(forward, rows_only=True)

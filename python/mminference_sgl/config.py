@@ -78,8 +78,8 @@ class Config:
     coverage: float = 0.95
     error_ceiling: float = 1.0
     max_density: float = 0.5
-    min_gain: float = 4.0
-    probe_rows: int = 64
+    min_gain: float = 3.0
+    probe_rows: int = 256
     tile_queries: int = 0
     tile_keys: int = 64
     cell_size: int = 0

@@ -34,11 +34,13 @@ class DeviceLayout:
 
     ``tokens`` int32 [length]: cell order -> token position; ``key_tile`` int32 [length]: token position -> cell-order
     key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
+    ``picks``: (layer, query modality) -> what ``auto`` picked for each head in the last chunk, int64 [H].
     """
 
     def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
         self.layout = layout
         self.has_media = layout.num_items > 0
+        self.picks: dict[tuple[int, str], torch.Tensor] = {}
         self.stride = layout.max_frame_stride
         self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
         if self.has_media:
@@ -103,6 +105,7 @@ def build(
     tile_queries: int,
     tile_keys: int,
     probe_rows: int,
+    page_size: int = 1,
 ) -> ForwardPlan:
     """Plans one forward over its sparse requests.
 
@@ -110,6 +113,7 @@ def build(
         requests: at least one.
         req_to_token: [pool rows, context] integer; slots of each request's tokens.
         probe_rows: most rows to probe per request and modality.
+        page_size: slots of a page of the KV pool; a request's tokens fill its pages in order.
     """
     device = req_to_token.device
     planned = _core.plan(
@@ -133,7 +137,8 @@ def build(
         [
             _tiled(own, torch.arange(r.num_keys, dtype=torch.int32, device=device), tile_keys)
             for r, own in zip(requests, slots, strict=True)
-        ]
+        ],
+        contiguous=page_size % tile_keys == 0,
     )
 
     def tile_pass(prefix: str, region: Region, keys: KeyOrder) -> TilePass:
@@ -170,7 +175,7 @@ def build(
                 continue
             has_cells = modality == "media"
             group_far = far_slice if has_cells else slice(far_slice.start, far_slice.start)
-            rows = _probe_rows(on_host, near_slice, group_far, min(probe_rows, max(16, request.chunk // 64)))
+            rows = _probe_rows(on_host, near_slice, group_far, min(probe_rows, rows_to_probe(request.chunk)))
             cell = None
             if has_cells:
                 assert far is not None
@@ -226,7 +231,7 @@ def _cell_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> 
     return _tiled(torch.where(present, slots[torch.where(present, tokens, 0)], 0), tokens, tile_keys)
 
 
-def _key_order(requests: Sequence[_Tiled]) -> KeyOrder:
+def _key_order(requests: Sequence[_Tiled], *, contiguous: bool = False) -> KeyOrder:
     slots, positions = (torch.cat(parts) for parts in zip(*requests, strict=True))
     counts = [own.shape[0] for own, _ in requests]
     return KeyOrder(
@@ -236,7 +241,13 @@ def _key_order(requests: Sequence[_Tiled]) -> KeyOrder:
         tile_max=positions.amax(1),
         tile_indptr=_indptr(counts, slots.device),
         widest=max(counts),
+        contiguous=contiguous,
     )
+
+
+def rows_to_probe(chunk: int) -> int:
+    """Probe rows of a chunk: one in 128, which is 0.8 % of dense attention; of chunks below 8K tokens one in 64."""
+    return max(16, min(64, chunk // 64), chunk // 128)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,7 @@ def run_layer(
     scale: float,
     out: torch.Tensor,
     implementation: str,
+    layer: int | None = None,
 ) -> list[LayerReport]:
     """Computes the plan's rows of one layer into ``out``.
 
@@ -64,11 +65,12 @@ def run_layer(
         key_pool, value_pool: [slots, KV heads, D]; the chunk's keys and values are already in them.
         specs: one head spec per query head of this rank.
         out: [batch rows, H, Dv].
+        layer: id under which the heads' picks are carried over to the request's next chunk; None carries nothing.
 
     Returns:
         One report per sparse request.
     """
-    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale)
+    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale, layer)
     lse = ops.sparse_prefill(query, key_pool, value_pool, passes, scale, out, implementation)
     for item in watched:
         item.measure(out, config.error_ceiling)
@@ -100,7 +102,7 @@ def select_layer(
 
     The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
     """
-    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale)
+    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale, None)
     return passes, _reports(watched)
 
 
@@ -145,12 +147,13 @@ def _select(
     specs: Sequence[HeadSpec],
     config: Config,
     scale: float,
+    layer: int | None,
 ) -> tuple[Passes, list[_Watched]]:
     near = _PassLists(plan.near, len(specs))
     far = _PassLists(plan.far, len(specs)) if plan.far is not None else None
     watched: list[_Watched] = []
     for group in plan.groups:
-        choice, dense_output = _select_group(query, key_pool, value_pool, plan, group, specs, config, scale)
+        choice, dense_output = _select_group(query, key_pool, value_pool, plan, group, specs, config, scale, layer)
         near.put(group.near, choice.near, choice)
         if far is not None and choice.far is not None:
             far.put(group.far, choice.far, choice)
@@ -173,6 +176,7 @@ def _select_group(
     specs: Sequence[HeadSpec],
     config: Config,
     scale: float,
+    layer: int | None,
 ) -> tuple[Choice, torch.Tensor | None]:
     """The choice for all heads, and the probe rows' dense output where they were probed."""
     view, heads = group.view, len(specs)
@@ -180,14 +184,21 @@ def _select_group(
     if all(pair == ("dense", "dense") for pair in wanted):
         return choices.dense(view, heads), None
     slots = plan.near.keys.slots[plan.key_tiles[group.request]]
+    picks = plan.requests[group.request].layout.picks
+    previous, now = None if layer is None else picks.get((layer, group.modality)), []
     blocks, outputs = [], []
     for block in _head_blocks(heads, key_pool.shape[1], slots.numel() * group.probe_rows.rows.numel(), query.device):
         kv_block = slice(block.start * key_pool.shape[1] // heads, block.stop * key_pool.shape[1] // heads)
         probed = probe.run(
             query[:, block], key_pool[:, kv_block], value_pool[:, kv_block], slots, group.probe_rows, scale
         )
-        blocks.append(_choose(view, probed, wanted[block], config))
+        proposals = _Proposals(view, probed, config, None if previous is None else previous[block])
+        blocks.append(proposals.choose(wanted[block]))
         outputs.append(probed.output)
+        none = torch.zeros(block.stop - block.start, dtype=torch.int64, device=query.device)
+        now.append(none if proposals.picked is None else proposals.picked)
+    if layer is not None:
+        picks[layer, group.modality] = torch.cat(now)
     return choices.concatenate(blocks), torch.cat(outputs)
 
 
@@ -199,63 +210,68 @@ def _head_blocks(heads: int, kv_heads: int, weights_per_head: int, device: torch
     return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
-def _choose(view: View, probed: probe.Probe, wanted: Sequence[tuple[str, str]], config: Config) -> Choice:
-    """One choice for all heads out of each head's (pattern on text keys, pattern on media keys)."""
-    limits = Limits(config.coverage, config.max_density, config.min_gain)
-    made: dict[str, Choice] = {}
+class _Proposals:
+    """What each pattern proposes for a block of heads, each made once.
 
-    def propose(pattern: str) -> Choice:
-        if pattern not in made:
-            made[pattern] = _propose(pattern, view, probed, limits, config, propose)
-        return made[pattern]
+    ``previous`` int64 [H]: what ``auto`` picked in the chunk before; ``picked``: what it picks now, None if not asked.
+    """
 
-    result: Choice | None = None
-    for on_text, on_media in dict.fromkeys(wanted):
-        pair = propose(on_media)
-        if on_text != on_media and limits.coverage < choices.EXACT:
-            # Text keys have no grid of their own: there it means "by mass", which is what columns are.
-            text = propose("vertical_slash" if on_text == "grid" else on_text)
-            pair = choices.combine(view, text, pair, text_pattern=on_text, media_pattern=on_media)
-            pair = select.measured(view, probed, pair, limits)
-        if result is None:
-            result = pair
-            continue
-        heads = torch.tensor([item == (on_text, on_media) for item in wanted], device=pair.coverage.device)
-        result = choices.where(heads, pair, result)
-    assert result is not None
-    return result
+    def __init__(self, view: View, probed: probe.Probe, config: Config, previous: torch.Tensor | None) -> None:
+        self._view = view
+        self._probed = probed
+        self._budgets = config.patterns
+        self._limits = Limits(config.coverage, config.max_density, config.min_gain)
+        self._previous = previous
+        self._made: dict[str, Choice] = {}
+        self.picked: torch.Tensor | None = None
 
+    def choose(self, wanted: Sequence[tuple[str, str]]) -> Choice:
+        """One choice for all heads out of each head's (pattern on text keys, pattern on media keys)."""
+        result: Choice | None = None
+        for on_text, on_media in dict.fromkeys(wanted):
+            pair = self._get(on_media)
+            if on_text != on_media and self._limits.coverage < choices.EXACT:
+                # Text keys have no grid of their own: there it means "by mass", which is what columns are.
+                text = self._get("vertical_slash" if on_text == "grid" else on_text)
+                pair = choices.combine(self._view, text, pair, text_pattern=on_text, media_pattern=on_media)
+                pair = select.measured(self._view, self._probed, pair, self._limits)
+            if result is None:
+                result = pair
+                continue
+            heads = torch.tensor([item == (on_text, on_media) for item in wanted], device=pair.coverage.device)
+            result = choices.where(heads, pair, result)
+        assert result is not None
+        return result
 
-def _propose(
-    pattern: str,
-    view: View,
-    probed: probe.Probe,
-    limits: Limits,
-    config: Config,
-    propose: Callable[[str], Choice],
-) -> Choice:
-    budgets = config.patterns
-    if pattern == "dense":
-        return choices.dense(view, probed.weights.shape[0])
-    if pattern == "a_shape":
-        return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
-    if pattern == "vertical_slash":
-        budget = budgets.vertical_slash
-        return select.vertical_slash(view, probed, limits, sink=budget.sink, window=budget.window)
-    if pattern == "grid":
-        assert view.cell is not None
-        grid = budgets.grid
-        # One frame back and one key more, so that the same place in the frame before is inside.
-        stride = view.cell.stride
-        reaches = {min(max(grid.window, n * stride + 1), UNBOUNDED) for n in (0, grid.window_frames)}
-        windows = [
-            select.grid(view, probed, limits, sink=grid.sink, reach=reach, min_lines=grid.min_lines)
-            for reach in sorted(reaches)
-        ]
-        return choices.cheapest(view, windows, limits)[0]
-    candidates = ["grid", "vertical_slash"] if view.cell is not None else ["vertical_slash"]
-    merged, _ = choices.cheapest(view, [propose(name) for name in candidates], limits)
-    return choices.never_beyond_dense(view, merged)
+    def _get(self, pattern: str) -> Choice:
+        if pattern not in self._made:
+            self._made[pattern] = self._propose(pattern)
+        return self._made[pattern]
+
+    def _propose(self, pattern: str) -> Choice:
+        view, probed, limits, budgets = self._view, self._probed, self._limits, self._budgets
+        if pattern == "dense":
+            return choices.dense(view, probed.weights.shape[0])
+        if pattern == "a_shape":
+            return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
+        if pattern == "vertical_slash":
+            budget = budgets.vertical_slash
+            return select.vertical_slash(view, probed, limits, sink=budget.sink, window=budget.window)
+        if pattern == "grid":
+            assert view.cell is not None
+            grid = budgets.grid
+            # One frame back and one key more, so that the same place in the frame before is inside.
+            stride = view.cell.stride
+            reaches = {min(max(grid.window, n * stride + 1), UNBOUNDED) for n in (0, grid.window_frames)}
+            windows = [
+                select.grid(view, probed, limits, sink=grid.sink, reach=reach, min_lines=grid.min_lines)
+                for reach in sorted(reaches)
+            ]
+            return choices.cheapest(view, windows, limits)[0]
+        candidates = ["grid", "vertical_slash"] if view.cell is not None else ["vertical_slash"]
+        proposed = [self._get(name) for name in candidates]
+        merged, self.picked = choices.cheapest(view, proposed, limits, self._previous)
+        return choices.never_beyond_dense(view, merged)
 
 
 class _PassLists:

@@ -103,8 +103,6 @@ def check(setting: Setting, device: torch.device, seed: int) -> None:
         lse_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         lse = torch.full(out.shape[:2], torch.nan, dtype=lse_dtype, device=device)
         for index, (tile_pass, lists) in enumerate(passes):
-            if index == 0 and setting.page_size % setting.tiles[1] == 0:
-                object.__setattr__(tile_pass.keys, "contiguous", True)
             implementation.attend(*operands, tile_pass, lists, problem.scale, out, lse, merge=index > 0, **extra)
         results.append((out, lse))
     compare(*results, what=f"{setting}, seed {seed}")
