@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-method \
+.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-summaries bench-method \
 	tune test-gpu bench-gpu bench-gpu-serving fuzz miri clean
 
 FUZZ_SECONDS ?= 600
@@ -67,6 +67,9 @@ bench-gpu-serving: venv ## time to first token of long videos on this GPU, dense
 
 tune: venv ## measure the kernels' launch table on this GPU and write it down
 	$(BIN)/python benchmarks/tune.py $(BENCH_ARGS)
+
+bench-summaries: venv ## what tile summaries would bring
+	$(BIN)/python benchmarks/tile_summaries.py $(BENCH_ARGS)
 
 fuzz: ## arbitrary requests against the planner, FUZZ_SECONDS long
 	@cargo fuzz --version > /dev/null 2>&1 || { echo "needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
