@@ -1,9 +1,10 @@
 """``make bench-toy``: does sparse prefill answer as dense prefill does?
 
 The toy model answers questions about generated videos of 2K to 16K tokens through a real SGLang server: dense,
-mminference with its default settings in one chunk and in chunks that cut frames, and a control that must fail. Videos
-are the same for all. `prev` and `past` need visual tokens that looked at their own place in earlier frames while they
-were prefilled, so they tell a good pattern from a bad one; `find` needs the question to find a token.
+mminference in one chunk and in chunks that cut frames, and a control that must fail. Settings are the defaults, but for
+`min_tokens` 0: what is judged is the sparse path, also where it would not pay. Videos are the same for all. `prev` and
+`past` need visual tokens that looked at their own place in earlier frames while they were prefilled, so they tell a
+good pattern from a bad one; `find` needs the question to find a token.
 
 Exits 1 when a verdict is missed: mminference within 0.03 of dense on every task, length and chunk size; tile density of
 a video at most 0.15 at 8K and 0.08 at 16K tokens; the control below half on `prev` at every length.
@@ -36,6 +37,7 @@ LENGTHS = (2048, 4096, 8192, 16384)
 VIDEOS, VIDEOS_CUT = 8, 3
 """Videos per length, of 8 questions per task each: in one chunk, and in chunks."""
 ONE_CHUNK = -1
+SPARSE = {"min_tokens": 0}
 CUTS = (2048, 509)
 TOLERANCE = 0.03
 DENSITY_CEILING = {8192: 0.15, 16384: 0.08}
@@ -64,12 +66,12 @@ class Clip:
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """The servers, one after the other."""
-    config = json.loads(options.config)
+    config = SPARSE | json.loads(options.config)
     yield Setting("dense", None, {}, ONE_CHUNK, options.videos)
     yield Setting("mminference", "mminference", config, ONE_CHUNK, options.videos)
     for chunk in CUTS:
         yield Setting("mminference", "mminference", config, chunk, min(VIDEOS_CUT, options.videos))
-    yield Setting("control", "mminference", CONTROL | {"min_tokens": 0}, ONE_CHUNK, min(VIDEOS_CUT, options.videos))
+    yield Setting("control", "mminference", CONTROL | SPARSE, ONE_CHUNK, min(VIDEOS_CUT, options.videos))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,7 +171,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--videos", type=int, default=VIDEOS, help="videos per length, 24 questions each")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, choices=LENGTHS)
-    parser.add_argument("--config", default="{}", help="JSON of settings for mminference, instead of the defaults")
+    parser.add_argument("--config", default="{}", help="JSON of further settings for mminference")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there, too")
     return parser.parse_args(argv)
 

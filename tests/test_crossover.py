@@ -15,7 +15,7 @@ from mminference_sgl.crossover import LENGTHS, MARGIN, Shape
 
 def shape(chunk_tokens: int = 512) -> Shape:
     config = Config().for_chunks(chunk_tokens, 16)
-    return Shape(2, 32, torch.float32, torch.device("cpu"), chunk_tokens, "torch", config)
+    return Shape(4, 2, 32, torch.float32, torch.device("cpu"), chunk_tokens, "torch", config)
 
 
 @pytest.mark.parametrize("wins_at", LENGTHS)

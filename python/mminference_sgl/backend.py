@@ -315,11 +315,14 @@ class MMInferenceAttnBackend(AttentionBackend):
             return self.config.min_tokens
         if not (self.config.active and self._sparse_modalities and sparse_layers):
             return 0
-        model = runner.model_config
+        layer = next(
+            m for m in runner.model.modules() if isinstance(m, RadixAttention) and m.layer_id == self._last_layer
+        )
         shape = crossover.Shape(
-            group=max(1, int(model.num_attention_heads) // int(model.get_total_num_kv_heads())),
-            head_dim=int(model.head_dim),
-            dtype=model.dtype,
+            heads=layer.tp_q_head_num,
+            kv_heads=layer.tp_k_head_num,
+            head_dim=layer.qk_head_dim,
+            dtype=runner.model_config.dtype,
             device=self._device,
             chunk_tokens=chunk_tokens,
             implementation=self.implementation,
