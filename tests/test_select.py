@@ -294,8 +294,10 @@ def test_the_cheapest_choice_that_reaches_the_target_is_picked() -> None:
     assert pick(choice(tenth, 0.3, 0.6), choice(2 * tenth, 0.8, 0.1)) == 1, "half the mass for a tenth of the tiles"
 
 
-def test_guard_bounds_the_error_with_the_fewest_heads() -> None:
+@pytest.mark.parametrize("asked", [("cpu",), ()], ids=["asked", "empty lists"])
+def test_guard_bounds_the_error_with_the_fewest_heads(asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is that of what was computed; heads over the ceiling are computed again, and equal dense attention."""
+    monkeypatch.setattr(prefill, "_ASKED", asked)
     problem = problems.make([VIDEO], tile_queries=32, tile_keys=16, heads=8, kv_heads=2)
     specs = load("grid").specs(0, range(8))
     operands = problem.query, problem.key_pool, problem.value_pool

@@ -42,6 +42,10 @@ class LayerReport:
     guarded: torch.Tensor
 
 
+_ASKED = ("cpu",)
+"""Devices that are asked whether a head must be repaired; on others the question would wait for the layer, and a pass
+with empty lists does not."""
+
 Passes = list[tuple[TilePass, TileLists]]
 """Passes of a layer with the tile lists of all heads, the sequence pass first."""
 
@@ -75,8 +79,7 @@ def run_layer(
     for item in watched:
         item.measure(out, config.error_ceiling)
     failing = [item for item in watched if item.dense_output is not None]
-    if query.device.type == "cpu":
-        # Elsewhere the question would wait for the layer, which a pass with empty lists does not.
+    if query.device.type in _ASKED:
         failing = [item for item in failing if bool(item.guarded.any())]
     if failing:
         lists = _PassLists(plan.near, len(specs))
