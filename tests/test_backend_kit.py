@@ -173,6 +173,18 @@ def test_unplannable_geometry_is_answered_densely(
     assert detail in lines[0]
 
 
+def test_a_video_without_a_grid_is_searched_for_its_stride(kit, monkeypatch: pytest.MonkeyPatch, backends) -> None:
+    """The kit's attention is random, so there is none; the next chunk's layout asks, and it is counted."""
+    configure(monkeypatch, pattern="auto")
+    media = multimodal(("VIDEO", [(4, 1403)], None))
+    give_media(kit, monkeypatch, [media])
+    run_case(kit, long_case(kit, (0,), (1404,)))
+    (backend,) = backends
+    layout = backend._layouts.get(media, 1404, torch.device("cpu"))
+    assert layout.stride == 0
+    assert (backend.counters["stride:none"], backend.counters["stride:found"]) == (1, 0)
+
+
 def test_layouts_are_freed_with_their_request(kit, monkeypatch: pytest.MonkeyPatch, backends) -> None:
     configure(monkeypatch, pattern="grid")
     media = [multimodal(("VIDEO", [(4, 303)], (5, 12, 20)))]

@@ -84,7 +84,7 @@ class MMInferenceAttnBackend(AttentionBackend):
     """Sparse prefill for requests with media, dense for everything else.
 
     ``counters`` counts requests and layers by what became of them: ``sparse``, ``sparse_layers``, ``guarded_heads``,
-    and ``dense:<reason>``.
+    ``dense:<reason>``, and runs by whether a ``stride:`` was ``found`` in them or ``none``.
     """
 
     def __init__(self, runner: ModelRunner, dense: AttentionBackend) -> None:
@@ -123,6 +123,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             tile_queries=self.config.tile_queries,
             tile_keys=self.config.tile_keys,
             cell_size=self.config.cell_size,
+            counters=self.counters,
         )
         dense_layers, self._last_layer = self._survey(runner.model)
         self._min_tokens = self._crossover(runner, chunk_tokens, sparse_layers=dense_layers[""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from mminference_sgl import _core
 from mminference_sgl.geometry import AUDIO, IMAGE, VIDEO, GeometryError, Item, ModelGeometry, items_of
 from mminference_sgl.plan import DeviceLayout
+from mminference_sgl.stride import StrideSearch
 
 __all__ = [
     "AUDIO",
@@ -44,12 +46,20 @@ class LayoutCache:
     """Layouts by request, kept on the life of SGLang's ``MultimodalInputs`` object and freed with it.
 
     Sessions append items to a request, and models without M-RoPE reveal its length chunk by chunk: a layout is made
-    anew when either grows.
+    anew when either grows, and when a stride was found in a run without a grid, which ``counters`` counts.
     """
 
     def __init__(
-        self, geometry: ModelGeometry, *, chunk_tokens: int, tile_queries: int, tile_keys: int, cell_size: int
+        self,
+        geometry: ModelGeometry,
+        *,
+        chunk_tokens: int,
+        tile_queries: int,
+        tile_keys: int,
+        cell_size: int,
+        counters: Counter[str] | None = None,
     ):
+        self._counters = Counter() if counters is None else counters
         self._geometry = geometry
         self._sizes = {"chunk_tokens": chunk_tokens, "tile_queries": tile_queries, "cell_size": cell_size}
         self._tile_keys = tile_keys
@@ -69,10 +79,16 @@ class LayoutCache:
             return self._build(seen, [], device)
         identity, key = id(mm_inputs), (len(mm_inputs.mm_items), _prompt_length(mm_inputs))
         cached = self._layouts.get(identity)
-        if cached is not None and cached[0] == key and seen <= cached[1].layout.length:
+        search = cached[1].search if cached is not None else None
+        found = search is not None and search.conclude(self._counters)
+        if cached is not None and cached[0] == key and seen <= cached[1].layout.length and not found:
             return cached[1]
         items = items_of(mm_inputs, self._geometry)
+        search = StrideSearch.of(items, search)
+        if search is not None:
+            items = search.applied(items)
         layout = self._build(request_length(mm_inputs, items, seen), items, device)
+        layout.search = search
         if cached is None:
             weakref.finalize(mm_inputs, self._layouts.pop, identity, None)
         self._layouts[identity] = (key, layout)

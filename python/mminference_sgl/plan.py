@@ -19,6 +19,7 @@ from mminference_sgl import _core
 from mminference_sgl.kernels.choice import CellView, KeyTiles, QueryTiles, View
 from mminference_sgl.kernels.probe import ProbeRows
 from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
+from mminference_sgl.stride import StrideSearch
 
 KIND_TEXT = 0
 """Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
@@ -35,6 +36,7 @@ class DeviceLayout:
     ``tokens`` int32 [length]: cell order -> token position; ``key_tile`` int32 [length]: token position -> cell-order
     key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
     ``picks``: (layer, query modality) -> what ``auto`` picked for each head in the last chunk, int64 [H].
+    ``search``: that for the strides of runs without a grid, None where there are none.
     """
 
     def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
@@ -42,6 +44,7 @@ class DeviceLayout:
         self.has_media = layout.num_items > 0
         self.picks: dict[tuple[int, str], torch.Tensor] = {}
         self.stride = layout.max_frame_stride
+        self.search: StrideSearch | None = None
         self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
         if self.has_media:
             self.tokens = _to_device(layout.order("cell"), device)

@@ -188,6 +188,7 @@ def _select_group(
         return choices.dense(view, heads), None
     slots = plan.near.keys.slots[plan.key_tiles[group.request]]
     picks = plan.requests[group.request].layout.picks
+    search = plan.requests[group.request].layout.search
     previous, now = None if layer is None else picks.get((layer, group.modality)), []
     blocks, outputs = [], []
     for block in _head_blocks(heads, key_pool.shape[1], slots.numel() * group.probe_rows.rows.numel(), query.device):
@@ -195,6 +196,8 @@ def _select_group(
         probed = probe.run(
             query[:, block], key_pool[:, kv_block], value_pool[:, kv_block], slots, group.probe_rows, scale
         )
+        if search is not None and group.modality == "media":
+            search.listen(probed, layer)
         proposals = _Proposals(view, probed, config, None if previous is None else previous[block])
         blocks.append(proposals.choose(wanted[block]))
         outputs.append(probed.output)
