@@ -114,6 +114,27 @@ def test_a_stride_that_is_seen_a_few_periods_back_is_found() -> None:
     assert layouts.get(inputs, 5000, problems.CPU).stride == 122
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(12, 14), (8, 8), (14, 14)])
+@pytest.mark.parametrize("width", [1.0, 2.0])
+@pytest.mark.parametrize("strength", [6, 14])
+def test_heads_that_see_around_their_place_show_the_frame_and_not_its_rows(
+    rows: int, columns: int, width: float, strength: int
+) -> None:
+    """Place by a smooth kernel ``width`` tokens wide, besides noise: rows of a frame have a period as well."""
+    layouts, inputs = cache(), Inputs(6000, opaque(5900))
+    problem = chunk_of(layouts.get(inputs, 4000, problems.CPU), 0, 4000, strength=1.0)
+    generator = torch.Generator().manual_seed(0)
+    place = (torch.arange(4000) - START) % (rows * columns)
+    waves = torch.randn(2, 48, generator=generator) / width
+    phase = torch.stack([place // columns, place % columns], dim=-1).float() @ waves
+    position = torch.cat([phase.cos(), phase.sin()], dim=-1) / 48**0.5
+    query, key = (torch.cat([position, torch.randn(4000, 32, generator=generator) / 50**0.5], dim=-1) for _ in "qk")
+    problem.key_pool[problem.req_to_token[0, :4000].long(), 0] = key
+    problem.query[:, :2] = (query * strength / problem.scale)[:, None]
+    run(problem)
+    assert layouts.get(inputs, 5000, problems.CPU).stride == rows * columns
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 3.0, 10.0])
 @pytest.mark.parametrize("seed", range(2))
 def test_flat_and_random_attention_find_nothing(strength: float, seed: int) -> None:

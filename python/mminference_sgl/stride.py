@@ -34,7 +34,7 @@ MAX_DISTANCE = (PERIODS + 1) * MAX_STRIDE
 _EVERY = 4
 """One layer in so many is listened to."""
 _SHARPEST = 8.0
-"""Most that one row may put at a distance, in multiples of its mean, and one head, in multiples of the mass around."""
+"""Most that one head may say for one distance, in multiples of what is around it."""
 _AROUND = 8
 """Distances on either side that a distance is compared with."""
 _BLOCK, _PEAKS = 256, 2
@@ -46,7 +46,7 @@ _BYTES = 16 << 20
 """Mass of the probe rows that is looked at at a time, beside which about twice as much is needed."""
 _CLEAR = 18.0
 """Evidence of a stride, in nats over chance. Four peaks at the first four multiples are 19.4; chance alone, with 4,000
-strides to try, gets there about once in 10,000 runs."""
+strides to try, gets there in fewer than one of 10,000 runs."""
 
 
 class StrideSearch:
@@ -156,8 +156,8 @@ def distance_spectrum(probed: Probe, start: int, end: int, distances: int) -> to
     """How far the mass at each distance row - key stands out, both inside tokens [start, end): fp32 [distances].
 
     Summed over heads, each by how many times the mass around a distance it puts there: a sharp head is heard, a diffuse
-    one is silent. Rows must agree: a single one says little, and less the fewer reach so far back. Keys that other
-    rows see as well are columns and count for no distance.
+    one is silent. Rows must agree: their logarithm counts, so that a single one says little, less where few reach so
+    far back. Keys that other rows see as well are columns and count for no distance.
     """
     low = max(start, probed.rows.first - distances)
     positions = probed.rows.positions.long()
@@ -173,7 +173,7 @@ def distance_spectrum(probed: Probe, start: int, end: int, distances: int) -> to
         mass = weights[..., low:end] * visible
         mass *= visible.sum(-1)[:, None] / mass.sum(-1, keepdim=True).clamp_min(1e-20)
         others = (mass.sum(1, keepdim=True) - mass) / (visible.sum(0) - 1).clamp_min(1)
-        mass = mass.sub_(others, alpha=2).clamp_(0, _SHARPEST)
+        mass = mass.sub_(others, alpha=2).clamp_min_(0).log1p_()
         by_distance = mass.gather(2, index.expand(mass.shape[0], -1, -1)).mul_(reached).sum(1) / rows  # [h, distances]
         around = functional.avg_pool1d(by_distance, 2 * _AROUND + 1, 1, _AROUND, count_include_pad=False)
         sharpness += ((by_distance - around) / (around + _SHARPEST / rows)).clamp(0, _SHARPEST).sum(0)
