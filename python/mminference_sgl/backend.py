@@ -329,7 +329,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             implementation=self.implementation,
             config=self.config,
         )
-        return agreed(crossover.min_tokens(shape))
+        return agreed(lambda: crossover.min_tokens(shape))
 
     def _check_pattern(self, runner: ModelRunner) -> None:
         """Resolves every head once, so that a pattern that cannot be run stops the server and not a request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -33,12 +34,13 @@ def head_offset(runner: ModelRunner) -> int:
     return int(parallel.attn_tp_rank) if parallel.attn_tp_size > 1 else 0
 
 
-def agreed(value: int) -> int:
-    """The first tensor-parallel rank's value, so that all of them decide alike."""
+def agreed(measure: Callable[[], int]) -> int:
+    """What the first tensor-parallel rank measures, so that all ranks decide alike and only one of them works."""
     parallel = get_parallel()
     if parallel.tp_size == 1:
-        return value
-    return int(parallel.tp_group.broadcast_object(value, src=0))
+        return measure()
+    group = parallel.tp_group
+    return int(group.broadcast_object(measure() if group.is_first_rank else None, src=0))
 
 
 def set_kv_buffer(
