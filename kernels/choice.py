@@ -6,7 +6,8 @@ the cell pass. Nothing here looks at single heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -14,12 +15,14 @@ from .tiles import UNBOUNDED, Region, tile_visibility
 
 EXACT = 1.0
 """Coverage at which every causal tile is selected and budgets do not count: the result is dense attention."""
-
-
 LOYALTY = 0.1
 """Share of its tiles by which a pattern counts as cheaper to a head that ran it in the chunk before."""
 SLACK = 0.005
 """Mass that rows below the target may lack of it, on average over all rows, where a head counts as reaching it."""
+
+
+_Visible = dict[tuple[int, int], torch.Tensor]
+"""(sink, reach) -> visible tiles."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class KeyTiles:
 
 @dataclass(frozen=True)
 class CellView:
-    """The cell order of one request as selection needs it.
+    """The cell order of one request as selection needs it; made once per forward, as what follows from it.
 
     ``own_lo``, ``own_hi`` int32 [t']: the key tiles of the cells that a query tile holds, ``[own_lo, own_hi)``.
     ``bands`` int64 [t']: the band of each query tile, ascending from 0. A band is consecutive query tiles for which
@@ -76,11 +79,33 @@ class CellView:
     band_of_row: torch.Tensor
     num_bands: int
     stride: int
+    _far: _Visible = field(default_factory=dict, repr=False)
+
+    def far_tiles(self, sink: int, reach: int) -> torch.Tensor:
+        """Tiles of the cell pass that hold a key of the far region: bool [t', n']."""
+        if (sink, reach) not in self._far:
+            self._far[sink, reach] = _visible(Region.FAR, self.queries, self.keys, sink, reach)
+        return self._far[sink, reach]
+
+    @cached_property
+    def own(self) -> torch.Tensor:
+        """Key tiles of the cells of each query tile: bool [t', n']."""
+        return self._around(0)
+
+    @cached_property
+    def beside(self) -> torch.Tensor:
+        """The own key tiles, and as many before and behind them: bool [t', n']."""
+        return self._around(1)
+
+    def _around(self, margin: int) -> torch.Tensor:
+        key_tile = torch.arange(self.keys.min_pos.numel(), device=self.own_lo.device)
+        width = margin * (self.own_hi - self.own_lo)[:, None]
+        return (key_tile >= self.own_lo[:, None] - width) & (key_tile < self.own_hi[:, None] + width)
 
 
 @dataclass(frozen=True)
 class View:
-    """One request's tiles for the query rows of one modality.
+    """One request's tiles for the query rows of one modality; made once per forward, as what follows from it.
 
     ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [P]: the probe rows' query tile in it.
     ``cell`` is None where the rows take no part in a cell pass.
@@ -90,6 +115,31 @@ class View:
     keys: KeyTiles
     row_tiles: torch.Tensor
     cell: CellView | None
+    _near: _Visible = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def causal_tiles(self) -> torch.Tensor:
+        """Number of tiles that dense attention of these rows computes per head, a 0-d int64 tensor."""
+        return self.near_tiles(0, UNBOUNDED).sum()
+
+    def near_tiles(self, sink: int, reach: int) -> torch.Tensor:
+        """Tiles of the sequence pass that hold a key of the near region: bool [t, n]."""
+        if (sink, reach) not in self._near:
+            self._near[sink, reach] = _visible(Region.NEAR, self.queries, self.keys, sink, reach)
+        return self._near[sink, reach]
+
+    @cached_property
+    def diagonals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key tiles ``[low, high)`` that diagonal ``b`` touches for each query tile: int64 [t, n] each.
+
+        Diagonal ``b`` is, for each row, the key tile ``b`` tiles before its own.
+        """
+        tile, back = self.keys.tile_keys, torch.arange(self.keys.min_pos.numel(), device=self.keys.min_pos.device)
+        first, last = (
+            torch.div(bound, tile, rounding_mode="floor")[:, None].long() - back
+            for bound in (self.queries.min_pos, self.queries.max_pos)
+        )
+        return first.clamp_min(0), (last + 1).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -115,21 +165,6 @@ class Choice:
         return near if self.far is None else near + self.far.sum((1, 2))
 
 
-def causal_tiles(view: View) -> torch.Tensor:
-    """Number of tiles that dense attention of these rows computes per head, a 0-d int64 tensor."""
-    return (view.keys.min_pos[None, :] <= view.queries.max_pos[:, None]).sum()
-
-
-def near_tiles(view: View, sink: int, reach: int) -> torch.Tensor:
-    """Tiles of the sequence pass that hold a key of the near region: bool [t, n]."""
-    return _visible(Region.NEAR, view.queries, view.keys, sink, reach)
-
-
-def far_tiles(cell: CellView, sink: int, reach: int) -> torch.Tensor:
-    """Tiles of the cell pass that hold a key of the far region: bool [t', n']."""
-    return _visible(Region.FAR, cell.queries, cell.keys, sink, reach)
-
-
 def dense(view: View, heads: int) -> Choice:
     """All causal tiles in the sequence pass."""
     device = view.keys.min_pos.device
@@ -138,7 +173,7 @@ def dense(view: View, heads: int) -> Choice:
     if view.cell is not None:
         shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
         far = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
-    near = near_tiles(view, 0, UNBOUNDED).expand(heads, -1, -1)
+    near = view.near_tiles(0, UNBOUNDED).expand(heads, -1, -1)
     coverage = torch.ones(heads, device=device)
     return Choice(near, far, torch.zeros_like(reach), reach, coverage, torch.zeros_like(coverage))
 
@@ -159,7 +194,7 @@ def cheapest(
         tiles = torch.where(kept, tiles * (1 - LOYALTY), tiles)
     reached = torch.stack([choice.missing for choice in choices]) <= SLACK
     coverage = torch.stack([choice.coverage for choice in choices]).double()
-    worth = coverage - limits.min_gain * tiles / causal_tiles(view)
+    worth = coverage - limits.min_gain * tiles / view.causal_tiles
     pick = torch.where(reached, 2.0 + 1.0 / (1.0 + tiles), worth).argmax(0)
     merged = choices[0]
     for index, choice in enumerate(choices[1:], start=1):
@@ -169,7 +204,7 @@ def cheapest(
 
 def never_beyond_dense(view: View, choice: Choice) -> Choice:
     """Heads whose tiles would be as many as dense attention computes run dense."""
-    beyond = choice.tiles() >= causal_tiles(view)
+    beyond = choice.tiles() >= view.causal_tiles
     return where(beyond, dense(view, beyond.numel()), choice)
 
 

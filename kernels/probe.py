@@ -21,7 +21,7 @@ class ProbeRows:
     ``rows`` int64 [P]: batch row. ``positions`` int32 [P]: token position; ``first``: the smallest of them.
     ``cell_tiles`` int64 [P]: the row's query tile in the request's cell pass, counted within the request (empty when
     the rows take no part in a cell pass).
-    ``key_tile`` int32 [length]: token position -> key tile of the cell order, of which there are ``key_tiles``.
+    ``key_tile`` int64 [length]: token position -> key tile of the cell order, of which there are ``key_tiles``.
     """
 
     rows: torch.Tensor
@@ -54,11 +54,15 @@ class Probe:
     @cached_property
     def cell_mass(self) -> torch.Tensor:
         """Mass per key tile of the cell order: fp32 [H, P, n']."""
-        heads, rows, keys = self.weights.shape
-        known = min(keys, self.rows.key_tile.numel())
-        index = self.rows.key_tile[:known].long().expand(heads, rows, -1)
+        heads, rows, _ = self.weights.shape
         mass = self.weights.new_zeros(heads, rows, self.rows.key_tiles)
-        return mass.scatter_add_(2, index, self.weights[..., :known])
+        known = self.weights[..., : self.cell_tile.numel()]
+        return mass.scatter_add_(2, self.cell_tile.expand(heads, rows, -1), known)
+
+    @property
+    def cell_tile(self) -> torch.Tensor:
+        """Cell-order key tile of the keys that ``weights`` has and the layout knows: int64 [known]."""
+        return self.rows.key_tile[: self.weights.shape[2]]
 
 
 def run(

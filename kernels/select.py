@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .choice import EXACT, SLACK, CellView, Choice, Limits, View, causal_tiles, dense, far_tiles, near_tiles
+from .choice import EXACT, SLACK, Choice, Limits, View, dense
 from .probe import Probe
 from .tiles import Region, element_mask
 
@@ -31,7 +31,7 @@ def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int)
     reach = max(window, 1)
     choice = replace(
         base,
-        near=near_tiles(view, sink, reach).expand(heads, -1, -1),
+        near=view.near_tiles(sink, reach).expand(heads, -1, -1),
         sink=torch.full_like(base.sink, sink),
         reach=torch.full_like(base.reach, reach),
     )
@@ -47,7 +47,7 @@ def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, windo
     if limits.coverage >= EXACT:
         return base
     tile, tiles = view.keys.tile_keys, view.keys.min_pos.numel()
-    low, high = _diagonals(view.queries.min_pos, view.queries.max_pos, tile, tiles)
+    low, high = view.diagonals
     row_low, row_high = low[view.row_tiles], high[view.row_tiles]
     row_mass = probe.tile_mass
 
@@ -73,7 +73,7 @@ def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, windo
         return (chosen[:, None, :tiles] | _paint(chosen[:, tiles:], low, high, tiles) | fixed) & base.near
 
     candidates = _Candidates(mass, cost, reached, lambda chosen: near(chosen).sum((1, 2)))
-    chosen = _fewest(candidates, causal.sum(), limits)
+    chosen = _fewest(candidates, view.causal_tiles, limits)
     return _covering(replace(base, near=near(chosen)), reached(chosen), limits.coverage)
 
 
@@ -90,8 +90,8 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min
         raise ValueError("the grid pattern needs a cell pass; these rows have none")
     heads = probe.weights.shape[0]
     base = dense(view, heads)
-    near = near_tiles(view, sink, reach)
-    visible = far_tiles(cell, sink, reach)
+    near = view.near_tiles(sink, reach)
+    visible = cell.far_tiles(sink, reach)
     base = replace(
         base,
         near=near.expand(heads, -1, -1),
@@ -101,7 +101,7 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min
     if limits.coverage >= EXACT:
         return replace(base, far=visible.expand(heads, -1, -1))
 
-    own, beside = _own_tiles(cell), _own_tiles(cell, margin=1)
+    own, beside = cell.own, cell.beside
     rows = probe.rows.cell_tiles
     near_mass, far_mass = _split_mass(probe, sink, reach)
     start = near_mass + (far_mass * own[rows]).sum(-1)
@@ -129,7 +129,7 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min
         return (own | at(chosen, cell.bands, beside)) & visible
 
     candidates = _Candidates(mass, cost, reached, lambda chosen: near.sum() + far(chosen).sum((1, 2)))
-    chosen = _fewest(candidates, causal_tiles(view), limits)
+    chosen = _fewest(candidates, view.causal_tiles, limits)
     if min_lines:
         chosen = chosen.scatter(1, mass[:, :keys].topk(min(min_lines, keys), dim=1).indices, value=True)
     return _covering(replace(base, far=far(chosen)), reached(chosen), limits.coverage)
@@ -143,8 +143,8 @@ def kept(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
     near = element_mask(Region.NEAR, probe.rows.positions[:, None], keys[None, :], sink, reach)
     seen = near & choice.near[:, view.row_tiles].repeat_interleave(probe.tile_keys, dim=-1)
     if choice.far is not None and view.cell is not None:
-        known = min(length, probe.rows.key_tile.numel())
-        index = probe.rows.key_tile[:known].long().expand(heads, rows, -1)
+        known = probe.cell_tile.numel()
+        index = probe.cell_tile.expand(heads, rows, -1)
         far = (keys <= probe.rows.positions[:, None]) & ~near
         seen[..., :known] |= choice.far[:, probe.rows.cell_tiles].gather(2, index) & far[..., :known]
     return seen
@@ -157,7 +157,12 @@ def measured(view: View, probe: Probe, choice: Choice, limits: Limits) -> Choice
 
 def _covering(choice: Choice, by_row: torch.Tensor, target: float) -> Choice:
     """The choice that keeps this mass of each probe row, fp32 [H, P]."""
-    return replace(choice, coverage=by_row.mean(-1), missing=(target - by_row).clamp_min(0).mean(-1))
+    return replace(choice, coverage=by_row.mean(-1), missing=_missing(by_row, target))
+
+
+def _missing(by_row: torch.Tensor, target: float) -> torch.Tensor:
+    """Mass that the rows below the target lack of it, on average over all rows: fp32 [H, P] -> [H]."""
+    return (target - by_row).clamp_min(0).mean(-1)
 
 
 def _useful(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
@@ -200,7 +205,7 @@ def _fewest(candidates: _Candidates, causal: torch.Tensor, limits: Limits) -> to
         return nothing.scatter(1, rank, before < amount[:, None]) & (mass > 0)
 
     def missing(chosen: torch.Tensor) -> torch.Tensor:
-        return (limits.coverage - candidates.reached(chosen)).clamp_min(0).mean(-1)
+        return _missing(candidates.reached(chosen), limits.coverage)
 
     # The sum of masses is at least what is added, so no amount below the missing one can do.
     low = (missing(nothing) - SLACK).clamp_min(0)
@@ -220,13 +225,6 @@ def _fewest(candidates: _Candidates, causal: torch.Tensor, limits: Limits) -> to
     economical = worth & nothing.scatter(1, rank, affordable)
     within = torch.maximum(budget, fixed)
     return torch.where((possible & (candidates.tiles(best) <= within))[:, None], best, economical)
-
-
-def _own_tiles(cell: CellView, margin: int = 0) -> torch.Tensor:
-    """Key tiles of the cells of each query tile, and as many before and behind them times ``margin``: bool [t', n']."""
-    key_tile = torch.arange(cell.keys.min_pos.numel(), device=cell.own_lo.device)
-    width = margin * (cell.own_hi - cell.own_lo)[:, None]
-    return (key_tile >= cell.own_lo[:, None] - width) & (key_tile < cell.own_hi[:, None] + width)
 
 
 def _near_weights(probe: Probe, sink: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,8 +248,7 @@ def _split_mass(probe: Probe, sink: int, reach: int) -> tuple[torch.Tensor, torc
     heads = probe.weights.shape[0]
     index, weights = _near_weights(probe, sink, reach)
     mass = probe.cell_mass.clone()
-    key_tile = probe.rows.key_tile
-    tile = key_tile[index.clamp_max(key_tile.numel() - 1)].long()
+    tile = probe.cell_tile[index.clamp_max(probe.cell_tile.numel() - 1)]
     mass.scatter_add_(2, tile.expand(heads, -1, -1), -weights)
     return weights.sum(-1), mass.clamp_min_(0)
 
@@ -262,17 +259,6 @@ def _diagonal_mass(row_mass: torch.Tensor, positions: torch.Tensor, tile: int) -
     source = torch.div(positions, tile, rounding_mode="floor")[:, None] - torch.arange(tiles, device=row_mass.device)
     picked = row_mass.gather(2, source.clamp_min(0).long().expand(heads, rows, -1))
     return picked * (source >= 0)
-
-
-def _diagonals(low: torch.Tensor, high: torch.Tensor, tile: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key tiles ``[low, high)`` of each diagonal for query tiles of these position bounds: int64 [t, tiles] each.
-
-    Diagonal ``b`` is, for each row, the key tile ``b`` tiles before its own.
-    """
-    back = torch.arange(tiles, device=low.device)
-    first = torch.div(low, tile, rounding_mode="floor")[:, None].long() - back
-    last = torch.div(high, tile, rounding_mode="floor")[:, None].long() - back + 1
-    return first.clamp_min(0), last.clamp_min(0)
 
 
 def _paint(chosen: torch.Tensor, low: torch.Tensor, high: torch.Tensor, tiles: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ def probed(problem: problems.Problem, group) -> probe.Probe:
 
 
 def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
-    proposals = prefill._Proposals(group.view, probed(problem, group), config, None)
+    proposals = prefill.Proposals(group.view, probed(problem, group), config, None)
     return proposals.choose([(pattern, pattern)] * problem.query.shape[1])
 
 
@@ -152,7 +152,7 @@ def test_grid_finds_the_same_place_in_other_frames() -> None:
     assert (coverage >= truth - 0.02).all()
     auto = choose(problem, group, "auto", config)
     assert (auto.far.sum((1, 2)) > 0).all(), "auto must take the cell pass"
-    assert (auto.tiles() < 0.35 * choices.causal_tiles(group.view)).all()
+    assert (auto.tiles() < 0.35 * group.view.causal_tiles).all()
 
 
 def test_vertical_slash_finds_columns_and_diagonals() -> None:
@@ -167,7 +167,7 @@ def test_vertical_slash_finds_columns_and_diagonals() -> None:
     choice = choose(problem, group, "vertical_slash", config)
     assert truth > 0.85, "the plant must take; the first rows have nothing to look at yet"
     assert (choice.coverage >= config.coverage).all()
-    assert (choice.tiles() < 0.5 * choices.causal_tiles(group.view)).all()
+    assert (choice.tiles() < 0.5 * group.view.causal_tiles).all()
 
 
 def test_density_stays_within_the_budget() -> None:
@@ -175,7 +175,7 @@ def test_density_stays_within_the_budget() -> None:
     problem = problems.make([VIDEO], tile_queries=16, tile_keys=16)
     problem.query.mul_(0.01)
     group = media_group(problem)
-    causal = choices.causal_tiles(group.view)
+    causal = group.view.causal_tiles
     for pattern in ("grid", "vertical_slash"):
         fixed = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.0)).tiles()
         assert (fixed < 0.5 * causal).all()
@@ -209,7 +209,7 @@ def test_h_lines_read_everything() -> None:
     truth = (weights * (same_place | everywhere[:, None])[rows]).sum(-1).mean()
     choice = choose(problem, group, "grid", Config(coverage=float(truth) - 0.004, max_density=0.5))
     cell, far = group.view.cell, problem.plan.far
-    visible = choices.far_tiles(cell, int(choice.sink[0]), int(choice.reach[0])).sum(1)
+    visible = cell.far_tiles(int(choice.sink[0]), int(choice.reach[0])).sum(1)
     slots = [slice(*far.indptr[tile : tile + 2].tolist()) for tile in range(group.far.start, group.far.stop)]
     h_line = torch.tensor([bool(everywhere[far.positions[slot].long()].all()) for slot in slots])
     read = choice.far.sum(-1) / visible.clamp_min(1)
@@ -231,7 +231,7 @@ def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
     choice = choose(problem, group, "grid", Config(coverage=0.75, max_density=0.5))
     assert own < 0.2, "the plant must take"
     assert (choice.coverage >= 0.75).all()
-    assert (choice.tiles() < 0.5 * choices.causal_tiles(group.view)).all()
+    assert (choice.tiles() < 0.5 * group.view.causal_tiles).all()
 
 
 def test_fewest_candidates_are_taken() -> None:
@@ -273,7 +273,7 @@ def test_rows_above_the_target_do_not_make_up_for_rows_below() -> None:
 def test_the_cheapest_choice_that_reaches_the_target_is_picked() -> None:
     problem = problems.make([VIDEO], tile_queries=32, tile_keys=16)
     view = media_group(problem).view
-    causal = int(choices.causal_tiles(view))
+    causal = int(view.causal_tiles)
 
     def choice(tiles: int, coverage: float, missing: float) -> choices.Choice:
         near = torch.zeros(1, causal, dtype=torch.bool)

@@ -203,7 +203,7 @@ def build(
                 positions=torch.from_numpy(rows.positions).to(device),
                 first=int(rows.positions.min()),
                 cell_tiles=torch.from_numpy(rows.far_tiles).to(device),
-                key_tile=request.layout.key_tile if has_cells else uploaded[:0],
+                key_tile=(request.layout.key_tile if has_cells else uploaded[:0]).long(),
                 key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
             )
             slots_of_rows = slice(*(int(near_indptr[tile]) for tile in (near_slice.start, near_slice.stop)))

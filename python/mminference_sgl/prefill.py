@@ -74,7 +74,7 @@ def run_layer(
     Returns:
         One report per sparse request.
     """
-    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale, layer)
+    passes, watched = _select(_Layer(query, key_pool, value_pool, plan, specs, config, scale, layer))
     lse = ops.sparse_prefill(query, key_pool, value_pool, passes, scale, out, implementation)
     for item in watched:
         item.measure(out, config.error_ceiling)
@@ -105,7 +105,7 @@ def select_layer(
 
     The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
     """
-    passes, watched = _select(query, key_pool, value_pool, plan, specs, config, scale, None)
+    passes, watched = _select(_Layer(query, key_pool, value_pool, plan, specs, config, scale, None))
     return passes, _reports(watched)
 
 
@@ -142,27 +142,49 @@ class _Watched:
         self.coverage = torch.where(self.guarded, 1.0, self.coverage)
 
 
-def _select(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    plan: ForwardPlan,
-    specs: Sequence[HeadSpec],
-    config: Config,
-    scale: float,
-    layer: int | None,
-) -> tuple[Passes, list[_Watched]]:
-    near = _PassLists(plan.near, len(specs))
-    far = _PassLists(plan.far, len(specs)) if plan.far is not None else None
+@dataclass(frozen=True)
+class _Layer:
+    """What selection works on; the arguments of :func:`run_layer`."""
+
+    query: torch.Tensor
+    key_pool: torch.Tensor
+    value_pool: torch.Tensor
+    plan: ForwardPlan
+    specs: Sequence[HeadSpec]
+    config: Config
+    scale: float
+    id: int | None
+
+    def probe(self, group: RowGroup, heads: slice) -> probe.Probe:
+        """Probes the group's rows for a block of whole GQA groups."""
+        kv_heads = slice(*(bound * self.key_pool.shape[1] // len(self.specs) for bound in (heads.start, heads.stop)))
+        slots = self.plan.near.keys.slots[self.plan.key_tiles[group.request]]
+        pools = self.key_pool[:, kv_heads], self.value_pool[:, kv_heads]
+        return probe.run(self.query[:, heads], *pools, slots, group.probe_rows, self.scale)
+
+    def head_blocks(self, group: RowGroup) -> list[slice]:
+        """Blocks of whole GQA groups whose probe weights stay within the bound of the device."""
+        heads, per_group = len(self.specs), len(self.specs) // self.key_pool.shape[1]
+        tiles = self.plan.key_tiles[group.request]
+        weights = (tiles.stop - tiles.start) * self.plan.near.keys.tile_keys * group.probe_rows.rows.numel()
+        bound = PROBE_BYTES_CPU if self.query.device.type == "cpu" else PROBE_BYTES
+        step = max(1, bound // (4 * weights * per_group)) * per_group
+        return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
+
+def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
+    plan, heads, device = layer.plan, len(layer.specs), layer.query.device
+    near = _PassLists(plan.near, heads)
+    far = _PassLists(plan.far, heads) if plan.far is not None else None
     watched: list[_Watched] = []
     for group in plan.groups:
-        choice, dense_output = _select_group(query, key_pool, value_pool, plan, group, specs, config, scale, layer)
+        choice, dense_output = _select_group(layer, group)
         near.put(group.near, choice.near, choice)
         if far is not None and choice.far is not None:
             far.put(group.far, choice.far, choice)
-        causal = choices.causal_tiles(group.view)
-        none = torch.zeros(len(specs), dtype=torch.bool, device=query.device)
-        zero = torch.zeros((), device=query.device)
+        none = torch.zeros(heads, dtype=torch.bool, device=device)
+        zero = torch.zeros((), device=device)
+        causal = group.view.causal_tiles
         watched.append(_Watched(group, choice.tiles(), causal, choice.coverage, dense_output, zero, none))
     passes = [(plan.near, near.lists())]
     if plan.far is not None and far is not None:
@@ -170,56 +192,31 @@ def _select(
     return passes, watched
 
 
-def _select_group(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    plan: ForwardPlan,
-    group: RowGroup,
-    specs: Sequence[HeadSpec],
-    config: Config,
-    scale: float,
-    layer: int | None,
-) -> tuple[Choice, torch.Tensor | None]:
+def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor | None]:
     """The choice for all heads, and the probe rows' dense output where they were probed."""
-    view, heads = group.view, len(specs)
-    wanted = [spec.of(group.modality) for spec in specs]
+    wanted = [spec.of(group.modality) for spec in layer.specs]
     if all(pair == ("dense", "dense") for pair in wanted):
-        return choices.dense(view, heads), None
-    slots = plan.near.keys.slots[plan.key_tiles[group.request]]
-    picks = plan.requests[group.request].layout.picks
-    search = plan.requests[group.request].layout.search
-    previous, now = None if layer is None else picks.get((layer, group.modality)), []
-    blocks, outputs = [], []
-    for block in _head_blocks(heads, key_pool.shape[1], slots.numel() * group.probe_rows.rows.numel(), query.device):
-        kv_block = slice(block.start * key_pool.shape[1] // heads, block.stop * key_pool.shape[1] // heads)
-        probed = probe.run(
-            query[:, block], key_pool[:, kv_block], value_pool[:, kv_block], slots, group.probe_rows, scale
-        )
-        if search is not None and group.modality == "media":
-            search.listen(probed, layer)
-        proposals = _Proposals(view, probed, config, None if previous is None else previous[block])
+        return choices.dense(group.view, len(wanted)), None
+    layout = layer.plan.requests[group.request].layout
+    previous = None if layer.id is None else layout.picks.get((layer.id, group.modality))
+    blocks, outputs, picks = [], [], []
+    for block in layer.head_blocks(group):
+        probed = layer.probe(group, block)
+        if layout.search is not None and group.modality == "media":
+            layout.search.listen(probed, layer.id)
+        proposals = Proposals(group.view, probed, layer.config, None if previous is None else previous[block])
         blocks.append(proposals.choose(wanted[block]))
         outputs.append(probed.output)
-        none = torch.zeros(block.stop - block.start, dtype=torch.int64, device=query.device)
-        now.append(none if proposals.picked is None else proposals.picked)
-    if layer is not None:
-        picks[layer, group.modality] = torch.cat(now)
+        picks.append(proposals.picked)
+    if layer.id is not None:
+        layout.picks[layer.id, group.modality] = torch.cat(picks)
     return choices.concatenate(blocks), torch.cat(outputs)
 
 
-def _head_blocks(heads: int, kv_heads: int, weights_per_head: int, device: torch.device) -> list[slice]:
-    """Blocks of whole GQA groups whose probe weights stay within the bound of the device."""
-    group = heads // kv_heads
-    bound = PROBE_BYTES_CPU if device.type == "cpu" else PROBE_BYTES
-    step = max(1, bound // (4 * weights_per_head * group)) * group
-    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
-
-
-class _Proposals:
+class Proposals:
     """What each pattern proposes for a block of heads, each made once.
 
-    ``previous`` int64 [H]: what ``auto`` picked in the chunk before; ``picked``: what it picks now, None if not asked.
+    ``previous`` int64 [H]: what ``auto`` picked in the chunk before; ``picked``: what it picks now, 0 if not asked.
     """
 
     def __init__(self, view: View, probed: probe.Probe, config: Config, previous: torch.Tensor | None) -> None:
@@ -229,7 +226,7 @@ class _Proposals:
         self._limits = Limits(config.coverage, config.max_density, config.min_gain)
         self._previous = previous
         self._made: dict[str, Choice] = {}
-        self.picked: torch.Tensor | None = None
+        self.picked = torch.zeros(probed.weights.shape[0], dtype=torch.int64, device=probed.weights.device)
 
     def choose(self, wanted: Sequence[tuple[str, str]]) -> Choice:
         """One choice for all heads out of each head's (pattern on text keys, pattern on media keys)."""
