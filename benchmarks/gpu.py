@@ -241,7 +241,7 @@ def _work(passes: Sequence[tuple[TilePass, TileLists]]) -> tuple[int, int]:
     """Listed tiles, and their (row, key) pairs."""
     tiles = pairs = 0
     for tile_pass, lists in passes:
-        lengths = lists.indptr.diff().long()
+        lengths = lists.count.long()
         rows = tile_pass.indptr.diff().long().repeat(lengths.numel() // tile_pass.num_tiles)
         tiles += int(lengths.sum())
         pairs += int((lengths * rows).sum()) * tile_pass.keys.tile_keys
@@ -278,8 +278,7 @@ def _listed(tile_pass: TilePass, lists: TileLists, row: int, head: int) -> torch
     if where.numel() == 0:
         return keys.slots[:0].flatten()
     tile = int(torch.searchsorted(tile_pass.indptr, where[0].int(), right=True)) - 1
-    entries = slice(*lists.indptr[head * tile_pass.num_tiles + tile :][:2].tolist())
-    listed = keys.tile_indptr[tile_pass.request[tile]].long() + lists.tiles[entries].long()
+    listed = keys.tile_indptr[tile_pass.request[tile]] + lists.tiles_of(head * tile_pass.num_tiles + tile)
     position = tile_pass.positions[where[0]]
     sees = element_mask(
         tile_pass.region, position, keys.positions[listed], lists.sink[head, tile], lists.reach[head, tile]

@@ -25,7 +25,7 @@ def kept_keys(passes: Sequence[tuple[TilePass, TileLists]], head: int, row: int,
             continue
         tile = int(torch.searchsorted(tile_pass.indptr, slot[:1].int(), right=True)) - 1
         index = head * tile_pass.num_tiles + tile
-        listed = lists.tiles[lists.indptr[index] : lists.indptr[index + 1]].long()
+        listed = lists.tiles_of(index).long()
         positions = tile_pass.keys.positions[listed].flatten()
         own = int(tile_pass.positions[slot[0]])
         seen = element_mask(

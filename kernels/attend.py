@@ -157,9 +157,10 @@ def attend_kernel(
     p_key_pos,
     p_tile_indptr,
     p_order,
-    p_indptr,
-    p_tiles,
+    p_begin,
+    p_count,
     p_full,
+    p_tiles,
     p_sink,
     p_reach,
     scale_log2,
@@ -200,8 +201,7 @@ def attend_kernel(
     i_tile = i_list % query_tiles
     row_first = tl.load(p_row_indptr + i_tile) + tl.program_id(0) % SUB_TILES * BLOCK_M
     row_end = tl.load(p_row_indptr + i_tile + 1)
-    begin = tl.load(p_indptr + i_list)
-    count = tl.load(p_indptr + i_list + 1) - begin
+    count = tl.load(p_count + i_list)
     if row_first >= row_end:
         return
     if MERGE and count == 0:
@@ -221,7 +221,7 @@ def attend_kernel(
 
     p_key += i_head // GROUP * stride_key_head
     p_value += i_head // GROUP * stride_value_head
-    p_tiles += begin
+    p_tiles += tl.load(p_begin + i_list)
     tile_first = tl.load(p_tile_indptr + tl.load(p_request + i_tile)).to(tl.int64)
     full = tl.load(p_full + i_list)
     sink = tl.load(p_sink + i_list)
@@ -347,9 +347,10 @@ def attend(
         keys.positions,
         keys.tile_indptr,
         lists.order,
-        lists.indptr,
-        lists.tiles,
+        lists.begin,
+        lists.count,
         lists.full,
+        lists.tiles,
         lists.sink,
         lists.reach,
         scale * key_scale * math.log2(math.e),

@@ -35,8 +35,7 @@ def attend(
     keys = tile_pass.keys
     for head in range(heads):
         for tile in range(tile_pass.num_tiles):
-            entries = slice(*lists.indptr[head * tile_pass.num_tiles + tile :][:2].tolist())
-            listed = keys.tile_indptr[tile_pass.request[tile]].long() + lists.tiles[entries].long()
+            listed = keys.tile_indptr[tile_pass.request[tile]] + lists.tiles_of(head * tile_pass.num_tiles + tile)
             slots, key_positions = keys.slots[listed].flatten(), keys.positions[listed].flatten()
             rows = slice(int(tile_pass.indptr[tile]), int(tile_pass.indptr[tile + 1]))
             visible = element_mask(

@@ -83,26 +83,33 @@ class TilePass:
 
 @dataclass(frozen=True)
 class TileLists:
-    """For every (head, query tile) the key tiles it reads, in CSR form: list ``h * T + t``.
+    """For every (head, query tile) the key tiles it reads: list ``h * T + t``.
 
     A list has its *full* tiles first, those of which every row of the query tile sees every key, so that no positions
-    need comparing; then the others. Both parts ascend.
+    need comparing; then the others. Both parts ascend. Lists may lie anywhere, share entries and leave gaps: how much
+    memory they need is then known before what they hold.
 
-    ``indptr`` int32 [H * T + 1]; ``tiles`` int32 [n]: key tile, counted within the request.
-    ``full`` int32 [H * T]: number of full tiles of each list.
+    ``begin``, ``count``, ``full`` int32 [H * T]: first entry of each list, its tiles, and how many of these are full.
+    ``tiles`` int32 [capacity]: key tile, counted within the request.
     ``sink``, ``reach`` int32 [H, T]: bounds of the near region (see :class:`Region`).
     """
 
-    indptr: torch.Tensor
-    tiles: torch.Tensor
+    begin: torch.Tensor
+    count: torch.Tensor
     full: torch.Tensor
+    tiles: torch.Tensor
     sink: torch.Tensor
     reach: torch.Tensor
+
+    def tiles_of(self, index: int) -> torch.Tensor:
+        """The tiles of one list; waits for the device."""
+        begin = int(self.begin[index])
+        return self.tiles[begin : begin + int(self.count[index])]
 
     @cached_property
     def order(self) -> torch.Tensor:
         """Lists by length, the longest first, int32 [H * T]: the order in which to start them on many processors."""
-        return self.indptr.diff().argsort(descending=True).int()
+        return self.count.argsort(descending=True).int()
 
 
 def tile_visibility(
@@ -145,8 +152,9 @@ def lists_from_map(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tens
         full = (key_min >= sinks) & (key_max <= query_min - reaches)
     parts = torch.stack([selected & full, selected & ~full], dim=2)
     counts = parts.sum(-1, dtype=torch.int32).flatten(0, 1)
-    indptr = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0)).int()
-    return TileLists(indptr, parts.nonzero()[:, 3].int(), counts[:, 0].contiguous(), sink, reach)
+    count = counts.sum(1)
+    begin = (count.cumsum(0) - count).int()
+    return TileLists(begin, count.int(), counts[:, 0].contiguous(), parts.nonzero()[:, 3].int(), sink, reach)
 
 
 def element_mask(

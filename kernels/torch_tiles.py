@@ -51,7 +51,7 @@ def attend(
     )
     part = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
-    lengths = lists.indptr.diff().long()
+    lengths = lists.count.long()
     row_counts = tile_pass.indptr.diff().long().repeat(heads)
     work = torch.nonzero(lengths).squeeze(1)
     # Longest lists first; among equal ones those with the same number of rows stay together.
@@ -137,8 +137,7 @@ def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.
     row_index = head[:, None] * tile_pass.rows.numel() + row_slot
 
     # Key tiles [B, L]; entries past a short list repeat its first tile and are masked.
-    first = lists.indptr[work].long()
-    count = lists.indptr[work + 1] - first
+    first, count = lists.begin[work].long(), lists.count[work]
     lane = torch.arange(int(count.max()), device=device)
     listed = lane < count[:, None]
     entry = first[:, None] + torch.where(listed, lane, 0)

@@ -133,7 +133,7 @@ def compare(
     blind = torch.isneginf(want[1])
     untouched = torch.ones(exact.out.shape[0], dtype=torch.bool)
     untouched[rows] = False
-    lengths = lists.indptr.diff()
+    lengths = lists.count
     return {
         "case": case.name,
         "pass": tile_pass.region.value,

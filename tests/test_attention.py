@@ -178,10 +178,10 @@ def test_full_tiles_come_first_and_need_no_mask(tiles: tuple[int, int]) -> None:
     for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
         lists = random_lists(problem, tile_pass, seed)
         masked = 0
-        for index in range(lists.indptr.numel() - 1):
+        for index in range(lists.count.numel()):
             head, tile = divmod(index, tile_pass.num_tiles)
             rows = slice(*tile_pass.indptr[tile : tile + 2].tolist())
-            listed = lists.tiles[slice(*lists.indptr[index : index + 2].tolist())]
+            listed = lists.tiles_of(index)
             count = int(lists.full[index])
             assert (listed[:count].diff() > 0).all()
             assert (listed[count:].diff() > 0).all()
@@ -203,7 +203,7 @@ def test_full_tiles_come_first_and_need_no_mask(tiles: tuple[int, int]) -> None:
 def test_longest_lists_start_first() -> None:
     problem = problems.make(tile_queries=32, tile_keys=16)
     lists = random_lists(problem, problem.plan.near, 0)
-    assert (lists.indptr.diff()[lists.order.long()].diff() <= 0).all()
+    assert (lists.count[lists.order.long()].diff() <= 0).all()
 
 
 def test_ops_rejects_what_does_not_belong_together() -> None:
