@@ -65,7 +65,7 @@ def plan_of(video: offline.Prefill, grid: tuple[int, ...], config: Config) -> pr
     return build([request], torch.arange(1, video.length + 1, dtype=torch.int32)[None], **sizes)
 
 
-def error(layer: offline.Layer, probed: probe.Probe, kept: torch.Tensor, tiles: torch.Tensor | None) -> float:
+def error(layer: offline.Layer, probed: probe.WeightProbe, kept: torch.Tensor, tiles: torch.Tensor | None) -> float:
     """Relative output error of the probe rows, what is not kept lost or summarised by the tile of each key, [keys]."""
     rows, group = probed.rows.rows, layer.query.shape[1] // layer.key.shape[1]
     causal = torch.arange(kept.shape[-1]) <= probed.rows.positions[:, None]

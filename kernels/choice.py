@@ -21,10 +21,6 @@ SLACK = 0.005
 """Mass that rows below the target may lack of it, on average over all rows, where a head counts as reaching it."""
 
 
-_Visible = dict[tuple[int, int], torch.Tensor]
-"""(sink, reach) -> visible tiles."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """What the configuration allows.
@@ -62,10 +58,24 @@ class KeyTiles:
 
 
 @dataclass(frozen=True)
+class CellTiles:
+    """Tiles of the cell pass for one far region.
+
+    ``visible`` bool [t', n']: those that hold a key of it.
+    ``cost`` int64 [n' + bands + 1]: tiles beyond a query tile's own that each v-line, each h-line and the neighbours
+    add, at least 1.
+    """
+
+    visible: torch.Tensor
+    cost: torch.Tensor
+
+
+@dataclass(frozen=True)
 class CellView:
     """The cell order of one request as selection needs it; made once per forward, as what follows from it.
 
     ``own_lo``, ``own_hi`` int32 [t']: the key tiles of the cells that a query tile holds, ``[own_lo, own_hi)``.
+    ``row_tiles`` int64 [P]: the probe rows' query tile.
     ``bands`` int64 [t']: the band of each query tile, ascending from 0. A band is consecutive query tiles for which
     the same probe rows stand. ``band_of_row`` int64 [P]: the band of each probe row.
     ``stride``: tokens from a frame to the next, the largest of the request.
@@ -75,17 +85,39 @@ class CellView:
     keys: KeyTiles
     own_lo: torch.Tensor
     own_hi: torch.Tensor
+    row_tiles: torch.Tensor
     bands: torch.Tensor
     band_of_row: torch.Tensor
     num_bands: int
     stride: int
-    _far: _Visible = field(default_factory=dict, repr=False)
+    _tiles: dict[tuple[int, int], CellTiles] = field(default_factory=dict, repr=False)
 
-    def far_tiles(self, sink: int, reach: int) -> torch.Tensor:
-        """Tiles of the cell pass that hold a key of the far region: bool [t', n']."""
-        if (sink, reach) not in self._far:
-            self._far[sink, reach] = _visible(Region.FAR, self.queries, self.keys, sink, reach)
-        return self._far[sink, reach]
+    def tiles(self, sink: int, reach: int) -> CellTiles:
+        """Tiles of the cell pass for the far region of a sink and a reach."""
+        if (sink, reach) not in self._tiles:
+            visible = _visible(Region.FAR, self.queries, self.keys, sink, reach)
+            rest = visible & ~self.own
+            by_band = torch.zeros(self.num_bands, dtype=torch.int64, device=rest.device)
+            by_band.index_add_(0, self.bands, rest.sum(1))
+            cost = torch.cat([rest.sum(0), by_band, (rest & self.beside).sum()[None]]).clamp_min(1)
+            self._tiles[sink, reach] = CellTiles(visible, cost)
+        return self._tiles[sink, reach]
+
+    @cached_property
+    def own_at_rows(self) -> torch.Tensor:
+        """Key tiles of the cells of each probe row's query tile: bool [P, n']."""
+        return self.own[self.row_tiles]
+
+    @cached_property
+    def beside_at_rows(self) -> torch.Tensor:
+        """The same with those before and behind them: bool [P, n']."""
+        return self.beside[self.row_tiles]
+
+    @cached_property
+    def rows_in_band(self) -> torch.Tensor:
+        """Share of all probe rows that each one is in its band: fp32 [P, bands]."""
+        rows = self.band_of_row.numel()
+        return torch.nn.functional.one_hot(self.band_of_row, self.num_bands).float() / rows
 
     @cached_property
     def own(self) -> torch.Tensor:
@@ -104,18 +136,46 @@ class CellView:
 
 
 @dataclass(frozen=True)
+class SlashTiles:
+    """Tiles of the sequence pass for columns and diagonals; ``q`` is query tiles, or those of the probe rows.
+
+    Diagonal ``b`` is, for each row, the key tile ``b`` tiles before its own.
+
+    ``first``, ``last`` int64 [t]: key tiles of the earliest and the latest row of each query tile, at most ``span`` of
+    them; ``row_first``, ``row_last`` int64 [P]: those of the probe rows' query tiles; ``row_own`` int64 [P]: their own.
+    ``causal``, ``fixed`` bool [t, n]: tiles that dense attention computes, and those of the sink and the window.
+    ``fixed_at_rows`` bool [P, n]. ``cost`` int64 [2 * n]: causal tiles of each column and each diagonal, at least 1.
+    """
+
+    first: torch.Tensor
+    last: torch.Tensor
+    row_first: torch.Tensor
+    row_last: torch.Tensor
+    row_own: torch.Tensor
+    span: int
+    causal: torch.Tensor
+    fixed: torch.Tensor
+    fixed_at_rows: torch.Tensor
+    cost: torch.Tensor
+
+
+@dataclass(frozen=True)
 class View:
     """One request's tiles for the query rows of one modality; made once per forward, as what follows from it.
 
-    ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [P]: the probe rows' query tile in it.
-    ``cell`` is None where the rows take no part in a cell pass.
+    ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [P]: the probe rows' query tile in it;
+    ``row_positions`` int32 [P]: the rows' token positions. ``span``: most key tiles that the rows of a query tile lie
+    in, first to last. ``cell`` is None where the rows take no part in a cell pass.
     """
 
     queries: QueryTiles
     keys: KeyTiles
     row_tiles: torch.Tensor
+    row_positions: torch.Tensor
+    span: int
     cell: CellView | None
-    _near: _Visible = field(default_factory=dict, repr=False)
+    _near: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
+    _slash: dict[tuple[int, int], SlashTiles] = field(default_factory=dict, repr=False)
 
     @cached_property
     def causal_tiles(self) -> torch.Tensor:
@@ -128,18 +188,24 @@ class View:
             self._near[sink, reach] = _visible(Region.NEAR, self.queries, self.keys, sink, reach)
         return self._near[sink, reach]
 
-    @cached_property
-    def diagonals(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key tiles ``[low, high)`` that diagonal ``b`` touches for each query tile: int64 [t, n] each.
-
-        Diagonal ``b`` is, for each row, the key tile ``b`` tiles before its own.
-        """
-        tile, back = self.keys.tile_keys, torch.arange(self.keys.min_pos.numel(), device=self.keys.min_pos.device)
-        first, last = (
-            torch.div(bound, tile, rounding_mode="floor")[:, None].long() - back
-            for bound in (self.queries.min_pos, self.queries.max_pos)
-        )
-        return first.clamp_min(0), (last + 1).clamp_min(0)
+    def slash_tiles(self, sink: int, window: int) -> SlashTiles:
+        """What columns and diagonals are, where the first ``sink`` and the last ``window`` keys are read anyhow."""
+        if (sink, window) not in self._slash:
+            tile, key_tile = self.keys.tile_keys, torch.arange(self.keys.min_pos.numel(), device=self.row_tiles.device)
+            first, last, row_own = (
+                torch.div(positions, tile, rounding_mode="floor").long()
+                for positions in (self.queries.min_pos, self.queries.max_pos, self.row_positions)
+            )
+            causal = self.near_tiles(0, UNBOUNDED)
+            window_first = (first - -(-window // tile))[:, None]
+            fixed = (key_tile < -(-sink // tile)) | ((key_tile >= window_first) & (key_tile <= last[:, None]))
+            low, high = ((bound[:, None] - key_tile).clamp_min(0) for bound in (first, last + 1))
+            cost = torch.cat([causal.sum(0), (high - low).sum(0)]).clamp_min(1)
+            at_rows = first[self.row_tiles], last[self.row_tiles], row_own
+            self._slash[sink, window] = SlashTiles(
+                first, last, *at_rows, self.span, causal, fixed, fixed[self.row_tiles], cost
+            )
+        return self._slash[sink, window]
 
 
 @dataclass(frozen=True)

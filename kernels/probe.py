@@ -1,17 +1,21 @@
 """Probe: where the attention mass of a few query rows of the chunk lies.
 
-Cost per (request, layer) with ``P`` probe rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the scores and
-the dense output, ``4 * H * P * N`` bytes of fp32 weights written once and read about five times, and the keys and
-values read once. With one row in 128 that is 1/128 of the dense chunk's FLOPs. Callers bound the memory by probing
-some heads at a time.
+:func:`run` is the portable way, which holds the rows' softmax weights; :mod:`.probe_triton` never does. Cost per
+(request, layer) with ``P`` probe rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the scores and the dense
+output, ``4 * H * P * N`` bytes of fp32 weights written once and read about five times, and the keys and values read
+once. With one row in 128 that is 1/128 of the dense chunk's FLOPs. Callers bound the memory by probing some heads at a
+time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
+
+from .tiles import Region, element_mask
 
 
 @dataclass(frozen=True)
@@ -19,25 +23,57 @@ class ProbeRows:
     """Rows of one request and one query modality whose attention is computed in full.
 
     ``rows`` int64 [P]: batch row. ``positions`` int32 [P]: token position; ``first``: the smallest of them.
-    ``cell_tiles`` int64 [P]: the row's query tile in the request's cell pass, counted within the request (empty when
-    the rows take no part in a cell pass).
-    ``key_tile`` int64 [length]: token position -> key tile of the cell order, of which there are ``key_tiles``.
+    ``key_tile`` int64 [length]: token position -> key tile of the cell order, of which there are ``key_tiles`` (none
+    where the rows take no part in a cell pass).
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
     first: int
-    cell_tiles: torch.Tensor
     key_tile: torch.Tensor
     key_tiles: int
 
 
+Bound = int | torch.Tensor
+"""A sink or a reach: the same for all heads, or int32 [H]."""
+
+
+class Probe(Protocol):
+    """Dense attention of the probe rows, for some heads: their output, and their mass by key tile.
+
+    ``output`` fp32 [H, P, Dv]. Masses are shares of a row's softmax; keys in the future have none.
+    """
+
+    @property
+    def rows(self) -> ProbeRows:
+        """The rows that were probed."""
+        ...
+
+    @property
+    def output(self) -> torch.Tensor:
+        """Their dense output."""
+        ...
+
+    @property
+    def tile_mass(self) -> torch.Tensor:
+        """All mass by key tile of the sequence order: fp32 [H, P, n]."""
+        ...
+
+    def near(self, sink: Bound, reach: Bound) -> torch.Tensor:
+        """Mass in the near region by key tile of the sequence order: fp32 [H, P, n]."""
+        ...
+
+    def far(self, sink: Bound, reach: Bound) -> torch.Tensor:
+        """Mass in the far region by key tile of the cell order: fp32 [H, P, n']."""
+        ...
+
+
 @dataclass(frozen=True)
-class Probe:
-    """Dense attention of the probe rows, for some heads.
+class WeightProbe:
+    """A probe that holds all weights.
 
     ``weights`` fp32 [H, P, n * tile_keys]: softmax weights over the request's keys in sequence order, 0 in the future
-    and behind the last key. ``output`` fp32 [H, P, Dv]: the rows' dense output.
+    and behind the last key.
     """
 
     rows: ProbeRows
@@ -47,22 +83,53 @@ class Probe:
 
     @cached_property
     def tile_mass(self) -> torch.Tensor:
-        """Mass per key tile of the sequence order: fp32 [H, P, n]."""
-        heads, rows, _ = self.weights.shape
-        return self.weights.view(heads, rows, -1, self.tile_keys).sum(-1)
+        """See :class:`Probe`."""
+        return self._by_tile(self.weights)
 
-    @cached_property
-    def cell_mass(self) -> torch.Tensor:
-        """Mass per key tile of the cell order: fp32 [H, P, n']."""
-        heads, rows, _ = self.weights.shape
-        mass = self.weights.new_zeros(heads, rows, self.rows.key_tiles)
-        known = self.weights[..., : self.cell_tile.numel()]
-        return mass.scatter_add_(2, self.cell_tile.expand(heads, rows, -1), known)
+    def near(self, sink: Bound, reach: Bound) -> torch.Tensor:
+        """See :class:`Probe`."""
+        return self._by_tile(self.weights * self._region(Region.NEAR, sink, reach))
+
+    def far(self, sink: Bound, reach: Bound) -> torch.Tensor:
+        """See :class:`Probe`."""
+        if isinstance(sink, torch.Tensor) or isinstance(reach, torch.Tensor):
+            return self._by_cell(self.weights * self._region(Region.FAR, sink, reach))
+        # The near region is a few keys: what they hold is taken out of the mass of their tiles.
+        positions = self.rows.positions.long()[:, None]
+        first = torch.arange(min(sink, self.cell_tile.numel()), device=positions.device).expand(len(positions), -1)
+        window = positions - torch.arange(min(reach, self.weights.shape[2]), device=positions.device)
+        index = torch.cat([first, window.clamp_min(0)], dim=1)
+        near = torch.cat([first <= positions, window >= sink], dim=1)
+        heads = self.weights.shape[0]
+        weights = self.weights.gather(2, index.expand(heads, -1, -1)) * near
+        mass = self._cell_mass.clone()
+        return mass.scatter_add_(2, self.cell_tile[index].expand(heads, -1, -1), -weights).clamp_min_(0)
 
     @property
     def cell_tile(self) -> torch.Tensor:
         """Cell-order key tile of the keys that ``weights`` has and the layout knows: int64 [known]."""
         return self.rows.key_tile[: self.weights.shape[2]]
+
+    @cached_property
+    def _cell_mass(self) -> torch.Tensor:
+        return self._by_cell(self.weights)
+
+    def _region(self, region: Region, sink: Bound, reach: Bound) -> torch.Tensor:
+        keys = torch.arange(self.weights.shape[2], device=self.weights.device)
+        return element_mask(region, self.rows.positions[:, None], keys, by_head(sink), by_head(reach))
+
+    def _by_tile(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.view(*weights.shape[:2], -1, self.tile_keys).sum(-1)
+
+    def _by_cell(self, weights: torch.Tensor) -> torch.Tensor:
+        mass = weights.new_zeros(*weights.shape[:2], self.rows.key_tiles)
+        known = weights[..., : self.cell_tile.numel()]
+        return mass.scatter_add_(2, self.cell_tile.expand(known.shape), known)
+
+
+def by_head(bound: Bound) -> Bound:
+    """A bound that broadcasts over [H, P, keys]."""
+    return bound[:, None, None] if isinstance(bound, torch.Tensor) else bound
 
 
 def run(
@@ -72,7 +139,7 @@ def run(
     slots: torch.Tensor,
     rows: ProbeRows,
     scale: float,
-) -> Probe:
+) -> WeightProbe:
     """Computes the probe rows' attention over a request's keys.
 
     ``query`` [batch rows, H, D]; ``key_pool`` [slots, KV heads, D]; ``slots`` int64 [n, tile_keys]: the request's key
@@ -89,4 +156,4 @@ def run(
     weights[..., rows.first + 1 :].masked_fill_(late > rows.positions[:, None], float("-inf"))
     weights = torch.softmax(weights, dim=-1)
     output = torch.matmul(weights.view(kv_heads, -1, weights.shape[2]), values).view(heads, len(rows.rows), -1)
-    return Probe(rows, weights, output, slots.shape[1])
+    return WeightProbe(rows, weights, output, slots.shape[1])

@@ -1,22 +1,29 @@
 """Selection: from the probe's attention mass to key tiles per (head, query tile), for one request and query modality.
 
 Every pattern proposes a :class:`~.choice.Choice` for all heads at once. What a pattern may add beyond what it always
-reads is a list of *candidates*, sets of tiles such as a column or a diagonal, ranked by mass per tile.
+reads is a list of *candidates*, sets of tiles such as a column or a diagonal. A candidate's *level* is the logarithm of
+its useful mass per tile, in steps of a third of an octave; a tile's level is the highest of the candidates it is in.
+Candidates are taken from the highest level down to a threshold, so summing the mass of the probe rows' tiles by level
+tells once what every threshold reaches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from .choice import EXACT, SLACK, Choice, Limits, View, dense
-from .probe import Probe
+from .choice import EXACT, SLACK, Choice, Limits, SlashTiles, View, dense
+from .probe import Probe, WeightProbe
 from .tiles import Region, element_mask
 
-_SEARCH_STEPS = 5
-"""Evaluations in search of the fewest candidates that reach the target, beyond the first two."""
+LEVELS = 63
+"""Levels of candidates, 0 to 62: 21 octaves of mass per tile."""
+ALWAYS = LEVELS
+"""Level of what is read in any case, the highest threshold."""
+PER_OCTAVE = 3
+WORTH = 18
+"""The level that begins at ``min_gain``. Six octaves below it is the last one, which takes all that is less."""
 
 
 def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int) -> Choice:
@@ -24,7 +31,7 @@ def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int)
 
     Nothing is searched, so the only coverage it heeds is the exact one.
     """
-    heads = probe.weights.shape[0]
+    heads = probe.output.shape[0]
     base = dense(view, heads)
     if limits.coverage >= EXACT:
         return base
@@ -35,7 +42,7 @@ def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int)
         sink=torch.full_like(base.sink, sink),
         reach=torch.full_like(base.reach, reach),
     )
-    return _covering(choice, _near_weights(probe, sink, reach)[1].sum(-1), limits.coverage)
+    return _covering(choice, probe.near(sink, reach).sum(-1), limits.coverage)
 
 
 def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, window: int) -> Choice:
@@ -43,38 +50,24 @@ def vertical_slash(view: View, probe: Probe, limits: Limits, *, sink: int, windo
 
     The columns of the sink and the diagonals of the window are always read; the others by probed mass.
     """
-    base = dense(view, probe.weights.shape[0])
+    base = dense(view, probe.output.shape[0])
     if limits.coverage >= EXACT:
         return base
-    tile, tiles = view.keys.tile_keys, view.keys.min_pos.numel()
-    low, high = view.diagonals
-    row_low, row_high = low[view.row_tiles], high[view.row_tiles]
-    row_mass = probe.tile_mass
+    slash = view.slash_tiles(sink, window)
+    loose = probe.tile_mass * ~slash.fixed_at_rows
+    start = 1 - loose.sum(-1)
+    useful = _useful(loose, limits.coverage - start)
+    mass = torch.cat([useful, _by_distance(useful, slash)], dim=2).mean(1)
+    levels = _levels(mass, slash.cost, view.causal_tiles, limits)
+    columns, diagonals = levels.chunk(2, dim=1)
 
-    always = torch.zeros(1, 2 * tiles, dtype=torch.bool, device=low.device)
-    always[:, : -(-sink // tile)] = True
-    always[:, tiles : tiles + 1 + -(-window // tile)] = True
-    fixed = (always[:, None, :tiles] | _paint(always[:, tiles:], low, high, tiles)) & base.near[:1]
-    fixed_at_rows = always[:, None, :tiles] | _paint(always[:, tiles:], row_low, row_high, tiles)
-
-    causal = base.near[0]
-    column_cost = causal.sum(0)
-    diagonal_cost = (high.clamp_max(tiles) - low).clamp_min(0).sum(0)
-    loose = row_mass * ~fixed_at_rows
-    useful = _useful(loose, limits.coverage - (row_mass * fixed_at_rows).sum(-1))
-    mass = torch.cat([useful, _diagonal_mass(useful, probe.rows.positions, tile)], dim=2).mean(1)
-    cost = torch.cat([column_cost, diagonal_cost]).clamp_min(1)
-
-    def reached(chosen: torch.Tensor) -> torch.Tensor:
-        at_rows = chosen[:, None, :tiles] | _paint(chosen[:, tiles:], row_low, row_high, tiles) | fixed_at_rows
-        return (row_mass * at_rows).sum(-1)
-
-    def near(chosen: torch.Tensor) -> torch.Tensor:
-        return (chosen[:, None, :tiles] | _paint(chosen[:, tiles:], low, high, tiles) | fixed) & base.near
-
-    candidates = _Candidates(mass, cost, reached, lambda chosen: near(chosen).sum((1, 2)))
-    chosen = _fewest(candidates, view.causal_tiles, limits)
-    return _covering(replace(base, near=near(chosen)), reached(chosen), limits.coverage)
+    at_rows = torch.maximum(columns[:, None], _on_diagonals(diagonals, slash.row_first, slash.row_last, slash.span))
+    on_tiles = torch.maximum(columns[:, None], _on_diagonals(diagonals, slash.first, slash.last, slash.span))
+    on_tiles = on_tiles.masked_fill_(slash.fixed, ALWAYS).masked_fill_(~slash.causal, -1)
+    reached = _reached(start, loose, at_rows)
+    threshold = _threshold(reached, _tiles(on_tiles), view.causal_tiles, limits)
+    choice = replace(base, near=on_tiles >= threshold[:, None, None])
+    return _covering(choice, _at(reached, threshold), limits.coverage)
 
 
 def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min_lines: int) -> Choice:
@@ -85,13 +78,13 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min
     bands of query tiles that read everything; and neighbours, the cells before and behind a query tile's own. At least
     ``min_lines`` v-lines are taken.
     """
-    cell = view.cell
-    if cell is None:
+    if view.cell is None:
         raise ValueError("the grid pattern needs a cell pass; these rows have none")
-    heads = probe.weights.shape[0]
+    cell = view.cell
+    heads = probe.output.shape[0]
+    tiles = cell.tiles(sink, reach)
     base = dense(view, heads)
     near = view.near_tiles(sink, reach)
-    visible = cell.far_tiles(sink, reach)
     base = replace(
         base,
         near=near.expand(heads, -1, -1),
@@ -99,44 +92,141 @@ def grid(view: View, probe: Probe, limits: Limits, *, sink: int, reach: int, min
         reach=torch.full_like(base.reach, reach),
     )
     if limits.coverage >= EXACT:
-        return replace(base, far=visible.expand(heads, -1, -1))
+        return replace(base, far=tiles.visible.expand(heads, -1, -1))
 
-    own, beside = cell.own, cell.beside
-    rows = probe.rows.cell_tiles
-    near_mass, far_mass = _split_mass(probe, sink, reach)
-    start = near_mass + (far_mass * own[rows]).sum(-1)
-    loose = far_mass * ~own[rows]
-    rest = visible & ~own
-    keys, bands = cell.keys.min_pos.numel(), cell.num_bands
-
+    loose = probe.far(sink, reach) * ~cell.own_at_rows
+    start = 1 - loose.sum(-1)
     need = limits.coverage - start
-    useful = _useful(loose, need)
-    in_band = torch.nn.functional.one_hot(cell.band_of_row, bands).to(loose.dtype)
-    share = _useful(loose.sum(-1), need) @ in_band / rows.numel()
-    neighbours = _useful((loose * beside[rows]).sum(-1), need).mean(-1, keepdim=True)
-    mass = torch.cat([useful.mean(1), share, neighbours], dim=1)
-    band_cost = torch.zeros(bands, dtype=torch.int64, device=rest.device).index_add_(0, cell.bands, rest.sum(1))
-    cost = torch.cat([rest.sum(0), band_cost, (rest & beside).sum()[None]]).clamp_min(1)
-
-    def at(chosen: torch.Tensor, tile_bands: torch.Tensor, own_like: torch.Tensor) -> torch.Tensor:
-        lines, whole, wide = chosen[:, :keys], chosen[:, keys:-1], chosen[:, -1]
-        return lines[:, None] | whole[:, tile_bands, None] | (wide[:, None, None] & own_like)
-
-    def reached(chosen: torch.Tensor) -> torch.Tensor:
-        return start + (loose * at(chosen, cell.band_of_row, beside[rows])).sum(-1)
-
-    def far(chosen: torch.Tensor) -> torch.Tensor:
-        return (own | at(chosen, cell.bands, beside)) & visible
-
-    candidates = _Candidates(mass, cost, reached, lambda chosen: near.sum() + far(chosen).sum((1, 2)))
-    chosen = _fewest(candidates, view.causal_tiles, limits)
+    lines = _useful(loose, need).mean(1)
+    share = _useful(loose.sum(-1), need) @ cell.rows_in_band
+    neighbours = _useful((loose * cell.beside_at_rows).sum(-1), need).mean(-1, keepdim=True)
+    mass = torch.cat([lines, share, neighbours], dim=1)
+    levels = _levels(mass, tiles.cost, view.causal_tiles, limits)
     if min_lines:
-        chosen = chosen.scatter(1, mass[:, :keys].topk(min(min_lines, keys), dim=1).indices, value=True)
-    return _covering(replace(base, far=far(chosen)), reached(chosen), limits.coverage)
+        top = lines.topk(min(min_lines, lines.shape[1]), dim=1).indices
+        levels.scatter_(1, top, ALWAYS)
+    line, band, wide = torch.split(levels, [lines.shape[1], cell.num_bands, 1], dim=1)
+
+    at_rows = torch.maximum(line[:, None], band[:, cell.band_of_row, None])
+    at_rows = torch.where(cell.beside_at_rows, torch.maximum(at_rows, wide[..., None]), at_rows)
+    on_tiles = torch.maximum(line[:, None], band[:, cell.bands, None])
+    on_tiles = torch.where(cell.beside, torch.maximum(on_tiles, wide[..., None]), on_tiles)
+    on_tiles = on_tiles.masked_fill_(cell.own, ALWAYS).masked_fill_(~tiles.visible, -1)
+    reached = _reached(start, loose, at_rows)
+    threshold = _threshold(reached, near.sum() + _tiles(on_tiles), view.causal_tiles, limits)
+    choice = replace(base, far=on_tiles >= threshold[:, None, None])
+    return _covering(choice, _at(reached, threshold), limits.coverage)
 
 
-def kept(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
-    """Keys that the probe rows see under a choice, element by element: bool [H, P, keys]."""
+def measured(view: View, probe: Probe, choice: Choice, limits: Limits) -> Choice:
+    """The choice with the coverage that it really keeps; patterns by themselves know theirs."""
+    by_row = (probe.near(choice.sink, choice.reach) * choice.near[:, view.row_tiles]).sum(-1)
+    if choice.far is not None and view.cell is not None:
+        by_row += (probe.far(choice.sink, choice.reach) * choice.far[:, view.cell.row_tiles]).sum(-1)
+    return _covering(choice, by_row, limits.coverage)
+
+
+def _covering(choice: Choice, by_row: torch.Tensor, target: float) -> Choice:
+    """The choice that keeps this mass of each probe row, fp32 [H, P]."""
+    return replace(choice, coverage=by_row.mean(-1), missing=_missing(by_row, target))
+
+
+def _missing(by_row: torch.Tensor, target: float) -> torch.Tensor:
+    """Mass that the rows below the target lack of it, on average over all rows: fp32 [H, P, ...] -> [H, ...]."""
+    return (target - by_row).clamp_min(0).mean(1)
+
+
+def _useful(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
+    """Mass of rows [H, P, ...] up to what they lack to the target [H, P]: more is no use to the row."""
+    need = need.clamp_min(0).view(*need.shape, *[1] * (mass.dim() - 2))
+    return torch.minimum(mass, need)
+
+
+def _levels(mass: torch.Tensor, cost: torch.Tensor, causal: torch.Tensor, limits: Limits) -> torch.Tensor:
+    """Levels of candidates by mass, fp32 [H, m], and tiles, [m]: int8 [H, m], -1 for those without mass.
+
+    ``causal``: tiles of dense attention, 0-d, so that ``mass * causal / cost`` is in units of an average tile's mass.
+    """
+    gain = mass * (causal / cost / (limits.min_gain or 1.0))
+    level = gain.log2().mul_(PER_OCTAVE).floor_().add_(WORTH).clamp_(0, LEVELS - 1)
+    return torch.where(mass > 0, level, -1).to(torch.int8)
+
+
+def _reached(start: torch.Tensor, mass: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """What each row has at every threshold: fp32 [H, P, LEVELS + 1].
+
+    ``start`` [H, P]: what it has anyhow. ``mass``, ``level`` [H, P, n]: by tile.
+    """
+    by_level = mass.new_zeros(*mass.shape[:2], LEVELS + 2).scatter_add_(2, level.long() + 1, mass)
+    return start[..., None] + _from_above(by_level)
+
+
+def _tiles(level: torch.Tensor) -> torch.Tensor:
+    """Number of tiles at every threshold: int8 [H, t, n] -> int64 [H, LEVELS + 1]."""
+    heads, bins = level.shape[0], LEVELS + 2
+    by_head = torch.arange(1, heads * bins, bins, device=level.device)[:, None]
+    counted = torch.bincount((level.flatten(1) + by_head).flatten(), minlength=heads * bins)
+    return _from_above(counted.view(heads, bins))
+
+
+def _from_above(by_level: torch.Tensor) -> torch.Tensor:
+    """Sums over all levels from each threshold up; the first entry, what is in no candidate, is dropped."""
+    return by_level.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+
+
+def _at(reached: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return reached.gather(2, threshold[:, None, None].expand(-1, reached.shape[1], 1))[..., 0]
+
+
+def _threshold(reached: torch.Tensor, tiles: torch.Tensor, causal: torch.Tensor, limits: Limits) -> torch.Tensor:
+    """The threshold of each head, int64 [H]: the highest that takes the rows to the target.
+
+    Rows below the target are not made up for by rows above it; over all rows :data:`~.choice.SLACK` may be missing. A
+    head that cannot get there within ``max_density`` is diffuse: much mass in many tiles, whose loss costs little
+    output. It gets those candidates that hold ``min_gain`` times the mass of an average causal tile, per tile, level by
+    level as far as that allows. By threshold: ``reached`` fp32 [H, P, LEVELS + 1] and ``tiles`` int64 [H, LEVELS + 1].
+    ``causal``: tiles of dense attention, 0-d.
+    """
+    enough = (_missing(reached, limits.coverage) <= SLACK).sum(1)
+    affordable = (tiles <= torch.maximum(limits.max_density * causal, tiles[:, -1:])).sum(1)
+    best, lowest = enough - 1, LEVELS + 1 - affordable
+    return torch.where(best >= lowest, best, lowest.clamp_min(WORTH if limits.min_gain else 0))
+
+
+def _by_distance(mass: torch.Tensor, slash: SlashTiles) -> torch.Tensor:
+    """Mass by distance in tiles from the row's own tile, from mass by tile: fp32 [H, P, n] -> [H, P, n]."""
+    source = slash.row_own[:, None] - torch.arange(mass.shape[2], device=mass.device)
+    picked = mass.gather(2, source.clamp_min(0).expand(mass.shape))
+    return picked * (source >= 0)
+
+
+def _on_diagonals(levels: torch.Tensor, first: torch.Tensor, last: torch.Tensor, span: int) -> torch.Tensor:
+    """Highest level of the diagonals that touch each key tile: int8 [H, n] -> [H, q, n].
+
+    Rows whose key tiles are ``first`` to ``last``, int64 [q], at most ``span`` of them, have key tile ``j`` on the
+    diagonals ``first - j`` to ``last - j``. The maximum over so many is that of two powers of two that overlap.
+    """
+    heads, tiles = levels.shape
+    steps = max(span - 1, 0).bit_length()
+    table = [torch.nn.functional.pad(levels, (span, 2 * span), value=-1)]
+    for step in range(steps):
+        table.append(torch.maximum(table[-1], torch.nn.functional.pad(table[-1][:, 1 << step :], (0, 1 << step))))
+    width = table[0].shape[1]
+    flat = torch.stack(table, dim=1).flatten(1)
+    length = last - first + 1
+    power = torch.zeros_like(length)
+    for step in range(1, steps + 1):
+        power += length >= 1 << step
+    away = torch.arange(tiles, device=levels.device)
+    low = (first[:, None] - away + span).clamp(0, width - 1)
+    high = (last[:, None] - away + span + 1 - (1 << power)[:, None]).clamp(0, width - 1)
+    index = power[:, None] * width + torch.stack([low, high])
+    found = flat.gather(1, index.flatten().expand(heads, -1)).view(heads, 2, *low.shape)
+    return torch.maximum(found[:, 0], found[:, 1])
+
+
+def kept(view: View, probe: WeightProbe, choice: Choice) -> torch.Tensor:
+    """Keys that the probe rows see under a choice, element by element: bool [H, P, keys]; what coverage means."""
     heads, rows, length = probe.weights.shape
     keys = torch.arange(length, device=probe.weights.device)
     sink, reach = choice.sink[:, None, None], choice.reach[:, None, None]
@@ -146,126 +236,5 @@ def kept(view: View, probe: Probe, choice: Choice) -> torch.Tensor:
         known = probe.cell_tile.numel()
         index = probe.cell_tile.expand(heads, rows, -1)
         far = (keys <= probe.rows.positions[:, None]) & ~near
-        seen[..., :known] |= choice.far[:, probe.rows.cell_tiles].gather(2, index) & far[..., :known]
+        seen[..., :known] |= choice.far[:, view.cell.row_tiles].gather(2, index) & far[..., :known]
     return seen
-
-
-def measured(view: View, probe: Probe, choice: Choice, limits: Limits) -> Choice:
-    """The choice with the coverage that its masks really keep; patterns by themselves know theirs."""
-    return _covering(choice, (probe.weights * kept(view, probe, choice)).sum(-1), limits.coverage)
-
-
-def _covering(choice: Choice, by_row: torch.Tensor, target: float) -> Choice:
-    """The choice that keeps this mass of each probe row, fp32 [H, P]."""
-    return replace(choice, coverage=by_row.mean(-1), missing=_missing(by_row, target))
-
-
-def _missing(by_row: torch.Tensor, target: float) -> torch.Tensor:
-    """Mass that the rows below the target lack of it, on average over all rows: fp32 [H, P] -> [H]."""
-    return (target - by_row).clamp_min(0).mean(-1)
-
-
-def _useful(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
-    """Mass of rows [H, P, ...] up to what they lack to the target [H, P]: more is no use to the row."""
-    need = need.clamp_min(0).view(*need.shape, *[1] * (mass.dim() - 2))
-    return torch.minimum(mass, need)
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """Sets of tiles that may be added to what a pattern always reads.
-
-    ``mass`` fp32 [H, m]: useful mass of each by itself; several may hold the same mass. ``cost`` int64 [m]: its tiles.
-    ``reached``: chosen ones, bool [H, m] -> coverage by row, fp32 [H, P]; ``tiles``: -> tiles of the head, int64 [H].
-    """
-
-    mass: torch.Tensor
-    cost: torch.Tensor
-    reached: Callable[[torch.Tensor], torch.Tensor]
-    tiles: Callable[[torch.Tensor], torch.Tensor]
-
-
-def _fewest(candidates: _Candidates, causal: torch.Tensor, limits: Limits) -> torch.Tensor:
-    """The fewest candidates, best mass per tile first, that take the rows to the target: bool [H, m].
-
-    Rows below the target are not made up for by rows above it; over all rows :data:`~.choice.SLACK` may be missing. A
-    head that cannot get there within ``max_density`` is diffuse: much mass in many tiles, whose loss costs little
-    output. It gets those candidates that hold ``min_gain`` times the mass of an average causal tile, per tile. How many
-    are needed is searched on the sum of masses, each step measured. ``causal``: tiles of dense attention, 0-d.
-    """
-    mass, cost = candidates.mass, candidates.cost
-    budget = limits.max_density * causal
-    nothing = torch.zeros_like(mass, dtype=torch.bool)
-    gain = mass / cost
-    rank = gain.argsort(dim=1, descending=True)
-    total = mass.gather(1, rank).cumsum(1)
-    before = torch.nn.functional.pad(total[:, :-1], (1, 0))
-
-    def choose(amount: torch.Tensor) -> torch.Tensor:
-        return nothing.scatter(1, rank, before < amount[:, None]) & (mass > 0)
-
-    def missing(chosen: torch.Tensor) -> torch.Tensor:
-        return _missing(candidates.reached(chosen), limits.coverage)
-
-    # The sum of masses is at least what is added, so no amount below the missing one can do.
-    low = (missing(nothing) - SLACK).clamp_min(0)
-    high = total[:, -1] * (1 + 1e-4) + 1e-6
-    best, least = choose(high), choose(low)
-    possible, done = missing(best) <= SLACK, missing(least) <= SLACK
-    best = torch.where(done[:, None], least, best)
-    for _ in range(_SEARCH_STEPS):
-        middle = (low.clamp_min(1e-4) * high).sqrt()
-        tried = choose(middle)
-        enough = missing(tried) <= SLACK
-        best = torch.where((enough & ~done)[:, None], tried, best)
-        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
-    fixed = candidates.tiles(nothing)
-    worth = (gain * causal >= limits.min_gain) & (mass > 0)
-    affordable = (cost * worth).gather(1, rank).cumsum(1) <= (budget - fixed)[:, None]
-    economical = worth & nothing.scatter(1, rank, affordable)
-    within = torch.maximum(budget, fixed)
-    return torch.where((possible & (candidates.tiles(best) <= within))[:, None], best, economical)
-
-
-def _near_weights(probe: Probe, sink: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of the probe rows' near region, sink and window: positions int64 [P, m] and weights fp32 [H, P, m].
-
-    Of a position that is not there, or twice, the weight is 0.
-    """
-    positions = probe.rows.positions.long()[:, None]
-    keys = probe.weights.shape[2]
-    device = positions.device
-    first = torch.arange(min(sink, keys), device=device).expand(positions.shape[0], -1)
-    window = positions - torch.arange(min(reach, keys), device=device)
-    index = torch.cat([first, window.clamp_min(0)], dim=1)
-    seen = torch.cat([first <= positions, window >= sink], dim=1)
-    weights = probe.weights.gather(2, index.expand(probe.weights.shape[0], -1, -1))
-    return index, weights * seen
-
-
-def _split_mass(probe: Probe, sink: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mass of the probe rows in their near region, fp32 [H, P], and in the far one by cell-order tile, [H, P, n']."""
-    heads = probe.weights.shape[0]
-    index, weights = _near_weights(probe, sink, reach)
-    mass = probe.cell_mass.clone()
-    tile = probe.cell_tile[index.clamp_max(probe.cell_tile.numel() - 1)]
-    mass.scatter_add_(2, tile.expand(heads, -1, -1), -weights)
-    return weights.sum(-1), mass.clamp_min_(0)
-
-
-def _diagonal_mass(row_mass: torch.Tensor, positions: torch.Tensor, tile: int) -> torch.Tensor:
-    """Mass by distance in tiles from the row's own tile, from mass by tile: fp32 [H, P, n] -> [H, P, n]."""
-    heads, rows, tiles = row_mass.shape
-    source = torch.div(positions, tile, rounding_mode="floor")[:, None] - torch.arange(tiles, device=row_mass.device)
-    picked = row_mass.gather(2, source.clamp_min(0).long().expand(heads, rows, -1))
-    return picked * (source >= 0)
-
-
-def _paint(chosen: torch.Tensor, low: torch.Tensor, high: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Marks the key tiles of the chosen diagonals: ``chosen`` bool [H, diagonals] -> bool [H, t, tiles]."""
-    heads, queries = chosen.shape[0], low.shape[0]
-    steps = torch.zeros(heads, queries, tiles + 1, dtype=torch.int32, device=chosen.device)
-    amount = chosen[:, None, :].int().expand(-1, queries, -1)
-    steps.scatter_add_(2, low.clamp_max(tiles).expand(heads, -1, -1), amount)
-    steps.scatter_add_(2, high.clamp_max(tiles).expand(heads, -1, -1), -amount)
-    return steps[..., :tiles].cumsum(-1) > 0

@@ -187,22 +187,26 @@ def build(
                     keys=request.layout.cell_tiles,
                     own_lo=own_lo[group_far],
                     own_hi=own_hi[group_far],
+                    row_tiles=torch.from_numpy(rows.far_tiles).to(device),
                     bands=torch.from_numpy(rows.bands).to(device),
                     band_of_row=torch.from_numpy(rows.band_of_row).to(device),
                     num_bands=rows.num_bands,
                     stride=request.layout.stride,
                 )
+            positions = torch.from_numpy(rows.positions).to(device)
+            ends = (on_host(f"seq.tile_{end}_pos")[near_slice] // tile_keys for end in ("max", "min"))
             view = View(
                 queries=QueryTiles(near.min_pos[near_slice], near.max_pos[near_slice]),
                 keys=_visible(request, request.layout.sequence_tiles),
                 row_tiles=torch.from_numpy(rows.near_tiles).to(device),
+                row_positions=positions,
+                span=int(np.subtract(*ends).max()) + 1,
                 cell=cell,
             )
             probed = ProbeRows(
                 rows=torch.from_numpy(rows.rows).to(device),
-                positions=torch.from_numpy(rows.positions).to(device),
+                positions=positions,
                 first=int(rows.positions.min()),
-                cell_tiles=torch.from_numpy(rows.far_tiles).to(device),
                 key_tile=(request.layout.key_tile if has_cells else uploaded[:0]).long(),
                 key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
             )

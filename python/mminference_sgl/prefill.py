@@ -155,7 +155,7 @@ class _Layer:
     scale: float
     id: int | None
 
-    def probe(self, group: RowGroup, heads: slice) -> probe.Probe:
+    def probe(self, group: RowGroup, heads: slice) -> probe.WeightProbe:
         """Probes the group's rows for a block of whole GQA groups."""
         kv_heads = slice(*(bound * self.key_pool.shape[1] // len(self.specs) for bound in (heads.start, heads.stop)))
         slots = self.plan.near.keys.slots[self.plan.key_tiles[group.request]]
@@ -226,7 +226,7 @@ class Proposals:
         self._limits = Limits(config.coverage, config.max_density, config.min_gain)
         self._previous = previous
         self._made: dict[str, Choice] = {}
-        self.picked = torch.zeros(probed.weights.shape[0], dtype=torch.int64, device=probed.weights.device)
+        self.picked = torch.zeros(probed.output.shape[0], dtype=torch.int64, device=probed.output.device)
 
     def choose(self, wanted: Sequence[tuple[str, str]]) -> Choice:
         """One choice for all heads out of each head's (pattern on text keys, pattern on media keys)."""
@@ -254,7 +254,7 @@ class Proposals:
     def _propose(self, pattern: str) -> Choice:
         view, probed, limits, budgets = self._view, self._probed, self._limits, self._budgets
         if pattern == "dense":
-            return choices.dense(view, probed.weights.shape[0])
+            return choices.dense(view, probed.output.shape[0])
         if pattern == "a_shape":
             return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
         if pattern == "vertical_slash":

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from mminference_sgl.geometry import IMAGE, VIDEO, Item
-from mminference_sgl.kernels.probe import Probe
+from mminference_sgl.kernels.probe import WeightProbe
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class StrideSearch:
             search._runs.setdefault((start, end), _Run(start, end))
         return search
 
-    def listen(self, probed: Probe, layer: int | None) -> None:
+    def listen(self, probed: WeightProbe, layer: int | None) -> None:
         """Adds what one layer's probe of media rows shows, for some heads; waits for nothing."""
         if not (layer or 0) % _EVERY:
             for run in self._runs.values():
@@ -125,7 +125,7 @@ class _Run:
         self._extent = 0
         self._answered = 0
 
-    def listen(self, probed: Probe) -> None:
+    def listen(self, probed: WeightProbe) -> None:
         extent = min(probed.weights.shape[2], self.end + 1) - self.start
         if extent < MIN_RUN or probed.rows.first > self.end:
             return
@@ -152,7 +152,7 @@ class _Run:
         return self.stride
 
 
-def distance_spectrum(probed: Probe, start: int, end: int, distances: int) -> torch.Tensor:
+def distance_spectrum(probed: WeightProbe, start: int, end: int, distances: int) -> torch.Tensor:
     """How far the mass at each distance row - key stands out, both inside tokens [start, end): fp32 [distances].
 
     Summed over heads, each by how many times the mass around a distance it puts there: a sharp head is heard, a diffuse
