@@ -8,20 +8,28 @@ first one left, so that merging costs one read of the output.
 Floor per listed tile of M rows and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and per sub-tile ``N * (D + Dv)`` elements
 of the pool plus ``8 * N`` bytes of slots, or 8 bytes where tiles are whole pages (and ``4 * N`` of positions for a
 tile that compares them). docs/kernels.md has what that means on a device.
+
+Three bodies read the pool: keys of a tile gathered by their slots; whole pages by pointers; whole pages by tensor
+descriptors (TMA), which :func:`choose` takes where the device, the head size and the pool's memory allow it.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_table import NATIVE_FP8, Launch, device_architecture, fitted, lookup
+from .launch_table import NATIVE_FP8, Launch, device_architecture, fitted, lookup, lookup_pages
 from .tiles import ABSENT, Region, TileLists, TilePass
 
 NO_TOKEN = tl.constexpr(ABSENT)
+
+ALIGNMENT = 16
+"""Bytes to which descriptors (TMA) want memory and strides aligned."""
 
 
 @triton.jit
@@ -50,6 +58,35 @@ def widen(b_block, DTYPE: tl.constexpr, FP8_BITS: tl.constexpr):
 
 
 @triton.jit
+def load_pool(
+    p_pool,
+    b_slot,
+    m_slot,
+    i_kv,
+    stride,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Columns ``FIRST`` to ``FIRST + WIDTH`` of a step's keys or values, those that ``m_slot`` leaves out as 0.
+
+    By pointers ``p_pool`` is at the head and ``b_slot`` has a slot per row; by a descriptor ``b_slot`` is the first
+    slot. A descriptor's load cannot leave out rows, and 0 * NaN is no 0: they are replaced afterwards.
+    """
+    if DESCRIPTORS:
+        b_block = p_pool.load([i_kv, b_slot, FIRST])
+        b_block = widen(b_block.reshape(b_block.shape[1], WIDTH), DTYPE, FP8_BITS)
+        if m_slot is not None:
+            b_block = tl.where(m_slot[:, None], b_block, 0.0)
+    else:
+        b_block = widen(load_rows(p_pool, b_slot, m_slot, stride, FIRST, WIDTH, HEAD_DIM), DTYPE, FP8_BITS)
+    return b_block
+
+
+@triton.jit
 def attend_tiles(
     b_acc,
     b_acc_rest,
@@ -62,6 +99,7 @@ def attend_tiles(
     reach,
     p_key,
     p_value,
+    i_kv,
     stride_key_slot,
     stride_value_slot,
     p_slots,
@@ -79,6 +117,7 @@ def attend_tiles(
     BLOCK_N: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     FP8_BITS: tl.constexpr,
     FAR: tl.constexpr,
     MASKED: tl.constexpr,
@@ -90,7 +129,9 @@ def attend_tiles(
     b_far_edge = b_pos - reach
     for step in tl.range(0, count * PARTS):
         key_first = (tile_first + tl.load(p_tiles + step // PARTS)) * TILE_KEYS + (step % PARTS) * BLOCK_N
-        if CONTIGUOUS:
+        if DESCRIPTORS:
+            b_slot = tl.load(p_slots + key_first).to(tl.int32)
+        elif CONTIGUOUS:
             b_slot = tl.load(p_slots + key_first).to(tl.int64) + o_n
         else:
             b_slot = tl.load(p_slots + key_first + o_n).to(tl.int64)
@@ -101,10 +142,14 @@ def attend_tiles(
                 # Behind a request's last key a page may hold anything, and 0 * NaN is no 0.
                 m_slot = b_key_pos != NO_TOKEN
         # keys x head size
-        b_key = widen(load_rows(p_key, b_slot, None, stride_key_slot, 0, BLOCK_D, HEAD_DIM), DTYPE, FP8_BITS)
+        b_key = load_pool(
+            p_key, b_slot, None, i_kv, stride_key_slot, 0, BLOCK_D, HEAD_DIM, DESCRIPTORS, FP8_BITS, DTYPE
+        )
         b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
         if REST_D > 0:
-            b_key = widen(load_rows(p_key, b_slot, None, stride_key_slot, BLOCK_D, REST_D, HEAD_DIM), DTYPE, FP8_BITS)
+            b_key = load_pool(
+                p_key, b_slot, None, i_kv, stride_key_slot, BLOCK_D, REST_D, HEAD_DIM, DESCRIPTORS, FP8_BITS, DTYPE
+            )
             b_score = tl.dot(b_query_rest, tl.trans(b_key), b_score, input_precision="ieee")
         b_score *= scale_log2
         if MASKED:
@@ -124,11 +169,23 @@ def attend_tiles(
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_max = b_new_max
         b_weight = b_weight.to(DTYPE)
-        b_value = widen(load_rows(p_value, b_slot, m_slot, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V), DTYPE, FP8_BITS)
+        b_value = load_pool(
+            p_value, b_slot, m_slot, i_kv, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V, DESCRIPTORS, FP8_BITS, DTYPE
+        )
         b_acc = tl.dot(b_weight, b_value, b_acc * b_decay[:, None], input_precision="ieee")
         if REST_DV > 0:
-            b_value = widen(
-                load_rows(p_value, b_slot, m_slot, stride_value_slot, BLOCK_DV, REST_DV, HEAD_DIM_V), DTYPE, FP8_BITS
+            b_value = load_pool(
+                p_value,
+                b_slot,
+                m_slot,
+                i_kv,
+                stride_value_slot,
+                BLOCK_DV,
+                REST_DV,
+                HEAD_DIM_V,
+                DESCRIPTORS,
+                FP8_BITS,
+                DTYPE,
             )
             b_acc_rest = tl.dot(b_weight, b_value, b_acc_rest * b_decay[:, None], input_precision="ieee")
     return b_acc, b_acc_rest, b_sum, b_max
@@ -187,6 +244,7 @@ def attend_kernel(
     SUB_TILES: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     FP8_BITS: tl.constexpr,
     FAR: tl.constexpr,
     MERGE: tl.constexpr,
@@ -194,6 +252,7 @@ def attend_kernel(
     """One list and one sub-tile of its rows; the names of its arguments are those of the pass and the lists.
 
     Head sizes that are no power of two come in two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded.
+    With ``DESCRIPTORS``, ``p_key`` and ``p_value`` are those of :func:`describe`.
     """
     # Sub-tiles of a list start together, so that what they read twice comes from L2.
     i_list = tl.load(p_order + tl.program_id(0) // SUB_TILES)
@@ -219,8 +278,10 @@ def attend_kernel(
     if REST_D > 0:
         b_query_rest = load_rows(p_query, b_row, m_row, stride_query_row, BLOCK_D, REST_D, HEAD_DIM)
 
-    p_key += i_head // GROUP * stride_key_head
-    p_value += i_head // GROUP * stride_value_head
+    i_kv = (i_head // GROUP).to(tl.int32)
+    if not DESCRIPTORS:
+        p_key += i_head // GROUP * stride_key_head
+        p_value += i_head // GROUP * stride_value_head
     p_tiles += tl.load(p_begin + i_list)
     tile_first = tl.load(p_tile_indptr + tl.load(p_request + i_tile)).to(tl.int64)
     full = tl.load(p_full + i_list)
@@ -258,6 +319,7 @@ def attend_kernel(
             reach,
             p_key,
             p_value,
+            i_kv,
             stride_key_slot,
             stride_value_slot,
             p_slots,
@@ -275,6 +337,7 @@ def attend_kernel(
             BLOCK_N,
             TILE_KEYS,
             CONTIGUOUS,
+            DESCRIPTORS,
             FP8_BITS,
             FAR,
             MASKED,
@@ -310,6 +373,9 @@ def attend(
 
     ``key_scale`` and ``value_scale`` are what a pool's elements are multiplied by, for pools in fp8 e4m3.
     ``launch`` replaces the table's entry.
+
+    Raises:
+        ValueError: ``launch`` asks for descriptors where there can be none.
     """
     heads, head_dim = query.shape[1:]
     keys = tile_pass.keys
@@ -319,7 +385,9 @@ def attend(
         key_pool, value_pool = key_pool.view(torch.uint8), value_pool.view(torch.uint8)
         key_scale, value_scale = key_scale * 256, value_scale * 256
     if launch is None:
-        launch = lookup(architecture, max(head_dim, value_pool.shape[2]), key_pool.element_size())
+        launch = choose(architecture, key_pool, value_pool, contiguous=keys.contiguous)
+    elif launch.descriptors and keys.contiguous and not describable(launch, key_pool, value_pool):
+        raise ValueError(f"{launch} asks for descriptors, but these pools cannot be read through them")
     launch = fitted(launch, tile_pass.tile_queries, keys.tile_keys)
     constants = constants_for(
         launch,
@@ -333,10 +401,15 @@ def attend(
         far=tile_pass.region is Region.FAR,
         merge=merge,
     )
+    operands = [key_pool, value_pool]
+    if constants["DESCRIPTORS"]:
+        operands = [
+            describe(pool, constants["BLOCK_N"], constants[block])
+            for pool, block in zip(operands, ("BLOCK_D", "BLOCK_DV"), strict=True)
+        ]
     attend_kernel[(lists.order.numel() * constants["SUB_TILES"],)](
         query,
-        key_pool,
-        value_pool,
+        *operands,
         out,
         lse,
         tile_pass.rows,
@@ -371,6 +444,43 @@ def attend(
     )
 
 
+def choose(architecture: int, key_pool: torch.Tensor, value_pool: torch.Tensor, *, contiguous: bool) -> Launch:
+    """The table's entry for pools [slots, KV heads, D]: one with descriptors only where :func:`describable` holds."""
+    shape = architecture, max(key_pool.shape[2], value_pool.shape[2]), key_pool.element_size()
+    launch = lookup_pages(*shape) if contiguous else None
+    if launch is None or (launch.descriptors and not describable(launch, key_pool, value_pool)):
+        launch = lookup(*shape)
+    return launch
+
+
+def describable(launch: Launch, *pools: torch.Tensor) -> bool:
+    """Whether whole pages of these pools can be read through descriptors, by the device's rules (TMA).
+
+    Memory and strides are aligned to 16 bytes, and a head's elements are neighbours. A descriptor has one box: a head
+    in two blocks must have two of the same width, so heads of 80 and 96 cannot. Bytes whose bits are converted
+    (``uint8``) are for devices without descriptors.
+    """
+    for pool in pools:
+        block, rest = head_blocks(pool.shape[2], split=launch.split)
+        slot, head, element = pool.stride()
+        size = pool.element_size()
+        if pool.dtype == torch.uint8 or element != 1 or rest not in (0, block):
+            return False
+        if any(offset % ALIGNMENT for offset in (pool.data_ptr(), slot * size, head * size)):
+            return False
+    return True
+
+
+def describe(pool: torch.Tensor, keys: int, width: int) -> TensorDescriptor:
+    """A pool [slots, KV heads, D] as [KV heads, slots, D] in boxes of ``width`` columns of ``keys`` slots of one head.
+
+    Making one takes 2 to 3 us of the host and no memory of the device, so none is kept. Columns behind a head's last
+    one are read as 0.
+    """
+    slots, heads, head_dim = pool.shape
+    return TensorDescriptor(pool, [heads, slots, head_dim], [pool.stride(1), pool.stride(0), 1], [1, keys, width])
+
+
 def constants_for(
     launch: Launch,
     tile_queries: int,
@@ -400,12 +510,14 @@ def constants_for(
         "SUB_TILES": -(-tile_queries // launch.rows),
         "TILE_KEYS": tile_keys,
         "CONTIGUOUS": contiguous,
+        "DESCRIPTORS": launch.descriptors and contiguous,
         "FP8_BITS": fp8_bits,
         "FAR": far,
         "MERGE": merge,
     }
 
 
+@cache
 def head_blocks(head_dim: int, *, split: bool) -> tuple[int, int]:
     """Two powers of two that hold a head: 64 + 16 for 80, 64 + 32 for 96; the second is 0 where it saves nothing.
 

@@ -2,9 +2,10 @@
 
 Nothing here has been timed yet. An entry is the first that compiles without spills of 128 x 64, 128 x 32, 64 x 64 and
 64 x 32, with the head in one part before halves: rows first, because keys and values are read once per sub-tile.
-``make tune`` measures on a GPU and rewrites :data:`TABLE`, with what it measured behind each line; ``python
-tests/aot.py`` compiles every entry without one and prints registers, stack and shared memory. No entry may spill or
-need more shared memory than its architecture has; the tests assert both.
+Whole pages have entries of their own where they come through descriptors; two stages only where three spill.
+``make tune`` measures on a GPU and rewrites :data:`TABLE` and :data:`PAGE_TABLE`, with what it measured behind each
+line; ``python tests/aot.py`` compiles every entry without one and prints registers, stack and shared memory. No entry
+may spill or need more shared memory than its architecture has; the tests assert both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Launch(NamedTuple):
     """``rows`` of a query tile per program, ``keys`` of a key tile per step, warps and pipeline stages.
 
     ``split``: the head comes in two halves, so that fewer registers hold operands of matrix instructions.
+    ``descriptors``: key tiles that are whole pages come through tensor descriptors (TMA).
     """
 
     rows: int
@@ -28,6 +30,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     split: bool = False
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 
 NATIVE_FP8 = 89
 """First architecture with instructions that convert e4m3."""
+
+NATIVE_DESCRIPTORS = 90
+"""First architecture with tensor descriptors (TMA)."""
 
 TABLE: dict[tuple[int, int, int], Launch] = {
     # (architecture, head size, bytes of a pool element): rows, keys, warps, stages
@@ -118,6 +124,28 @@ TABLE: dict[tuple[int, int, int], Launch] = {
     (120, 256, 1): Launch(64, 32, 8, 3, split=True),
 }
 
+PAGE_TABLE: dict[tuple[int, int, int], Launch] = {
+    # The same for key tiles that are whole pages; what is not here takes TABLE's entry.
+    (90, 64, 2): Launch(128, 64, 8, 3, descriptors=True),
+    (90, 128, 2): Launch(128, 64, 8, 3, descriptors=True),
+    (90, 256, 2): Launch(128, 32, 8, 3, split=True, descriptors=True),
+    (100, 64, 2): Launch(128, 64, 8, 2, split=True, descriptors=True),
+    (100, 128, 2): Launch(128, 64, 8, 3, descriptors=True),
+    (100, 256, 2): Launch(128, 64, 8, 3, split=True, descriptors=True),
+    (120, 64, 2): Launch(128, 64, 8, 3, descriptors=True),
+    (120, 128, 2): Launch(128, 32, 8, 3, descriptors=True),
+    (120, 256, 2): Launch(64, 32, 8, 3, descriptors=True),
+    (90, 64, 1): Launch(128, 64, 8, 3, descriptors=True),
+    (90, 128, 1): Launch(128, 64, 8, 3, descriptors=True),
+    (90, 256, 1): Launch(128, 64, 8, 3, split=True, descriptors=True),
+    (100, 64, 1): Launch(128, 64, 8, 3, descriptors=True),
+    (100, 128, 1): Launch(128, 64, 8, 3, descriptors=True),
+    (100, 256, 1): Launch(128, 64, 8, 3, split=True, descriptors=True),
+    (120, 64, 1): Launch(128, 64, 8, 3, descriptors=True),
+    (120, 128, 1): Launch(128, 32, 8, 3, split=True, descriptors=True),
+    (120, 256, 1): Launch(64, 64, 8, 3, split=True, descriptors=True),
+}
+
 FLOAT32 = Launch(16, 16, 4, 3)
 """For fp32, which computes without tensor cores and exists for tests."""
 
@@ -128,6 +156,17 @@ def lookup(architecture: int, head_dim: int, element_size: int) -> Launch:
     Raises:
         ValueError: no architecture or head size of the table covers these.
     """
+    entry = (*_covering(architecture, head_dim), element_size)
+    return FLOAT32 if element_size == 4 else TABLE[entry]
+
+
+def lookup_pages(architecture: int, head_dim: int, element_size: int) -> Launch | None:
+    """The entry for key tiles that are whole pages, if they have one of their own; arguments as for :func:`lookup`."""
+    return PAGE_TABLE.get((*_covering(architecture, head_dim), element_size))
+
+
+def _covering(architecture: int, head_dim: int) -> tuple[int, int]:
+    """The architecture and the head size whose entries serve these."""
     known = max((arch for arch in ARCHITECTURES if arch <= architecture), default=None)
     width = min((size for size in HEAD_DIMS if size >= head_dim), default=None)
     if known is None or width is None:
@@ -135,7 +174,7 @@ def lookup(architecture: int, head_dim: int, element_size: int) -> Launch:
             f"no launch entry for compute capability {architecture / 10} and head size {head_dim}: "
             f"the kernels are made for {min(ARCHITECTURES) / 10} and newer and for heads up to {max(HEAD_DIMS)}"
         )
-    return FLOAT32 if element_size == 4 else TABLE[known, width, element_size]
+    return known, width
 
 
 def fitted(launch: Launch, tile_queries: int, tile_keys: int) -> Launch:

@@ -2,7 +2,8 @@
 
 ``python tests/aot.py`` compiles every entry of the launch table in every variant that a server runs and prints a table
 with the worst of the variants; ``python tests/aot.py --arch 90 --head 128 --every-variant`` asks for less or more;
-``--launch 128,64,8,3`` tries something that is not in the table.
+``--launch 128,64,8,3`` tries something that is not in the table, and ``--launch 128,64,8,3,0,1`` whole pages through
+descriptors (the fifth number is ``split``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mminference_sgl.kernels import attend
-from mminference_sgl.kernels.launch_table import ARCHITECTURES, HEAD_DIMS, NATIVE_FP8, Launch, fitted, lookup
+from mminference_sgl.kernels.launch_table import (
+    ARCHITECTURES,
+    HEAD_DIMS,
+    NATIVE_FP8,
+    PAGE_TABLE,
+    Launch,
+    fitted,
+    lookup,
+)
 
 TILE_QUERIES, TILE_KEYS = 128, 64
 """The configuration's defaults."""
@@ -55,7 +64,10 @@ SERVED = (
     Variant(False, True, True),
 )
 """A sequence pass that writes, a cell pass that merges, and heads that the guard runs again, from whole pages."""
-EVERY = tuple(itertools.starmap(Variant, itertools.product((False, True), repeat=3)))
+PAGES = (Variant(False, False, True), Variant(False, True, True))
+"""What runs from whole pages: sequence passes that write, and those that merge."""
+EVERY = (*PAGES, *itertools.starmap(Variant, itertools.product((False, True), (False, True), (False,))))
+"""Whole pages come in token order only, so never with the far region."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Registers and bytes of stack per thread, bytes of shared memory per block, matrix instructions in the loop."""
+    """Registers and bytes of stack per thread, bytes of shared memory per block, matrix instructions in the loop.
+
+    ``bulk_loads``: whether it loads through descriptors.
+    """
 
     arch: int
     head_dim: int
@@ -82,6 +97,7 @@ class Compiled:
     stack: int
     shared: int
     matrix: str
+    bulk_loads: bool
 
     @property
     def fits(self) -> bool:
@@ -111,15 +127,20 @@ def jobs(
 def table_jobs() -> list[Job]:
     """Every entry: in the served variants, and at the head size of nearly all models in all variants on two devices.
 
-    Of what differs least, one variant: fp8 pools; sm_86, whose code is sm_80's; fp16, fp32 and tiles of 64 rows on
-    some devices.
+    Of what differs least, one variant: fp8 pools; sm_86, whose code is sm_80's; whole pages by pointers where the
+    device has descriptors; other head sizes with descriptors; fp16, fp32 and tiles of 64 rows on some devices.
     """
     result = []
     for arch in (arch for arch in ARCHITECTURES if arch != 89):
         for head_dim in HEAD_DIMS:
-            variants = EVERY if head_dim == 128 and arch in {80, 90} else SERVED
-            result += jobs(arch, head_dim, "bf16", variants if arch != 86 else SERVED[2:])
-            result += jobs(89 if arch == 86 else arch, head_dim, "fp8", SERVED[2:])
+            described = (arch, head_dim, 2) in PAGE_TABLE
+            variants = SERVED[:2] if described else SERVED[2:] if arch == 86 else SERVED
+            result += jobs(arch, head_dim, "bf16", EVERY if head_dim == 128 and arch in {80, 90} else variants)
+            result += jobs(89 if arch == 86 else arch, head_dim, "fp8", SERVED[1:2] if described else SERVED[2:])
+    for (arch, head_dim, width), launch in PAGE_TABLE.items():
+        dtype = {1: "fp8", 2: "bf16"}[width]
+        result += jobs(arch, head_dim, dtype, PAGES if (head_dim, width) == (128, 2) else PAGES[1:], launch)
+    result += jobs(90, 128, "bf16", PAGES[1:], PAGE_TABLE[90, 128, 2], rows=64)
     for arch in (80, 90, 100):
         result += jobs(arch, 128, "fp16", SERVED[1:2])
         result += jobs(arch, 128, "bf16", SERVED[2:], rows=64)
@@ -155,6 +176,10 @@ def compile_job(job: Job) -> Compiled:
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif constants["DESCRIPTORS"] and name in {"p_key", "p_value"}:
+            box = [1, constants["BLOCK_N"], constants["BLOCK_D" if name == "p_key" else "BLOCK_DV"]]
+            signature[name] = f"tensordesc<{pool}{box}>"
+            continue
         elif name.startswith("p_"):
             signature[name] = "*" + pointers.get(name, "i32")
         else:
@@ -179,6 +204,7 @@ def compile_job(job: Job) -> Compiled:
         usage["STACK"],
         compiled.metadata.shared,
         matrix,
+        "cp.async.bulk.tensor" in ptx,
     )
 
 
@@ -211,9 +237,10 @@ def table(results: Iterable[Compiled]) -> list[str]:
         ordered, key=lambda r: (r.arch, r.dtype, r.head_dim, r.launch)
     ):
         group = list(found)
+        switches = " split" * launch.split + " TMA" * launch.descriptors
         low, high = min(r.registers for r in group), max(r.registers for r in group)
         cells = [
-            *(arch, head_dim, dtype, f"{launch.rows} x {launch.keys}{' split' if launch.split else ''}"),
+            *(arch, head_dim, dtype, f"{launch.rows} x {launch.keys}{switches}"),
             *(launch.warps, launch.stages, len(group)),
             str(high) if low == high else f"{low}-{high}",
             max(r.stack for r in group),
@@ -232,13 +259,15 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES))
     parser.add_argument("--every-variant", action="store_true")
     parser.add_argument(
-        "--launch", type=lambda text: Launch(*map(int, text.split(","))), metavar="ROWS,KEYS,WARPS,STAGES"
+        "--launch", type=lambda text: Launch(*map(int, text.split(","))), metavar="ROWS,KEYS,WARPS,STAGES[,SPLIT[,TMA]]"
     )
     parser.add_argument("--json", action="store_true", help="one object per kernel instead of a table")
     options = parser.parse_args()
     if options.arch or options.head or options.dtype or options.every_variant or options.launch:
         chosen = itertools.product(options.arch or ARCHITECTURES, options.head or HEAD_DIMS, options.dtype or ["bf16"])
         variants = EVERY if options.every_variant else SERVED
+        if options.launch and options.launch.descriptors:
+            variants = PAGES
         work = [job for entry in chosen for job in jobs(*entry, variants, options.launch)]
     else:
         work = table_jobs()

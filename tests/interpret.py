@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
@@ -66,13 +67,20 @@ CASES = (
     Case("value-head-48", 32, 16, 72, 2, 1, 1, value_dim=48),
     Case("fp8-bits", 32, 16, 64, 2, 1, 1, fp8=True),
     Case("fp8-bits-whole-pages", 32, 32, 80, 2, 1, 32, fp8=True),
+    Case("descriptors", 64, 64, 64, 2, 1, 64, Launch(32, 64, 2, 2, descriptors=True)),
+    Case("descriptors-sub-tiles", 32, 32, 32, 4, 2, 64, Launch(16, 16, 1, 2, descriptors=True)),
+    Case("descriptors-split-head", 32, 16, 128, 2, 2, 32, Launch(32, 16, 2, 2, split=True, descriptors=True)),
+    Case("descriptors-padded-heads", 16, 32, 56, 4, 1, 32, Launch(16, 32, 1, 2, descriptors=True), value_dim=24),
 )
 KEY_SCALE, VALUE_SCALE = 0.75, 1.5
 """Scales of the fp8 cases."""
 
 
 def main(dtype: torch.dtype, names: list[str]) -> None:
-    """Near pass into NaN memory, then the far pass merged into it, each against the reference in fp64."""
+    """Near pass into NaN memory, the far pass merged into it, other lists of the near pass merged into that.
+
+    Each against the reference in fp64, and whole pages by descriptors against the same by pointers.
+    """
     for case in CASES:
         if not names or case.name in names:
             run(case, dtype)
@@ -99,13 +107,28 @@ def run(case: Case, dtype: torch.dtype) -> None:
         options |= {"key_scale": KEY_SCALE, "value_scale": VALUE_SCALE}
     exact = Result(problem.query.double(), [pool.double() for pool in pools], problem.scale)
     plain = Result(problem.query, pools, problem.scale)
-    for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
-        near = seed == 0
-        lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, seed)
+    pointers = Result(ours.query, ours.pools, problem.scale)
+    for step, tile_pass in enumerate((problem.plan.near, problem.plan.far, problem.plan.near)):
+        lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, step)
         for result in (exact, plain):
-            result.run(reference, tile_pass, lists, merge=not near)
-        ours.run(attend, tile_pass, lists, merge=not near, **options)
-        print(json.dumps(compare(case, tile_pass, lists, exact, plain, ours)), flush=True)
+            result.run(reference, tile_pass, lists, merge=step > 0)
+        described = run_attend(ours, tile_pass, lists, merge=step > 0, **options)
+        line = compare(case, tile_pass, lists, exact, plain, ours) | {"step": step, "described": described}
+        if case.launch is not None and case.launch.descriptors:
+            other = {**options, "launch": case.launch._replace(descriptors=False)}
+            line["described_otherwise"] = run_attend(pointers, tile_pass, lists, merge=step > 0, **other)
+            line["same"] = all(
+                bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+                for a, b in ((ours.out, pointers.out), (ours.lse, pointers.lse))
+            )
+        print(json.dumps(line), flush=True)
+
+
+def run_attend(result: Result, *arguments, **options) -> int:
+    """Runs the kernel; returns how many descriptors its launch had."""
+    with mock.patch.object(attend, "describe", wraps=attend.describe) as describe:
+        result.run(attend, *arguments, **options)
+    return describe.call_count
 
 
 class Result:

@@ -18,8 +18,19 @@ import torch
 
 import aot
 import interpret
+import problems
 from mminference_sgl.kernels import attend
-from mminference_sgl.kernels.launch_table import ARCHITECTURES, HEAD_DIMS, TABLE, Launch, fitted, lookup
+from mminference_sgl.kernels.launch_table import (
+    ARCHITECTURES,
+    HEAD_DIMS,
+    NATIVE_DESCRIPTORS,
+    PAGE_TABLE,
+    TABLE,
+    Launch,
+    fitted,
+    lookup,
+)
+from test_attention import random_lists
 
 HERE = Path(__file__).parent
 
@@ -47,13 +58,26 @@ def interpreted(dtype: str) -> list[dict[str, Any]]:
 def test_attend_equals_reference_in_the_interpreter(dtype: str, case: interpret.Case) -> None:
     """bf16 is not tested: the interpreter computes it wrong without a word."""
     lines = [line for line in interpreted(dtype) if line["case"] == case.name]
-    assert [line["pass"] for line in lines] == ["near", "far"]
+    assert [line["pass"] for line in lines] == ["near", "far", "near"]
     for line in lines:
         assert line["same_blind_rows"], line
         allowed = 2 * line["plain_error"] + line["rounding"]
         assert line["error"] <= allowed, line
         assert line["outside"] <= allowed, line
         assert line["lse_error"] <= 2 * line["plain_lse_error"] + 1e-5, line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_descriptors_give_the_same_bits_as_pointers(dtype: str) -> None:
+    """Whole pages only: the far pass in between gathers. Page tails and pages of nobody hold NaN."""
+    cases = {case.name for case in interpret.CASES if case.launch is not None and case.launch.descriptors}
+    assert len(cases) == 4
+    lines = interpreted(dtype)
+    for line in lines:
+        expected = 2 if line["case"] in cases and line["pass"] == "near" else 0
+        assert line["described"] == expected, line
+    described = [line for line in lines if line["case"] in cases]
+    assert all(line["same"] and line["described_otherwise"] == 0 for line in described)
 
 
 def test_interpreted_lists_are_of_every_kind() -> None:
@@ -69,7 +93,7 @@ def test_interpreted_lists_are_of_every_kind() -> None:
 def test_checks_of_the_gpu_tests_run_without_one() -> None:
     """What `make test-gpu` and compute-sanitizer run, on their smallest shapes in the interpreter."""
     lines = output("gpu/checks.py", "--device", "cpu", TRITON_INTERPRET="1").splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all(line.startswith("ok ") for line in lines)
 
 
@@ -80,6 +104,10 @@ def test_every_table_entry_compiles_without_spills(capsys: pytest.CaptureFixture
         print("\n".join(aot.table(results)))
     compiled = {(result.arch, result.head_dim, aot.DTYPES[result.dtype]) for result in results}
     assert {entry for entry in TABLE if entry[0] != 89 and entry[2] == 2} <= compiled
+    described = [result for result in results if result.launch.descriptors]
+    described_entries = {entry for entry, launch in PAGE_TABLE.items() if launch.descriptors}
+    assert {(r.arch, r.head_dim, aot.DTYPES[r.dtype]) for r in described} == described_entries
+    assert [result for result in results if result.bulk_loads] == described
     assert not [result for result in results if not result.fits]
     tensor_cores = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     assert not [r for r in results if r.dtype != "fp32" and r.matrix != tensor_cores.get(r.arch, "mma.sync")]
@@ -93,6 +121,59 @@ def test_every_architecture_and_head_size_has_an_entry() -> None:
         lookup(75, 64, 2)
     with pytest.raises(ValueError, match="320"):
         lookup(90, 320, 2)
+
+
+def pools(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(128, 2, head_dim, dtype=dtype), torch.empty(128, 2, head_dim, dtype=dtype)
+
+
+def test_whole_pages_come_through_descriptors_where_the_device_has_them() -> None:
+    assert not [arch for (arch, *_), launch in PAGE_TABLE.items() if launch.descriptors and arch < NATIVE_DESCRIPTORS]
+    assert not [launch for launch in TABLE.values() if launch.descriptors]
+    assert attend.choose(90, *pools(), contiguous=True) == PAGE_TABLE[90, 128, 2]
+    assert attend.choose(103, *pools(64), contiguous=True) == PAGE_TABLE[100, 64, 2]
+    assert attend.choose(121, *pools(112, torch.float16), contiguous=True) == PAGE_TABLE[120, 128, 2]
+    assert attend.choose(90, *pools(dtype=torch.float8_e4m3fn), contiguous=True) == PAGE_TABLE[90, 128, 1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head_dim", "dtype", "contiguous"),
+    [
+        (90, 128, torch.bfloat16, False),
+        (89, 128, torch.bfloat16, True),
+        (80, 128, torch.uint8, True),
+        (90, 80, torch.bfloat16, True),
+        (90, 96, torch.bfloat16, True),
+        (90, 192, torch.bfloat16, True),
+        (90, 60, torch.bfloat16, True),
+        (90, 8, torch.float8_e4m3fn, True),
+    ],
+    ids=str,
+)
+def test_pointers_are_taken_otherwise(architecture: int, head_dim: int, dtype: torch.dtype, contiguous: bool) -> None:
+    """Gathered keys, older devices, heads in two unequal blocks, rows that are no multiple of 16 bytes."""
+    assert not attend.choose(architecture, *pools(head_dim, dtype), contiguous=contiguous).descriptors
+
+
+def test_memory_that_is_not_aligned_is_read_by_pointers() -> None:
+    key_pool, value_pool = pools()
+    shifted = torch.empty(value_pool.numel() + 4, dtype=value_pool.dtype)[4:].view(value_pool.shape)
+    wide = torch.empty(128, 2, 132, dtype=torch.bfloat16)[..., :128]
+    apart = torch.empty(128, 2, 256, dtype=torch.bfloat16)[..., ::2]
+    for pool in (shifted, wide, apart):
+        assert not attend.describable(Launch(128, 64, 8, 3, descriptors=True), pool)
+        assert not attend.choose(90, pool, value_pool, contiguous=True).descriptors
+        assert not attend.choose(90, key_pool, pool, contiguous=True).descriptors
+
+
+def test_a_launch_that_cannot_have_its_descriptors_is_refused() -> None:
+    problem = problems.make(problems.MIXED[:1], head_dim=80, page_size=64)
+    lists = random_lists(problem, problem.plan.near, 0)
+    out = torch.empty_like(problem.query)
+    operands = problem.query, problem.key_pool, problem.value_pool, problem.plan.near, lists, problem.scale
+    launch = Launch(16, 16, 1, 2, descriptors=True)
+    with pytest.raises(ValueError, match="cannot be read through them"):
+        attend.attend(*operands, out, out[..., 0].float(), merge=False, launch=launch)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import problems
 from mminference_sgl.kernels import attend, reference
-from mminference_sgl.kernels.launch_table import Launch
+from mminference_sgl.kernels.launch_table import NATIVE_DESCRIPTORS, Launch, device_architecture
 from test_attention import random_lists
 
 ODD = (
@@ -68,7 +68,9 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def check(setting: Setting, device: torch.device, seed: int) -> None:
-    """Both passes of a random problem, in memory that starts as NaN; raises AssertionError with what is off.
+    """Both passes of a random problem, and the first one's merged again with other lists, in memory that starts as NaN.
+
+    Raises AssertionError with what is off.
 
     Our error against fp64 must be at most twice that of plain PyTorch in the same dtype plus a band of rounding.
     """
@@ -84,8 +86,8 @@ def check(setting: Setting, device: torch.device, seed: int) -> None:
         seed=seed,
     )
     passes = [
-        (tile_pass, random_lists(problem, tile_pass, seed + far))
-        for far, tile_pass in enumerate((problem.plan.near, problem.plan.far))
+        (tile_pass, random_lists(problem, tile_pass, seed + step))
+        for step, tile_pass in enumerate((problem.plan.near, problem.plan.far, problem.plan.near))
     ]
     query, pools, passes = moved((problem.query, [problem.key_pool, problem.value_pool], passes), device)
     own, options = pools, {"launch": setting.launch}
@@ -137,7 +139,11 @@ def main() -> None:
     options = parser.parse_args()
     # The interpreter computes bf16 wrong.
     dtype = torch.float16 if options.device.type == "cpu" else torch.bfloat16
-    for setting in sanitized_settings(dtype):
+    settings = sanitized_settings(dtype)
+    if options.device.type == "cpu" or device_architecture(options.device) >= NATIVE_DESCRIPTORS:
+        launch = Launch(32, 16, 2, 2, descriptors=True)
+        settings.append(Setting(64, dtype, 64, tiles=(32, 16), launch=launch, requests=SMALL))
+    for setting in settings:
         check(setting, options.device, seed=1)
         print("ok", setting, flush=True)
 

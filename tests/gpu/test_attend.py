@@ -25,7 +25,14 @@ from mminference_sgl import selfcheck
 from mminference_sgl.catalog import load
 from mminference_sgl.config import Config
 from mminference_sgl.kernels import attend
-from mminference_sgl.kernels.launch_table import HEAD_DIMS, NATIVE_FP8, Launch, device_architecture
+from mminference_sgl.kernels.launch_table import (
+    HEAD_DIMS,
+    NATIVE_DESCRIPTORS,
+    NATIVE_FP8,
+    Launch,
+    device_architecture,
+    lookup,
+)
 from mminference_sgl.prefill import run_layer
 from test_attention import random_lists
 
@@ -72,6 +79,33 @@ def test_attend_with_other_launches(launch: Launch, page_size: int, seed: int) -
 def test_attend_on_fp8_pools(head_dim: int, page_size: int, seed: int) -> None:
     print("converted by", "the device" if device_architecture(DEVICE) >= NATIVE_FP8 else "bits")
     checks.check(checks.Setting(head_dim, torch.bfloat16, page_size, fp8=True), DEVICE, seed)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(128, 32, 8, 3, split=True), Launch(16, 16, 4, 2)],
+    ids=lambda launch: "-".join(map(str, launch)),
+)
+@pytest.mark.parametrize(
+    ("head_dim", "tiles", "fp8"), [(64, (128, 64), False), (128, (64, 32), False), (128, (128, 64), True)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_through_descriptors(
+    dtype: torch.dtype, head_dim: int, tiles: tuple[int, int], fp8: bool, launch: Launch, seed: int
+) -> None:
+    """Launches of the table and others; each must be right, whatever the table takes on this device."""
+    if device_architecture(DEVICE) < NATIVE_DESCRIPTORS:
+        pytest.skip("needs a device with tensor descriptors")
+    launch = launch._replace(descriptors=True)
+    checks.check(checks.Setting(head_dim, dtype, 64, tiles=tiles, launch=launch, fp8=fp8), DEVICE, seed)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attend_by_pointers_on_whole_pages(head_dim: int, fp8: bool, seed: int) -> None:
+    """What runs where the pool's memory is not aligned."""
+    launch = lookup(device_architecture(DEVICE), head_dim, 1 if fp8 else 2)
+    checks.check(checks.Setting(head_dim, torch.bfloat16, 64, launch=launch, fp8=fp8), DEVICE, seed)
 
 
 def test_attend_in_fp32(seed: int) -> None:
