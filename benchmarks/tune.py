@@ -1,8 +1,9 @@
 """``make tune``: measures launches of the attend kernel on this GPU and writes the best ones into the launch table.
 
 For every head size and pool dtype the candidates are timed on random lists of 64 tiles per query tile, from gathered
-keys; the fastest that compiles without spills and within the device's shared memory is taken. The table's own entry is
-one of them and stays unless another one is faster by more than 2 %. Its line then says what was measured and where.
+keys, and where the device has descriptors from whole pages too, by pointers and through descriptors; the fastest that
+compiles without spills and within the device's shared memory is taken. The table's own entry is one of them and stays
+unless another one is faster by more than 2 %. Its line then says what was measured and where.
 
 ``--resources`` needs no GPU: it compiles every entry and writes registers and shared memory behind it.
 """
@@ -25,7 +26,7 @@ from gpu import Clock, environment, say
 from gpu_inputs import Shape, make_layer
 from mminference_sgl.config import Config
 from mminference_sgl.kernels import attend, launch_table
-from mminference_sgl.kernels.launch_table import HEAD_DIMS, TABLE, Launch, device_architecture
+from mminference_sgl.kernels.launch_table import HEAD_DIMS, PAGE_TABLE, TABLE, Launch, device_architecture
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ WORTH = 0.98
 KEYS_PER_TILE, ROWS_PER_TILE = 64, 128
 
 Entry = tuple[int, int, int]
+_TABLE = re.compile(r"(\w*TABLE): dict\[")
 _LINE = re.compile(r"    \((\d+), (\d+), (\d+)\): (Launch\([^)]*\)),(?:  # (.*))?$")
 
 
@@ -49,17 +51,20 @@ class Tuned:
     note: str
 
 
-def candidates(own: Launch, head_dim: int) -> list[Launch]:
-    """The table's entry, then all others that make sense on some device."""
+def candidates(own: Launch, head_dim: int, bodies: Sequence[bool] = (False,)) -> list[Launch]:
+    """The table's entry, then all others that make sense on some device; ``bodies``: without descriptors, with them."""
     shapes = itertools.product(
-        ((128, 8), (64, 8), (64, 4)), (64, 32), (2, 3, 4), (False, True)[: 1 + (head_dim >= 128)]
+        ((128, 8), (64, 8), (64, 4)), (64, 32), (2, 3, 4), (False, True)[: 1 + (head_dim >= 128)], bodies
     )
-    found = [Launch(rows, keys, warps, stages, split) for (rows, warps), keys, stages, split in shapes]
+    found = [Launch(rows, keys, warps, stages, split, body) for (rows, warps), keys, stages, split, body in shapes]
     return list(dict.fromkeys([own, *found]))
 
 
 def tune(
-    entries: Iterable[Entry], fits: Callable[[Entry, Launch], bool], measure: Callable[[Entry, Launch], float]
+    entries: Iterable[Entry],
+    fits: Callable[[Entry, Launch], bool],
+    measure: Callable[[Entry, Launch], float],
+    table: Mapping[Entry, Launch] = TABLE,
 ) -> dict[Entry, tuple[Launch, float]]:
     """The fastest fitting launch of each entry and what ``measure`` says of it: milliseconds, inf where it cannot run.
 
@@ -67,8 +72,9 @@ def tune(
     """
     best: dict[Entry, tuple[Launch, float]] = {}
     for entry in entries:
-        own = TABLE[entry]
-        times = {launch: measure(entry, launch) for launch in candidates(own, entry[1])}
+        own = table[entry]
+        bodies = (False, True) if table is PAGE_TABLE else (False,)
+        times = {launch: measure(entry, launch) for launch in candidates(own, entry[1], bodies)}
         faster = sorted((time, launch) for launch, time in times.items() if time < WORTH * times[own])
         chosen = next((launch for _, launch in faster if fits(entry, launch)), own)
         best[entry] = (chosen, times[chosen])
@@ -76,15 +82,17 @@ def tune(
     return best
 
 
-def rewritten(text: str, tuned: Mapping[Entry, Tuned]) -> str:
-    """The table's module with other entries; every entry must have its line.
+def rewritten(text: str, tuned: Mapping[Entry, Tuned], table: str = "TABLE") -> str:
+    """The tables' module with other entries of one table; every entry must have its line.
 
     Raises:
         ValueError: an entry without a line.
     """
-    missing, lines = set(tuned), []
+    missing, lines, inside = set(tuned), [], False
     for line in text.splitlines():
-        match = _LINE.match(line)
+        if begin := _TABLE.match(line):
+            inside = begin[1] == table
+        match = _LINE.match(line) if inside else None
         entry = tuple(int(match[i]) for i in (1, 2, 3)) if match else None
         if entry in tuned:
             missing.discard(entry)
@@ -99,14 +107,16 @@ def rewritten(text: str, tuned: Mapping[Entry, Tuned]) -> str:
 
 def source(launch: Launch) -> str:
     """A launch as Python."""
-    return f"Launch({', '.join(map(str, launch[:4]))}{', split=True' if launch.split else ''})"
+    switches = ", split=True" * launch.split + ", descriptors=True" * launch.descriptors
+    return f"Launch({', '.join(map(str, launch[:4]))}{switches})"
 
 
-def resources(entry: Entry, launch: Launch) -> tuple[bool, str]:
+def resources(entry: Entry, launch: Launch, *, pages: bool = False) -> tuple[bool, str]:
     """Whether the served variants of an entry compile to something that fits, and their registers and shared memory."""
     aot = _aot()
     dtype = {1: "fp8", 2: "bf16"}[entry[2]]
-    compiled = [aot.compile_job(job) for job in aot.jobs(*entry[:2], dtype, aot.SERVED, launch)]
+    variants = aot.PAGES if pages else aot.SERVED
+    compiled = [aot.compile_job(job) for job in aot.jobs(*entry[:2], dtype, variants, launch)]
     registers, shared = max(result.registers for result in compiled), max(result.shared for result in compiled)
     return all(result.fits for result in compiled), f"{registers} registers, {shared:,} bytes"
 
@@ -121,10 +131,12 @@ def _aot():
 class Bench:
     """Random lists over a paged pool, and the time of a launch on them."""
 
-    def __init__(self, device: torch.device, tokens: int, chunk: int, heads: tuple[int, int], repeats: int) -> None:
+    def __init__(
+        self, device: torch.device, tokens: int, chunk: int, heads: tuple[int, int], repeats: int, page_size: int = 1
+    ) -> None:
         self.device, self.heads = device, heads
         config = Config(tile_queries=ROWS_PER_TILE, tile_keys=KEYS_PER_TILE)
-        self.layer = make_layer(Shape(tokens - chunk, chunk), 1, config, heads, device)
+        self.layer = make_layer(Shape(tokens - chunk, chunk), page_size, config, heads, device)
         self.lists = random_lists(self.layer.plan.near, heads[0])
         self.clock = Clock(device, repeats)
         self.pairs = int(self.lists.tiles.numel()) * KEYS_PER_TILE * ROWS_PER_TILE
@@ -181,29 +193,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="no kernel is run: does the script work?")
     options = parser.parse_args(argv)
     text = MODULE.read_text()
+    tables = {"TABLE": (TABLE, False), "PAGE_TABLE": (PAGE_TABLE, True)}
     if options.resources:
-        chosen = [entry for entry in TABLE if entry[1] in options.heads and entry[2] in options.widths]
-        found = {entry: Tuned(TABLE[entry], resources(entry, TABLE[entry])[1]) for entry in chosen}
-        options.output.write_text(rewritten(text, found))
+        for table, (launches, pages) in tables.items():
+            found = {
+                entry: Tuned(launch, resources(entry, launch, pages=pages)[1])
+                for entry, launch in launches.items()
+                if entry[1] in options.heads and entry[2] in options.widths
+            }
+            text = rewritten(text, found, table)
+        options.output.write_text(text)
         return 0
     if not options.dry_run and not torch.cuda.is_available():
         say("needs a CUDA device; --dry-run shows without one that the script works")
         return 1
     device = torch.device("cpu" if options.dry_run else "cuda")
     sizes = (1024, 512, (4, 2)) if options.dry_run else (1 << 16, 1 << 13, (28, 4))
-    bench = Bench(device, *sizes, options.repeats)
     known = max(arch for arch in launch_table.ARCHITECTURES if arch <= device_architecture(device))
-    entries = [(known, head, width) for head in options.heads for width in options.widths]
-
-    def fits(entry: Entry, launch: Launch) -> bool:
-        return launch.stages > 2 if options.dry_run else resources(entry, launch)[0]
-
     name = environment(device)["device"]
-    tuned = {}
-    for entry, (launch, milliseconds) in tune(entries, fits, bench.milliseconds).items():
-        note = "dry run" if options.dry_run else resources(entry, launch)[1]
-        tuned[entry] = Tuned(launch, f"{note}, {bench.tflops(entry, milliseconds):.0f} TFLOP/s on {name}")
-    options.output.write_text(rewritten(text, tuned))
+    for table, (launches, pages) in tables.items():
+        entries = [(known, head, width) for head in options.heads for width in options.widths]
+        entries = [entry for entry in entries if entry in launches]
+        if not entries:
+            continue
+        bench = Bench(device, *sizes, options.repeats, KEYS_PER_TILE if pages else 1)
+
+        def compiled(entry: Entry, launch: Launch, pages: bool = pages) -> tuple[bool, str]:
+            return (launch.stages > 2, "dry run") if options.dry_run else resources(entry, launch, pages=pages)
+
+        found = tune(entries, lambda *args: compiled(*args)[0], bench.milliseconds, launches)
+        tuned = {}
+        for entry, (launch, milliseconds) in found.items():
+            note = f"{compiled(entry, launch)[1]}, {bench.tflops(entry, milliseconds):.0f} TFLOP/s on {name}"
+            tuned[entry] = Tuned(launch, note)
+        text = rewritten(text, tuned, table)
+    options.output.write_text(text)
     return 0
 
 

@@ -14,7 +14,7 @@ import gpu
 import gpu_serving
 import tune
 from mminference_sgl.kernels import ops
-from mminference_sgl.kernels.launch_table import TABLE, Launch
+from mminference_sgl.kernels.launch_table import PAGE_TABLE, TABLE, Launch
 from mminference_sgl.testing import Answer
 
 
@@ -77,6 +77,22 @@ def test_tune_takes_the_fastest_that_fits() -> None:
     assert tune.tune([entry], lambda *_: True, lambda *_: 1.0) == {entry: (TABLE[entry], 1.0)}
     with pytest.raises(ValueError, match="no line for"):
         tune.rewritten("", {entry: tune.Tuned(fast, "")})
+
+
+def test_tune_tries_whole_pages_by_both_bodies() -> None:
+    entry, seen = (90, 128, 2), set()
+
+    def measure(_: object, launch: Launch) -> float:
+        seen.add(launch.descriptors)
+        return 2.0 if launch.descriptors else 1.0
+
+    launch, _ = tune.tune([entry], lambda *_: True, measure, PAGE_TABLE)[entry]
+    assert seen == {False, True}
+    assert not launch.descriptors
+    text = tune.MODULE.read_text()
+    changed = tune.rewritten(text, {entry: tune.Tuned(Launch(16, 16, 1, 2, True, True), "note")}, "PAGE_TABLE")
+    assert changed.partition("PAGE_TABLE: dict")[0] == text.partition("PAGE_TABLE: dict")[0]
+    assert "    (90, 128, 2): Launch(16, 16, 1, 2, split=True, descriptors=True),  # note\n" in changed
 
 
 class StandInServer:
