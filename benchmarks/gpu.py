@@ -8,7 +8,8 @@ the budget is used up; at 100 % everything is listed.
 - *probe*, *select*, *attend*: milliseconds of the device; *select* includes making the lists.
 - *TFLOP/s*: of the computed tiles, masked halves of tiles included; *share*: of the dense kernel's rate on the same
   rows. Dense is cuDNN over contiguous keys and values, copied for it outside of the timing; a chunk behind a prefix is
-  two calls, one per part, whose merging is not counted.
+  two calls, one per part, whose merging is not counted. *FA3 ms*: the same by FlashInfer's FA3 kernel in one call,
+  where FlashInfer and compute capability 9.0 are there; compiling it takes minutes the first time (``--no-fa3``).
 - *true mass*: share of sampled rows' softmax that the listed tiles hold. *speed-up*: dense / (probe + select + attend).
 - *peak*: most device memory beyond the operands.
 
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,7 @@ class Line:
     select: Timing
     attend: Timing
     dense: Timing
+    dense_fa3: Timing | None
     tflops: float
     dense_tflops: float
     tiles_per_list: float
@@ -163,16 +166,43 @@ def dense_attention(layer: Layer) -> Callable[[], None]:
     return run
 
 
+def dense_fa3(layer: Layer, clock: Clock) -> Timing | None:
+    """Dense causal attention of the chunk by FlashInfer's FA3 kernel; None where that cannot run, with a word."""
+    device = layer.query.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from flashinfer import single_prefill_with_kv_cache
+    except ImportError:
+        return None
+    # Causality is bottom-right aligned there, so a prefix needs no call of its own.
+    work = partial(single_prefill_with_kv_cache, layer.query, *_contiguous(layer), causal=True, backend="fa3")
+    try:
+        return clock.samples(work)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a baseline that does not compile is left out
+        say(f"FlashInfer's FA3 is left out: {type(error).__name__}: {str(error)[-300:]}")
+        return None
+
+
 def _contiguous(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.key_pool[layer.slots], layer.value_pool[layer.slots]
 
 
-def measure(layer: Layer, density: float, page_size: int, dense: Timing, config: Config, clock: Clock) -> Line:
-    """Selects, attends, checks, and times both; ``density`` in per cent."""
+def measure(
+    layer: Layer,
+    density: float,
+    page_size: int,
+    dense: tuple[Timing, Timing | None],
+    config: Config,
+    clock: Clock,
+    implementation: str,
+) -> Line:
+    """Selects, attends, checks, and times both; ``density`` in per cent, ``dense``: cuDNN and FA3."""
     device, heads = layer.query.device, layer.query.shape[1]
     scale = HEAD_DIM**-0.5
     specs = load("auto").specs(0, range(heads))
-    implementation = ops.resolve("auto", device)
     out = torch.full_like(layer.query, torch.nan)
     select_times: list[float] = []
     probe_times: list[float] = []
@@ -209,9 +239,10 @@ def measure(layer: Layer, density: float, page_size: int, dense: Timing, config:
         probe=Timing.of(probe_times),
         select=Timing.of(select_times),
         attend=attend,
-        dense=dense,
+        dense=dense[0],
+        dense_fa3=dense[1],
         tflops=flops * pairs / attend.median / 1e9,
-        dense_tflops=flops * heads * layer.shape.causal_pairs / dense.median / 1e9,
+        dense_tflops=flops * heads * layer.shape.causal_pairs / dense[0].median / 1e9,
         tiles_per_list=tiles / sum(lists.full.numel() for _, lists in passes),
         peak_bytes=peak,
         error=error,
@@ -307,16 +338,18 @@ def settings(density: float) -> Config:
 def run(options: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     """The lines of all shapes; those that do not fit into the device's memory are left out with a word."""
     clock = Clock(device, options.repeats)
+    implementation = ops.resolve(options.implementation, device)
     for shape in shapes(options.tokens, options.chunks):
-        dense: Timing | None = None
+        dense: tuple[Timing, Timing | None] | None = None
         for page_size in options.page_sizes:
             for density in options.densities:
                 config = settings(density)
                 try:
                     layer = make_layer(shape, page_size, config, options.heads, device)
                     if dense is None:
-                        dense = clock.samples(dense_attention(layer))
-                    yield measure(layer, density, page_size, dense, config, clock)
+                        fa3 = dense_fa3(layer, clock) if options.fa3 else None
+                        dense = clock.samples(dense_attention(layer)), fa3
+                    yield measure(layer, density, page_size, dense, config, clock, implementation)
                 except torch.OutOfMemoryError as error:
                     say(f"{shape}, page size {page_size}, {density} %: left out, {str(error).partition('.')[0]}")
                     torch.cuda.empty_cache()
@@ -347,6 +380,7 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
     "select ms": lambda line: str(line.select),
     "attend ms": lambda line: str(line.attend),
     "dense ms": lambda line: str(line.dense),
+    "FA3 ms": lambda line: str(line.dense_fa3 or ""),
     "TFLOP/s": lambda line: f"{line.tflops:.3g}",
     "share": lambda line: f"{line.share:.2f}",
     "tiles/list": lambda line: f"{line.tiles_per_list:.0f}",
@@ -367,8 +401,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
-    packages = ("mminference-sgl", "sglang", "torch", "triton")
-    versions = {package: metadata.version(package) for package in packages}
+    packages = ("mminference-sgl", "sglang", "torch", "triton", "flashinfer-python")
+    installed = {distribution.name for distribution in metadata.distributions()}
+    versions = {package: metadata.version(package) for package in packages if package in installed}
     return {
         "device": name,
         "versions": versions,
@@ -384,7 +419,7 @@ def write(folder: Path, name: str, lines: Sequence[Line], found: dict[str, Any])
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     text = f"# Sparse prefill of one layer on {found['device']}\n\n{versions}, {found['time']}.\n"
-    text += "Columns: see the head of benchmarks/gpu.py.\n"
+    text += f"Implementation: {found['implementation']}. Columns: see the head of benchmarks/gpu.py.\n"
     (folder / f"{name}.md").write_text(f"{text}\n{table(lines)}\n")
 
 
@@ -401,6 +436,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=listed(str), default=list(CHUNKS), help="one-shot, or tokens of a chunk")
     parser.add_argument("--page-sizes", type=listed(int), default=list(PAGE_SIZES))
     parser.add_argument("--densities", type=listed(float), default=list(DENSITIES), help="per cent")
+    parser.add_argument("--implementation", choices=("auto", *ops.IMPLEMENTATIONS), default="auto")
+    parser.add_argument("--fa3", action=argparse.BooleanOptionalAction, default=True, help="FA3 as a dense baseline")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", help="of the files; by default the device's")
@@ -419,8 +456,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("needs a CUDA device; --dry-run shows on the CPU that the script works")
         return 1
     device = torch.device("cpu" if options.dry_run else "cuda")
-    found = environment(device)
+    found = {**environment(device), "implementation": ops.resolve(options.implementation, device)}
     name = options.name or found["device"].lower().replace(" ", "-").replace("(", "").replace(")", "")
+    if options.name is None and options.implementation != "auto":
+        name += f"-{options.implementation}"
     lines: list[Line] = []
     for line in run(options, device):
         lines.append(line)

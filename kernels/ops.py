@@ -32,10 +32,10 @@ class Attend(Protocol):
         ...
 
 
-_MODULES = {"reference": ".reference", "torch": ".torch_tiles", "triton": ".attend"}
+_MODULES = {"reference": ".reference", "torch": ".torch_tiles", "triton": ".attend", "flashinfer": ".flashinfer_tiles"}
 """Implementations and the module of each; a module is imported when it is first used."""
 
-IMPLEMENTATIONS = ("reference", "torch", "triton", "flashinfer")
+IMPLEMENTATIONS = tuple(_MODULES)
 
 
 class ImplementationUnavailableError(RuntimeError):
@@ -45,6 +45,8 @@ class ImplementationUnavailableError(RuntimeError):
 def resolve(name: str, device: torch.device) -> str:
     """Turns ``auto`` into the implementation for a device and checks that a named one can run on it.
 
+    ``auto`` is ``triton`` on CUDA: ``flashinfer`` has not been timed on any device.
+
     Raises:
         ImplementationUnavailableError: the named implementation is not available; nothing else is tried.
     """
@@ -53,7 +55,8 @@ def resolve(name: str, device: torch.device) -> str:
     reason = _unavailable(name, device)
     if reason:
         raise ImplementationUnavailableError(
-            f"implementation {name!r} is not available: {reason}; use one of {', '.join(_MODULES)} or 'auto'"
+            f"implementation {name!r} is not available: {reason}; "
+            f"use one of {', '.join(other for other in _MODULES if other != name)} or 'auto'"
         )
     return name
 
@@ -127,10 +130,10 @@ def _unavailable(name: str, device: torch.device) -> str:
     if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA device, this is {device}"
     try:
-        importlib.import_module(_MODULES[name], __package__)
+        module = importlib.import_module(_MODULES[name], __package__)
     except ImportError as error:
         return f"its module does not import on {device}: {error}"
-    return ""
+    return str(module.unavailable(device)) if name == "flashinfer" else ""
 
 
 def _check(

@@ -108,7 +108,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         hf_config = runner.model_config.hf_config
         try:
             self.config, self._pattern = load_config(hf_config)
-            self.implementation = self._working_implementation(device)
+            self.implementation = self._working_implementation(runner, device)
             self._check_pattern(runner)
         except (ConfigError, ops.ImplementationUnavailableError) as error:
             raise SystemExit(f"mminference: {error}") from None
@@ -294,15 +294,21 @@ class MMInferenceAttnBackend(AttentionBackend):
             self._specs[key] = self._pattern.specs(layer.layer_id, heads)
         return self._specs[key]
 
-    def _working_implementation(self, device: torch.device) -> str:
+    def _working_implementation(self, runner: ModelRunner, device: torch.device) -> str:
         """The implementation to use, proven on a tiny problem where it was compiled for this very machine.
+
+        One that is proven in a process of its own is compiled for this model there.
 
         Raises:
             ops.ImplementationUnavailableError: it was named and cannot run or computes wrong. If it was not named, the
                 server stays up and prefills densely.
         """
         implementation = ops.resolve(self.config.implementation, device)
-        state = selfcheck.check(implementation, device) if device.type == "cuda" else "ok"
+        state = "ok"
+        if implementation in selfcheck.ISOLATED:
+            state = selfcheck.check(implementation, device, self.data_type, int(runner.model_config.head_dim))
+        elif device.type == "cuda":
+            state = selfcheck.check(implementation, device)
         if state != "ok":
             if self.config.implementation != "auto":
                 raise ops.ImplementationUnavailableError(f"implementation {implementation!r} {state}")

@@ -1,13 +1,33 @@
-"""A tiny problem for each attention implementation, to see on a machine whether it runs and computes."""
+"""A tiny problem for each attention implementation, to see on a machine whether it runs and computes.
+
+``python -m mminference_sgl.selfcheck`` is what :func:`check` starts for implementations that must prove themselves in a
+process of their own.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 
 import torch
 
 from mminference_sgl.kernels import ops
 from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TileLists, TilePass, lists_from_map
 
-_TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM, _TILE = 111, 4, 2, 64, 64
+ISOLATED = ("flashinfer",)
+"""Implementations on internal interfaces of others: a mistake could hang or corrupt the process that tries them."""
+
+_HEADS, _KV_HEADS, _HEAD_DIM, _TILE = 4, 2, 64, 64
+_TOKENS, _ISOLATED_TOKENS = 111, 1000
+_BUILD_SECONDS, _RUN_SECONDS = 1800.0, 180.0
+
+logger = logging.getLogger(__name__)
 
 
 def check_implementations() -> dict[str, str]:
@@ -19,19 +39,109 @@ def check_implementations() -> dict[str, str]:
     }
 
 
-def check(implementation: str, device: torch.device) -> str:
-    """`ok`, or what is wrong with an available implementation on a device."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def check(
+    implementation: str, device: torch.device, dtype: torch.dtype | None = None, head_dim: int = _HEAD_DIM
+) -> str:
+    """`ok`, or what is wrong with an available implementation on a device.
+
+    ``dtype`` defaults to bf16 on CUDA and fp32 elsewhere. Those of :data:`ISOLATED` run in a process of their own with
+    a time limit; what they compile for ``dtype`` and ``head_dim`` is then there for this process too.
+    """
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if implementation in ISOLATED:
+        return isolated(implementation, device, dtype, head_dim)
+    return _check_here(implementation, device, dtype, head_dim, _TOKENS, contiguous=False)
+
+
+def isolated(
+    implementation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    build_seconds: float = _BUILD_SECONDS,
+    run_seconds: float = _RUN_SECONDS,
+) -> str:
+    """As :func:`check`, in processes of their own, one that compiles and one that runs, each with a time limit."""
+    logger.info(
+        "mminference: %s is compiled for %s and head size %d, which takes minutes the first time, and checked",
+        implementation,
+        dtype,
+        head_dim,
+    )
+    for stage, seconds in (("build", build_seconds), ("run", run_seconds)):
+        arguments = [stage, implementation, str(device), str(dtype).removeprefix("torch."), str(head_dim)]
+        verdict = _in_a_process(arguments, seconds)
+        if verdict != "ok":
+            return f"{verdict} ({stage} on {device}); use 'triton' or 'auto'"
+    return "ok"
+
+
+def main(arguments: Sequence[str]) -> str:
+    """One stage of :func:`isolated`: builds the implementation, or checks it on gathered keys and on whole pages."""
+    stage, implementation, device_name, dtype_name, size = arguments
+    device, dtype, head_dim = torch.device(device_name), getattr(torch, dtype_name), int(size)
+    if stage == "build":
+        return _build(implementation, dtype, head_dim)
+    verdict = "ok"
+    for contiguous in (False, True):
+        if verdict == "ok":
+            tokens = _ISOLATED_TOKENS
+            verdict = _check_here(implementation, device, dtype, head_dim, tokens, contiguous=contiguous)
+    return verdict
+
+
+def _build(implementation: str, dtype: torch.dtype, head_dim: int) -> str:
+    if implementation != "flashinfer":
+        return "ok"
+    from mminference_sgl.kernels import flashinfer_tiles
+
+    reason = flashinfer_tiles.unsupported(dtype, head_dim)
+    if reason:
+        return f"does not take this model: {reason}"
+    try:
+        flashinfer_tiles.paged_run(dtype, head_dim)
+    except Exception as problem:  # noqa: BLE001 - the caller reports it
+        return f"does not compile: {type(problem).__name__}: {str(problem)[-500:]}"
+    return "ok"
+
+
+def _in_a_process(arguments: Sequence[str], seconds: float) -> str:
+    """The last line that :func:`main` printed in a process of its own, or how that ended."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out:
+        command = [sys.executable, "-m", "mminference_sgl.selfcheck", *arguments]
+        # Compilers that the process starts end with it, as they are of the same session.
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            # A process that waits for a hung device may not end at all.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            return f"was not done after {seconds:g} s"
+        out.seek(0)
+        lines = out.read().split("\n")
+    said = [line for line in lines if line.strip()][-1:]
+    return "".join(said) if status == 0 else f"ended with status {status}: {''.join(said)}"
+
+
+def _check_here(
+    implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, contiguous: bool
+) -> str:
+    tiles = -(-tokens // _TILE)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(_TOKENS + 1, heads, _HEAD_DIM, generator=generator).to(device, dtype)
-        for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
+        torch.randn(rows, heads, head_dim, generator=generator).to(device, dtype)
+        for rows, heads in ((tokens, _HEADS), *(((tiles * _TILE + 1), _KV_HEADS),) * 2)
     )
-    query = query[:_TOKENS]
+    slots = torch.arange(1, tokens + 1, device=device)
+    if not contiguous:
+        slots = slots.flip(0)
     out = torch.full_like(query, torch.nan)
     try:
-        ops.sparse_prefill(query, key, value, [_every_causal_tile(device)], _HEAD_DIM**-0.5, out, implementation)
-        error = (out.double() - _dense(query, key[1:], value[1:])).abs().max().item()
+        tiles_of_pass = _every_causal_tile(slots, contiguous=contiguous)
+        ops.sparse_prefill(query, key, value, [tiles_of_pass], head_dim**-0.5, out, implementation)
+        error = (out.double() - _dense(query, key[slots], value[slots])).abs().max().item()
     except Exception as problem:  # noqa: BLE001 - the caller reports it
         return f"fails on {device}: {type(problem).__name__}: {problem}"
     # A wrong result is off by about 1; rounding by less than a hundredth of that.
@@ -45,34 +155,35 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
         x.double().repeat_interleave(times, 1).transpose(0, 1)
         for x, times in ((query, 1), (key, group), (value, group))
     )
-    future = torch.ones(_TOKENS, _TOKENS, dtype=torch.bool, device=query.device).triu(1)
-    weights = (q @ k.mT * _HEAD_DIM**-0.5).masked_fill(future, -torch.inf).softmax(-1)
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=query.device).triu(1)
+    weights = (q @ k.mT * query.shape[2] ** -0.5).masked_fill(future, -torch.inf).softmax(-1)
     out: torch.Tensor = (weights @ v).transpose(0, 1)
     return out
 
 
-def _every_causal_tile(device: torch.device) -> tuple[TilePass, TileLists]:
-    """One request in sequence order, token i in slot i + 1, nothing left out."""
+def _every_causal_tile(own_slots: torch.Tensor, *, contiguous: bool) -> tuple[TilePass, TileLists]:
+    """One request in sequence order, token i in slot ``own_slots[i]``, nothing left out."""
+    device, tokens = own_slots.device, own_slots.numel()
 
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    tiles = -(-_TOKENS // _TILE)
+    tiles = -(-tokens // _TILE)
     positions = torch.full((tiles * _TILE,), ABSENT, dtype=torch.int32, device=device)
-    positions[:_TOKENS] = torch.arange(_TOKENS, device=device)
+    positions[:tokens] = torch.arange(tokens, device=device)
     slots = torch.zeros(tiles * _TILE, dtype=torch.long, device=device)
-    slots[:_TOKENS] = torch.arange(1, _TOKENS + 1, device=device)
+    slots[:tokens] = own_slots
     positions, slots = positions.view(tiles, _TILE), slots.view(tiles, _TILE)
-    keys = KeyOrder(slots, positions, positions.amin(1), positions.amax(1), ints(0, tiles), tiles)
+    keys = KeyOrder(slots, positions, positions.amin(1), positions.amax(1), ints(0, tiles), tiles, contiguous)
 
-    starts = ints(*range(0, _TOKENS, _TILE))
-    ends = (starts + _TILE).clamp_max(_TOKENS)
+    starts = ints(*range(0, tokens, _TILE))
+    ends = (starts + _TILE).clamp_max(tokens)
     tile_pass = TilePass(
         region=Region.NEAR,
         keys=keys,
-        rows=torch.arange(_TOKENS, device=device),
-        positions=torch.arange(_TOKENS, dtype=torch.int32, device=device),
-        indptr=torch.cat([starts, ints(_TOKENS)]),
+        rows=torch.arange(tokens, device=device),
+        positions=torch.arange(tokens, dtype=torch.int32, device=device),
+        indptr=torch.cat([starts, ints(tokens)]),
         request=torch.zeros_like(starts),
         min_pos=starts,
         max_pos=ends - 1,
@@ -81,5 +192,9 @@ def _every_causal_tile(device: torch.device) -> tuple[TilePass, TileLists]:
     shape = (_HEADS, tiles)
     causal = torch.ones(tiles, tiles, dtype=torch.bool, device=device).tril().expand(_HEADS, tiles, tiles)
     sink = torch.zeros(shape, dtype=torch.int32, device=device)
-    reach = torch.full(shape, _TOKENS, dtype=torch.int32, device=device)
+    reach = torch.full(shape, tokens, dtype=torch.int32, device=device)
     return tile_pass, lists_from_map(tile_pass, causal, sink, reach)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{main(sys.argv[1:])}\n")
