@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'layer':>5} {'left out':>10} {'by sequence tile':>18} {'by cell tile':>14}   relative output error")
     for number, layer in enumerate(video.layers):
         pools = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (layer.key, layer.value)]
-        slots = plan.near.keys.slots
-        probed = probe.run(layer.query, *pools, slots, group.probe_rows, layer.scale)
+        probed = probe.run(layer.query, *pools, group.keys, group.probe_rows, layer.scale)
         heads = layer.query.shape[1]
         choice = prefill.Proposals(group.view, probed, config, None).choose([("auto", "auto")] * heads)
         kept = select.kept(group.view, probed, choice)[..., : video.length]

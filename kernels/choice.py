@@ -137,26 +137,38 @@ class CellView:
 
 @dataclass(frozen=True)
 class SlashTiles:
-    """Tiles of the sequence pass for columns and diagonals; ``q`` is query tiles, or those of the probe rows.
+    """Tiles of the sequence pass for columns and diagonals.
 
     Diagonal ``b`` is, for each row, the key tile ``b`` tiles before its own.
 
     ``first``, ``last`` int64 [t]: key tiles of the earliest and the latest row of each query tile, at most ``span`` of
-    them; ``row_first``, ``row_last`` int64 [P]: those of the probe rows' query tiles; ``row_own`` int64 [P]: their own.
-    ``causal``, ``fixed`` bool [t, n]: tiles that dense attention computes, and those of the sink and the window.
-    ``fixed_at_rows`` bool [P, n]. ``cost`` int64 [2 * n]: causal tiles of each column and each diagonal, at least 1.
+    them. ``row_tiles``, ``row_own`` int64 [P]: query tile and key tile of the probe rows.
+    ``causal`` bool [t, n]: tiles that dense attention computes.
+    ``sink_tiles``, ``window_tiles``: read anyhow are so many key tiles at the start, and before ``first``.
+    ``cost`` int64 [2 * n]: causal tiles of each column and each diagonal, at least 1.
     """
 
     first: torch.Tensor
     last: torch.Tensor
-    row_first: torch.Tensor
-    row_last: torch.Tensor
-    row_own: torch.Tensor
     span: int
+    row_tiles: torch.Tensor
+    row_own: torch.Tensor
     causal: torch.Tensor
-    fixed: torch.Tensor
-    fixed_at_rows: torch.Tensor
+    sink_tiles: int
+    window_tiles: int
     cost: torch.Tensor
+
+    @cached_property
+    def fixed(self) -> torch.Tensor:
+        """Tiles of the sink and the window: bool [t, n]."""
+        key_tile = torch.arange(self.causal.shape[1], device=self.causal.device)
+        window = (key_tile >= self.first[:, None] - self.window_tiles) & (key_tile <= self.last[:, None])
+        return window | (key_tile < self.sink_tiles)
+
+    @cached_property
+    def fixed_at_rows(self) -> torch.Tensor:
+        """Those of the probe rows' query tiles: bool [P, n]."""
+        return self.fixed[self.row_tiles]
 
 
 @dataclass(frozen=True)
@@ -175,12 +187,19 @@ class View:
     span: int
     cell: CellView | None
     _near: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
+    _near_counts: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     _slash: dict[tuple[int, int], SlashTiles] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def causal_tiles(self) -> torch.Tensor:
         """Number of tiles that dense attention of these rows computes per head, a 0-d int64 tensor."""
-        return self.near_tiles(0, UNBOUNDED).sum()
+        return self.count_near(0, UNBOUNDED)
+
+    def count_near(self, sink: int, reach: int) -> torch.Tensor:
+        """Number of :meth:`near_tiles`, a 0-d int64 tensor."""
+        if (sink, reach) not in self._near_counts:
+            self._near_counts[sink, reach] = self.near_tiles(sink, reach).sum()
+        return self._near_counts[sink, reach]
 
     def near_tiles(self, sink: int, reach: int) -> torch.Tensor:
         """Tiles of the sequence pass that hold a key of the near region: bool [t, n]."""
@@ -197,13 +216,10 @@ class View:
                 for positions in (self.queries.min_pos, self.queries.max_pos, self.row_positions)
             )
             causal = self.near_tiles(0, UNBOUNDED)
-            window_first = (first - -(-window // tile))[:, None]
-            fixed = (key_tile < -(-sink // tile)) | ((key_tile >= window_first) & (key_tile <= last[:, None]))
             low, high = ((bound[:, None] - key_tile).clamp_min(0) for bound in (first, last + 1))
             cost = torch.cat([causal.sum(0), (high - low).sum(0)]).clamp_min(1)
-            at_rows = first[self.row_tiles], last[self.row_tiles], row_own
             self._slash[sink, window] = SlashTiles(
-                first, last, *at_rows, self.span, causal, fixed, fixed[self.row_tiles], cost
+                first, last, self.span, self.row_tiles, row_own, causal, -(-sink // tile), -(-window // tile), cost
             )
         return self._slash[sink, window]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ class Attend(Protocol):
         lse: torch.Tensor,
         *,
         merge: bool,
+        key_scale: float = 1.0,
+        value_scale: float = 1.0,
     ) -> None:
         """Writes or merges output [batch rows, H, Dv] and LSE [batch rows, H]."""
         ...
@@ -76,6 +79,9 @@ def sparse_prefill(
     scale: float,
     out: torch.Tensor,
     implementation: str,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of all rows of the first pass, the passes merged exactly through their LSE.
 
@@ -86,6 +92,7 @@ def sparse_prefill(
             Their regions are disjoint, so no (row, key) pair counts twice.
         out: [batch rows, H, Dv]; the rows of the first pass are written, others left alone.
         implementation: a resolved name.
+        key_scale, value_scale: what the pools' elements are multiplied by, for pools in fp8 e4m3.
 
     Returns:
         The LSE fp32 [batch rows, H] over the listed keys, natural logarithm; only the rows of the first pass mean
@@ -96,8 +103,9 @@ def sparse_prefill(
     """
     _check(query, key_pool, value_pool, passes, out)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    attend = functools.partial(_attend(implementation), key_scale=key_scale, value_scale=value_scale)
     for index, (tile_pass, lists) in enumerate(passes):
-        _attend(implementation)(query, key_pool, value_pool, tile_pass, lists, scale, out, lse, merge=index > 0)
+        attend(query, key_pool, value_pool, tile_pass, lists, scale, out, lse, merge=index > 0)
     return lse
 
 
@@ -110,13 +118,17 @@ def merge_pass(
     out: torch.Tensor,
     lse: torch.Tensor,
     implementation: str,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """One more pass over keys that ``out`` and ``lse`` do not hold yet; rows with an LSE of -inf hold none.
 
     Arguments as in :func:`sparse_prefill`; ``lse`` is what that returned.
     """
     _check(query, key_pool, value_pool, [tiles], out)
-    _attend(implementation)(query, key_pool, value_pool, *tiles, scale, out, lse, merge=True)
+    attend = functools.partial(_attend(implementation), key_scale=key_scale, value_scale=value_scale)
+    attend(query, key_pool, value_pool, *tiles, scale, out, lse, merge=True)
 
 
 def _attend(implementation: str) -> Attend:

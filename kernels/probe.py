@@ -9,13 +9,14 @@ time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from .tiles import Region, element_mask
+from .tiles import KeyOrder, Region, element_mask
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,27 @@ class ProbeRows:
     first: int
     key_tile: torch.Tensor
     key_tiles: int
+
+
+class ProbeKeys:
+    """A request's keys, those of earlier chunks and of this one, in both orders; made once per forward.
+
+    ``sequence`` and ``cell``: the request's part of the two passes' orders; ``cell`` None without a cell pass.
+    ``last``: the largest token position of the chunk.
+    """
+
+    def __init__(self, sequence: KeyOrder, cell: KeyOrder | None, last: int) -> None:
+        self.sequence, self.cell = sequence, cell
+        self._last = last
+        self._present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def present(self, order: KeyOrder) -> tuple[torch.Tensor, torch.Tensor]:
+        """An order's tiles, those that hold keys by now first: int32 [n], and how many these are, int64 0-d."""
+        if id(order) not in self._present:
+            future = order.tile_min > self._last
+            tiles = future.byte().argsort(stable=True).int()
+            self._present[id(order)] = tiles, (~future).sum()
+        return self._present[id(order)]
 
 
 Bound = int | torch.Tensor
@@ -63,8 +85,8 @@ class Probe(Protocol):
         """Mass in the near region by key tile of the sequence order: fp32 [H, P, n]."""
         ...
 
-    def far(self, sink: Bound, reach: Bound) -> torch.Tensor:
-        """Mass in the far region by key tile of the cell order: fp32 [H, P, n']."""
+    def far(self, regions: Sequence[tuple[Bound, Bound]]) -> torch.Tensor:
+        """Mass in some far regions, each by sink and reach, by key tile of the cell order: fp32 [regions, H, P, n']."""
         ...
 
 
@@ -90,8 +112,11 @@ class WeightProbe:
         """See :class:`Probe`."""
         return self._by_tile(self.weights * self._region(Region.NEAR, sink, reach))
 
-    def far(self, sink: Bound, reach: Bound) -> torch.Tensor:
+    def far(self, regions: Sequence[tuple[Bound, Bound]]) -> torch.Tensor:
         """See :class:`Probe`."""
+        return torch.stack([self._far(sink, reach) for sink, reach in regions])
+
+    def _far(self, sink: Bound, reach: Bound) -> torch.Tensor:
         if isinstance(sink, torch.Tensor) or isinstance(reach, torch.Tensor):
             return self._by_cell(self.weights * self._region(Region.FAR, sink, reach))
         # The near region is a few keys: what they hold is taken out of the mass of their tiles.
@@ -136,24 +161,30 @@ def run(
     query: torch.Tensor,
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
-    slots: torch.Tensor,
+    keys: ProbeKeys,
     rows: ProbeRows,
     scale: float,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> WeightProbe:
     """Computes the probe rows' attention over a request's keys.
 
-    ``query`` [batch rows, H, D]; ``key_pool`` [slots, KV heads, D]; ``slots`` int64 [n, tile_keys]: the request's key
-    tiles in sequence order, prefix and chunk, padded with any slot.
+    ``query`` [batch rows, H, D]; ``key_pool``, ``value_pool`` [slots, KV heads, D]. ``key_scale``, ``value_scale``:
+    what the pool's elements are multiplied by.
     """
-    keys = key_pool.index_select(0, slots.flatten()).permute(1, 2, 0).float()
-    values = value_pool.index_select(0, slots.flatten()).transpose(0, 1).float()
-    q = query[rows.rows].float() * scale
-    heads, kv_heads = q.shape[1], keys.shape[0]
+    slots = keys.sequence.slots
+    k = key_pool.index_select(0, slots.flatten()).permute(1, 2, 0).float()
+    v = value_pool.index_select(0, slots.flatten()).transpose(0, 1).float()
+    q = query[rows.rows].float() * (scale * key_scale)
+    heads, kv_heads = q.shape[1], k.shape[0]
     grouped = q.view(-1, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)
-    weights = torch.matmul(grouped, keys).view(heads, len(rows.rows), -1)
+    weights = torch.matmul(grouped, k).view(heads, len(rows.rows), -1)
     # Keys before the first row are seen by all; padding lies behind the last key, so it is in the future as well.
-    late = torch.arange(rows.first + 1, keys.shape[2], device=slots.device)
+    late = torch.arange(rows.first + 1, k.shape[2], device=slots.device)
     weights[..., rows.first + 1 :].masked_fill_(late > rows.positions[:, None], float("-inf"))
     weights = torch.softmax(weights, dim=-1)
-    output = torch.matmul(weights.view(kv_heads, -1, weights.shape[2]), values).view(heads, len(rows.rows), -1)
+    output = torch.matmul(weights.view(kv_heads, -1, weights.shape[2]), v).view(heads, len(rows.rows), -1)
+    if value_scale != 1:
+        output *= value_scale
     return WeightProbe(rows, weights, output, slots.shape[1])

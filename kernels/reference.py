@@ -21,13 +21,16 @@ def attend(
     lse: torch.Tensor,
     *,
     merge: bool,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Attention of one pass, into the batch rows of the pass; other rows of ``out`` and ``lse`` are left alone.
 
     ``query`` [batch rows, H, D]; ``key_pool`` [slots, KV heads, D]; ``value_pool`` [slots, KV heads, Dv].
     ``out`` [batch rows, H, Dv]; ``lse`` [batch rows, H], natural logarithm, fp32 (fp64 for fp64 input). A row that sees
     no key has output 0 and LSE -inf. With ``merge``, what ``out`` and ``lse`` hold is attention over other keys of the
-    same rows, and becomes the softmax over both.
+    same rows, and becomes the softmax over both. The pools' elements are multiplied by ``key_scale`` and
+    ``value_scale``.
     """
     heads = query.shape[1]
     group = heads // key_pool.shape[1]
@@ -45,8 +48,8 @@ def attend(
                 lists.sink[head, tile],
                 lists.reach[head, tile],
             )
-            k = key_pool[slots, head // group].to(compute)
-            v = value_pool[slots, head // group].to(compute)
+            k = key_pool[slots, head // group].to(compute) * key_scale
+            v = value_pool[slots, head // group].to(compute) * value_scale
             scores = query[tile_pass.rows[rows], head].to(compute) @ k.T * scale
             scores = scores.masked_fill(~visible, float("-inf"))
             part_lse = torch.logsumexp(scores, dim=1)

@@ -55,6 +55,19 @@ class KeyOrder:
         """Keys of a tile."""
         return self.slots.shape[1]
 
+    def of_request(self, tiles: slice) -> KeyOrder:
+        """The part that is one request's, as an order of its own; ``tiles`` are the request's."""
+        count = tiles.stop - tiles.start
+        return KeyOrder(
+            slots=self.slots[tiles],
+            positions=self.positions[tiles],
+            tile_min=self.tile_min[tiles],
+            tile_max=self.tile_max[tiles],
+            tile_indptr=self.tile_indptr.new_tensor([0, count]),
+            widest=count,
+            contiguous=self.contiguous,
+        )
+
 
 @dataclass(frozen=True)
 class TilePass:
@@ -155,6 +168,22 @@ def lists_from_map(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tens
     count = counts.sum(1)
     begin = (count.cumsum(0) - count).int()
     return TileLists(begin, count.int(), counts[:, 0].contiguous(), parts.nonzero()[:, 3].int(), sink, reach)
+
+
+def dense_lists(tile_pass: TilePass, wanted: torch.Tensor) -> TileLists:
+    """All causal tiles of a sequence pass where ``wanted`` bool [H, T] holds, empty lists elsewhere.
+
+    In sequence order these are the first so many tiles, the full ones before the others: all lists share their entries.
+    """
+    keys, listed = tile_pass.keys, wanted.flatten()
+    heads = wanted.shape[0]
+    count, full = (
+        torch.where(listed, torch.div(bound, keys.tile_keys, rounding_mode="floor").repeat(heads), 0).int()
+        for bound in (tile_pass.max_pos + keys.tile_keys, tile_pass.min_pos + 1)
+    )
+    sink = torch.zeros(wanted.shape, dtype=torch.int32, device=wanted.device)
+    tiles = torch.arange(keys.widest, dtype=torch.int32, device=wanted.device)
+    return TileLists(torch.zeros_like(count), count, full, tiles, sink, torch.full_like(sink, UNBOUNDED))
 
 
 def element_mask(

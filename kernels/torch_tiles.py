@@ -36,6 +36,8 @@ def attend(
     lse: torch.Tensor,
     *,
     merge: bool,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Attention of one pass; arguments as in :func:`.reference.attend`."""
     heads, tiles = query.shape[1], tile_pass.num_tiles
@@ -47,7 +49,7 @@ def attend(
         tile_pass=tile_pass,
         lists=lists,
         group=heads // key_pool.shape[1],
-        scale=scale,
+        scale=scale * key_scale,
     )
     part = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
@@ -58,6 +60,8 @@ def attend(
     work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
     for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys):
         _attend_batch(problem, batch, tiles, part, part_lse)
+    if value_scale != 1:
+        part *= value_scale
     part = part.view(heads, -1, part.shape[1]).transpose(0, 1)
     part_lse = part_lse.view(heads, -1).transpose(0, 1)
     if merge:

@@ -31,6 +31,13 @@ def run(problem: problems.Problem, pattern: str, implementation: str, **settings
 
 def random_lists(problem: problems.Problem, tile_pass: TilePass, seed: int) -> TileLists:
     """Random tiles out of the visible ones, with random sink and reach; some lists are empty."""
+    return lists_from_map(tile_pass, *random_map(problem, tile_pass, seed))
+
+
+def random_map(
+    problem: problems.Problem, tile_pass: TilePass, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Those tiles as a map bool [H, T, n], and the sinks and reaches, int32 [H, T]."""
     generator = torch.Generator().manual_seed(seed)
     heads, tiles, keys = problem.query.shape[1], tile_pass.num_tiles, tile_pass.keys
     sink = torch.randint(0, 200, (heads, tiles), generator=generator, dtype=torch.int32)
@@ -49,7 +56,7 @@ def random_lists(problem: problems.Problem, tile_pass: TilePass, seed: int) -> T
         )
         random = torch.rand(visible.shape, generator=generator) < torch.rand(heads, 1, 1, generator=generator) - 0.1
         selected[:, tile, : visible.shape[-1]] = (visible & random)[:, 0]
-    return lists_from_map(tile_pass, selected, sink, reach)
+    return selected, sink, reach
 
 
 def attend(implementation, problem: problems.Problem, tile_pass: TilePass, lists: TileLists, dtype=None):

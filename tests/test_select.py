@@ -10,7 +10,8 @@ from mminference_sgl import prefill
 from mminference_sgl.catalog import load
 from mminference_sgl.config import Config, GridBudget, PatternBudgets
 from mminference_sgl.kernels import choice as choices
-from mminference_sgl.kernels import probe, reference, select
+from mminference_sgl.kernels import probe, reference, search, select
+from mminference_sgl.kernels.stages import stages_of
 from mminference_sgl.kernels.tiles import Region, element_mask
 
 PATTERNS = ("auto", "grid", "vertical_slash", "a_shape")
@@ -20,9 +21,8 @@ TIMESTAMPS = problems.Request(1400, [problems.timestamped_video(4, 20, 6, 8)], 5
 
 
 def probed(problem: problems.Problem, group) -> probe.WeightProbe:
-    slots = problem.plan.near.keys.slots[problem.plan.key_tiles[group.request]]
     operands = problem.query, problem.key_pool, problem.value_pool
-    return probe.run(*operands, slots, group.probe_rows, problem.scale)
+    return probe.run(*operands, group.keys, group.probe_rows, problem.scale)
 
 
 def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
@@ -72,7 +72,7 @@ def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.R
         (problem.plan.near, group.near, choice.near),
         (problem.plan.far, group.far, choice.far),
     ):
-        lists = prefill._PassLists(tile_pass, 4)
+        lists = prefill._PassLists(tile_pass, 4, stages_of("reference"))
         lists.put(tiles, selected, choice)
         whole = torch.zeros_like(problem.query), torch.full(problem.query.shape[:2], -torch.inf)
         reference.attend(*operands, tile_pass, lists.lists(), problem.scale, *whole, merge=False)
@@ -237,11 +237,11 @@ def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
 
 def by_threshold(start: torch.Tensor, mass: torch.Tensor, cost: torch.Tensor, limits: choices.Limits) -> list[bool]:
     """Which tiles are taken where each is a candidate by itself: ``mass`` [P, n], ``cost`` [n] of one head."""
-    useful = select._useful(mass[None], limits.coverage - start[None]).mean(1)
-    levels = select._levels(useful, cost, cost.sum(), limits)
-    reached = select._reached(start[None], mass[None], levels[:, None].expand(1, *mass.shape))
-    tiles = torch.stack([(cost * (levels[0] >= level)).sum() for level in range(select.LEVELS + 1)])
-    return (levels[0] >= select._threshold(reached, tiles[None], cost.sum(), limits)).tolist()
+    useful = search._useful(mass[None], limits.coverage - start[None]).mean(1)
+    levels = search._levels(useful, cost, cost.sum(), limits)
+    reached = search._reached(start[None], mass[None], levels[:, None].expand(1, *mass.shape))
+    tiles = torch.stack([(cost * (levels[0] >= level)).sum() for level in range(search.LEVELS + 1)])
+    return (levels[0] >= search._threshold(reached, tiles[None], cost.sum(), limits)).tolist()
 
 
 def test_fewest_candidates_are_taken() -> None:
@@ -276,7 +276,7 @@ def test_the_level_of_a_tile_is_the_highest_of_the_diagonals_that_touch_it(span:
     levels = torch.randint(-1, 65, (2, 20), generator=generator, dtype=torch.int8)
     first = torch.arange(20)
     last = (first + torch.randint(span, (20,), generator=generator)).clamp_max(19)
-    found = select._on_diagonals(levels, first, last, span)
+    found = search._on_diagonals(levels, first, last, span)
     for head in range(2):
         for query in range(20):
             for tile in range(int(last[query]) + 1):
@@ -308,10 +308,10 @@ def test_the_cheapest_choice_that_reaches_the_target_is_picked() -> None:
     assert pick(choice(tenth, 0.3, 0.6), choice(2 * tenth, 0.8, 0.1)) == 1, "half the mass for a tenth of the tiles"
 
 
-@pytest.mark.parametrize("asked", [("cpu",), ()], ids=["asked", "empty lists"])
-def test_guard_bounds_the_error_with_the_fewest_heads(asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waits", [True, False], ids=["asked", "empty lists"])
+def test_guard_bounds_the_error_with_the_fewest_heads(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is that of what was computed; heads over the ceiling are computed again, and equal dense attention."""
-    monkeypatch.setattr(prefill, "_ASKED", asked)
+    monkeypatch.setattr(prefill, "stages_of", lambda name: stages_of(name)._replace(waits=waits))
     problem = problems.make([VIDEO], tile_queries=32, tile_keys=16, heads=8, kv_heads=2)
     specs = load("grid").specs(0, range(8))
     operands = problem.query, problem.key_pool, problem.value_pool
@@ -378,15 +378,17 @@ def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request() -> 
     free = run(None)
     assert layout.picks == {}
     run(3)
-    assert {key: pick.shape for key, pick in layout.picks.items()} == {(3, "media"): (4,)}
+    assert {key: pick.shape for key, pick in layout.picks.items()} == {(3, "media", 0): (4,)}
     torch.testing.assert_close(run(3), free)
-    layout.picks[3, "media"] = 1 - layout.picks[3, "media"]
+    layout.picks[3, "media", 0] = 1 - layout.picks[3, "media", 0]
     run(5)
-    assert set(layout.picks) == {(3, "media"), (5, "media")}
+    assert set(layout.picks) == {(3, "media", 0), (5, "media", 0)}
 
 
-@pytest.mark.parametrize("bound", [1, 1 << 16, 1 << 30])
-def test_blocks_of_heads_do_not_change_the_answer(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("bound", "value"), [("PROBE_BYTES_CPU", 1), ("PROBE_BYTES_CPU", 1 << 16), ("MAP_TILES", 1), ("MAP_TILES", 5000)]
+)
+def test_blocks_of_heads_do_not_change_the_answer(bound: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problems.make(heads=8, kv_heads=2, tile_queries=64)
     specs = load("auto").specs(0, range(8))
     config = Config(coverage=0.7, max_density=0.3, error_ceiling=0.9)
@@ -398,5 +400,5 @@ def test_blocks_of_heads_do_not_change_the_answer(bound: int, monkeypatch: pytes
         return out
 
     whole = output()
-    monkeypatch.setattr(prefill, "PROBE_BYTES_CPU", bound)
+    monkeypatch.setattr(prefill, bound, value)
     torch.testing.assert_close(output(), whole, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.choice import CellView, KeyTiles, QueryTiles, View
-from mminference_sgl.kernels.probe import ProbeRows
+from mminference_sgl.kernels.probe import ProbeKeys, ProbeRows
 from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
 from mminference_sgl.stride import StrideSearch
 
@@ -35,14 +35,15 @@ class DeviceLayout:
 
     ``tokens`` int32 [length]: cell order -> token position; ``key_tile`` int32 [length]: token position -> cell-order
     key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
-    ``picks``: (layer, query modality) -> what ``auto`` picked for each head in the last chunk, int64 [H].
+    ``picks``: (layer, query modality, first head) -> what ``auto`` picked for each head of a block in the last chunk,
+    int64 [H].
     ``search``: that for the strides of runs without a grid, None where there are none.
     """
 
     def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
         self.layout = layout
         self.has_media = layout.num_items > 0
-        self.picks: dict[tuple[int, str], torch.Tensor] = {}
+        self.picks: dict[tuple[int | None, str, int], torch.Tensor] = {}
         self.stride = layout.max_frame_stride
         self.search: StrideSearch | None = None
         self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
@@ -77,13 +78,14 @@ class RowGroup:
     """Rows of one request and one query modality, as selection sees them.
 
     ``near`` and ``far``: the group's query tiles, as slices of the two passes' tiles.
-    ``row_slots``: its row slots in the sequence pass.
+    ``row_slots``: its row slots in the sequence pass. ``keys``: the request's, for the probe.
     """
 
     request: int
     modality: str
     view: View
     probe_rows: ProbeRows
+    keys: ProbeKeys
     near: slice
     far: slice
     row_slots: slice
@@ -97,8 +99,6 @@ class ForwardPlan:
     near: TilePass
     far: TilePass | None
     groups: Sequence[RowGroup]
-    key_tiles: Sequence[slice]
-    """Key tiles of each request in ``near.keys``."""
 
 
 def build(
@@ -170,7 +170,10 @@ def build(
     groups: list[RowGroup] = []
     near_request, near_kind = on_host("seq.tile_request"), on_host("seq.tile_kind")
     far_request, near_indptr = on_host("cell.tile_request"), on_host("seq.row_indptr")
+    near_tiles, far_tiles = (_request_tiles(order, requests, tile_keys) for order in ("sequence", "cell"))
     for index, request in enumerate(requests):
+        cell_keys = far.keys.of_request(far_tiles[index]) if far is not None and request.layout.has_media else None
+        keys = ProbeKeys(near.keys.of_request(near_tiles[index]), cell_keys, request.num_keys - 1)
         far_slice = _span(far_request == index)
         for modality in ("text", "media"):
             near_slice = _span((near_request == index) & ((near_kind == KIND_TEXT) == (modality == "text")))
@@ -211,10 +214,18 @@ def build(
                 key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
             )
             slots_of_rows = slice(*(int(near_indptr[tile]) for tile in (near_slice.start, near_slice.stop)))
-            groups.append(RowGroup(index, modality, view, probed, near_slice, group_far, slots_of_rows))
-    ends = np.cumsum([-(-r.num_keys // tile_keys) for r in requests]).tolist()
-    key_tiles = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    return ForwardPlan(requests, near, far, groups, key_tiles)
+            groups.append(RowGroup(index, modality, view, probed, keys, near_slice, group_far, slots_of_rows))
+    return ForwardPlan(requests, near, far, groups)
+
+
+def _request_tiles(order: str, requests: Sequence[SparseRequest], tile_keys: int) -> list[slice]:
+    """Key tiles of each request in an order of all of them."""
+    if order == "sequence":
+        counts = [-(-r.num_keys // tile_keys) for r in requests]
+    else:
+        counts = [r.layout.cell_tiles.min_pos.numel() if r.layout.has_media else 0 for r in requests]
+    ends = np.cumsum(counts).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 _Tiled = tuple[torch.Tensor, torch.Tensor]

@@ -6,22 +6,27 @@ Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypedDict
 
 import torch
 
 from mminference_sgl.catalog import HeadSpec
 from mminference_sgl.config import Config
 from mminference_sgl.kernels import choice as choices
-from mminference_sgl.kernels import ops, probe, select
+from mminference_sgl.kernels import ops, probe, search, select
 from mminference_sgl.kernels.choice import Choice, Limits, View
-from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, lists_from_map
+from mminference_sgl.kernels.stages import Stages, stages_of
+from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
 from mminference_sgl.plan import ForwardPlan, RowGroup
 
 PROBE_BYTES = 256 << 20
 """Bound on the probe weights held at a time."""
 PROBE_BYTES_CPU = 16 << 20
 """The same on a CPU, where temporaries beyond 32 MiB are mapped anew each time, at more than the arithmetic's cost."""
+MAP_TILES = 1 << 28
+"""Bound on the tiles of a pass's map, a byte each and up to four in its lists, beyond which heads run in blocks."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,13 @@ class LayerReport:
     guarded: torch.Tensor
 
 
-_ASKED = ("cpu",)
-"""Devices that are asked whether a head must be repaired; on others the question would wait for the layer, and a pass
-with empty lists does not."""
+class _Scales(TypedDict):
+    key_scale: float
+    value_scale: float
+
 
 Passes = list[tuple[TilePass, TileLists]]
-"""Passes of a layer with the tile lists of all heads, the sequence pass first."""
+"""Passes of a layer with the tile lists of some heads, the sequence pass first."""
 
 
 def run_layer(
@@ -61,6 +67,9 @@ def run_layer(
     out: torch.Tensor,
     implementation: str,
     layer: int | None = None,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> list[LayerReport]:
     """Computes the plan's rows of one layer into ``out``.
 
@@ -70,26 +79,42 @@ def run_layer(
         specs: one head spec per query head of this rank.
         out: [batch rows, H, Dv].
         layer: id under which the heads' picks are carried over to the request's next chunk; None carries nothing.
+        key_scale, value_scale: what the pools' elements are multiplied by, for pools in fp8 e4m3.
 
     Returns:
         One report per sparse request.
     """
-    passes, watched = _select(_Layer(query, key_pool, value_pool, plan, specs, config, scale, layer))
-    lse = ops.sparse_prefill(query, key_pool, value_pool, passes, scale, out, implementation)
-    for item in watched:
+    stages = stages_of(implementation)
+    whole = _Layer(query, key_pool, value_pool, key_scale, value_scale, plan, specs, config, scale, layer, stages)
+    watched, lse = [], []
+    for part in whole.parts():
+        passes, seen = _select(part)
+        watched.append(seen)
+        part_out = out[:, part.heads]
+        lse.append(ops.sparse_prefill(*part.operands, passes, scale, part_out, implementation, **part.scales))
+    merged = [_Watched.of(parts) for parts in zip(*watched, strict=True)]
+    for item in merged:
         item.measure(out, config.error_ceiling)
-    failing = [item for item in watched if item.dense_output is not None]
-    if query.device.type in _ASKED:
+    failing = [item for item in merged if item.dense_output is not None]
+    if stages.waits:
         failing = [item for item in failing if bool(item.guarded.any())]
     if failing:
-        lists = _PassLists(plan.near, len(specs))
-        for item in failing:
-            rows = plan.near.rows[item.group.row_slots]
-            lse[rows] = lse[rows].masked_fill(item.guarded, float("-inf"))
-            choice = choices.dense(item.group.view, len(specs))
-            lists.put(item.group.near, choice.near & item.guarded[:, None, None], choice)
-        ops.merge_pass(query, key_pool, value_pool, (plan.near, lists.lists()), scale, out, lse, implementation)
-    return _reports(watched)
+        _repair(whole, failing, torch.cat(lse, dim=1), out, implementation)
+    return _reports(merged)
+
+
+def _repair(
+    layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: torch.Tensor, implementation: str
+) -> None:
+    """Computes the guarded heads again, densely; where there are none, the lists of the pass are empty."""
+    near = layer.plan.near
+    wanted = torch.zeros(len(layer.specs), near.num_tiles, dtype=torch.bool, device=out.device)
+    for item in failing:
+        rows = near.rows[item.group.row_slots]
+        lse[rows] = lse[rows].masked_fill(item.guarded, float("-inf"))
+        wanted[:, item.group.near] = item.guarded[:, None]
+    lists = near, dense_lists(near, wanted)
+    ops.merge_pass(*layer.operands, lists, layer.scale, out, lse, implementation, **layer.scales)
 
 
 def select_layer(
@@ -100,12 +125,14 @@ def select_layer(
     specs: Sequence[HeadSpec],
     config: Config,
     scale: float,
+    implementation: str = "torch",
 ) -> tuple[Passes, list[LayerReport]]:
     """Probes the plan's requests and chooses the tiles of every head; arguments as in :func:`run_layer`.
 
     The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
     """
-    passes, watched = _select(_Layer(query, key_pool, value_pool, plan, specs, config, scale, None))
+    layer = _Layer(query, key_pool, value_pool, 1.0, 1.0, plan, specs, config, scale, None, stages_of(implementation))
+    passes, watched = _select(layer)
     return passes, _reports(watched)
 
 
@@ -123,6 +150,20 @@ class _Watched:
     dense_output: torch.Tensor | None
     error: torch.Tensor
     guarded: torch.Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[_Watched]) -> _Watched:
+        """What is known of blocks of heads, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        tiles, coverage, guarded = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("tiles", "coverage", "guarded")
+        )
+        outputs = [part.dense_output for part in parts if part.dense_output is not None]
+        first = parts[0]
+        return cls(
+            first.group, tiles, first.causal, coverage, torch.cat(outputs) if outputs else None, first.error, guarded
+        )
 
     def measure(self, out: torch.Tensor, ceiling: float) -> None:
         """Compares the probe rows' output with the dense one and marks the layer's worst heads, which must go dense.
@@ -144,38 +185,77 @@ class _Watched:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What selection works on; the arguments of :func:`run_layer`."""
+    """What selection works on: the arguments of :func:`run_layer`, for all heads or for a block of them."""
 
     query: torch.Tensor
     key_pool: torch.Tensor
     value_pool: torch.Tensor
+    key_scale: float
+    value_scale: float
     plan: ForwardPlan
     specs: Sequence[HeadSpec]
     config: Config
     scale: float
     id: int | None
+    stages: Stages
+    first_head: int = 0
 
-    def probe(self, group: RowGroup, heads: slice) -> probe.WeightProbe:
-        """Probes the group's rows for a block of whole GQA groups."""
-        kv_heads = slice(*(bound * self.key_pool.shape[1] // len(self.specs) for bound in (heads.start, heads.stop)))
-        slots = self.plan.near.keys.slots[self.plan.key_tiles[group.request]]
-        pools = self.key_pool[:, kv_heads], self.value_pool[:, kv_heads]
-        return probe.run(self.query[:, heads], *pools, slots, group.probe_rows, self.scale)
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key_pool, self.value_pool
 
-    def head_blocks(self, group: RowGroup) -> list[slice]:
-        """Blocks of whole GQA groups whose probe weights stay within the bound of the device."""
+    @property
+    def scales(self) -> _Scales:
+        return {"key_scale": self.key_scale, "value_scale": self.value_scale}
+
+    @property
+    def heads(self) -> slice:
+        return slice(self.first_head, self.first_head + len(self.specs))
+
+    def parts(self) -> list[_Layer]:
+        """Blocks of heads whose tile maps and lists stay within :data:`MAP_TILES`."""
+        passes = [self.plan.near] + ([self.plan.far] if self.plan.far is not None else [])
+        tiles = max(tile_pass.num_tiles * tile_pass.keys.widest for tile_pass in passes)
         heads, per_group = len(self.specs), len(self.specs) // self.key_pool.shape[1]
-        tiles = self.plan.key_tiles[group.request]
-        weights = (tiles.stop - tiles.start) * self.plan.near.keys.tile_keys * group.probe_rows.rows.numel()
+        step = max(1, MAP_TILES // tiles)
+        if step >= heads:
+            return [self]
+        step = step // per_group * per_group or max(n for n in range(1, step + 1) if per_group % n == 0)
+        return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
+
+    def of(self, heads: slice) -> _Layer:
+        """A block of heads, of one GQA group or of several whole ones."""
+        per_group = len(self.specs) // self.key_pool.shape[1]
+        kv_heads = slice(heads.start // per_group, -(-heads.stop // per_group))
+        return replace(
+            self,
+            query=self.query[:, heads],
+            key_pool=self.key_pool[:, kv_heads],
+            value_pool=self.value_pool[:, kv_heads],
+            specs=self.specs[heads],
+            first_head=self.first_head + heads.start,
+        )
+
+    def probe(self, group: RowGroup, *, with_weights: bool) -> probe.Probe:
+        """Probes the group's rows; ``with_weights`` the portable way, for those who look at single keys."""
+        run = probe.run if with_weights else self.stages.probe
+        return run(*self.operands, group.keys, group.probe_rows, self.scale, **self.scales)
+
+    def probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
+        """Blocks of whole GQA groups whose probe stays within the bound of the device."""
+        heads, per_group = len(self.specs), len(self.specs) // self.key_pool.shape[1]
         bound = PROBE_BYTES_CPU if self.query.device.type == "cpu" else PROBE_BYTES
-        step = max(1, bound // (4 * weights * per_group)) * per_group
-        return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+        held = group.keys.sequence.slots.numel() * group.probe_rows.rows.numel()
+        if not with_weights and not self.stages.waits:
+            held //= group.keys.sequence.tile_keys
+        step = max(1, bound // (4 * held * per_group)) * per_group
+        return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
 
 
 def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
     plan, heads, device = layer.plan, len(layer.specs), layer.query.device
-    near = _PassLists(plan.near, heads)
-    far = _PassLists(plan.far, heads) if plan.far is not None else None
+    near = _PassLists(plan.near, heads, layer.stages)
+    far = _PassLists(plan.far, heads, layer.stages) if plan.far is not None else None
     watched: list[_Watched] = []
     for group in plan.groups:
         choice, dense_output = _select_group(layer, group)
@@ -198,18 +278,20 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
     if all(pair == ("dense", "dense") for pair in wanted):
         return choices.dense(group.view, len(wanted)), None
     layout = layer.plan.requests[group.request].layout
-    previous = None if layer.id is None else layout.picks.get((layer.id, group.modality))
-    blocks, outputs, picks = [], [], []
-    for block in layer.head_blocks(group):
-        probed = layer.probe(group, block)
-        if layout.search is not None and group.modality == "media":
-            layout.search.listen(probed, layer.id)
-        proposals = Proposals(group.view, probed, layer.config, None if previous is None else previous[block])
-        blocks.append(proposals.choose(wanted[block]))
+    listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
+    blocks, outputs = [], []
+    for part in layer.probe_parts(group, with_weights=listens):
+        probed = part.probe(group, with_weights=listens)
+        if listens and layout.search is not None:
+            assert isinstance(probed, probe.WeightProbe)
+            layout.search.listen(probed)
+        carried = part.id, group.modality, part.first_head
+        previous = layout.picks.get(carried) if part.id is not None else None
+        proposals = Proposals(group.view, probed, layer.config, previous, layer.stages.search)
+        blocks.append(proposals.choose([spec.of(group.modality) for spec in part.specs]))
         outputs.append(probed.output)
-        picks.append(proposals.picked)
-    if layer.id is not None:
-        layout.picks[layer.id, group.modality] = torch.cat(picks)
+        if part.id is not None:
+            layout.picks[carried] = proposals.picked
     return choices.concatenate(blocks), torch.cat(outputs)
 
 
@@ -219,7 +301,15 @@ class Proposals:
     ``previous`` int64 [H]: what ``auto`` picked in the chunk before; ``picked``: what it picks now, 0 if not asked.
     """
 
-    def __init__(self, view: View, probed: probe.Probe, config: Config, previous: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        view: View,
+        probed: probe.Probe,
+        config: Config,
+        previous: torch.Tensor | None,
+        search: select.Search = search,
+    ) -> None:
+        self._search = search
         self._view = view
         self._probed = probed
         self._budgets = config.patterns
@@ -241,7 +331,7 @@ class Proposals:
             if result is None:
                 result = pair
                 continue
-            heads = torch.tensor([item == (on_text, on_media) for item in wanted], device=pair.coverage.device)
+            heads = _mask(tuple(item == (on_text, on_media) for item in wanted), pair.coverage.device)
             result = choices.where(heads, pair, result)
         assert result is not None
         return result
@@ -259,17 +349,16 @@ class Proposals:
             return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
         if pattern == "vertical_slash":
             budget = budgets.vertical_slash
-            return select.vertical_slash(view, probed, limits, sink=budget.sink, window=budget.window)
+            return select.vertical_slash(view, probed, limits, self._search, sink=budget.sink, window=budget.window)
         if pattern == "grid":
             assert view.cell is not None
             grid = budgets.grid
             # One frame back and one key more, so that the same place in the frame before is inside.
             stride = view.cell.stride
-            reaches = {min(max(grid.window, n * stride + 1), UNBOUNDED) for n in (0, grid.window_frames)}
-            windows = [
-                select.grid(view, probed, limits, sink=grid.sink, reach=reach, min_lines=grid.min_lines)
-                for reach in sorted(reaches)
-            ]
+            reaches = sorted({min(max(grid.window, n * stride + 1), UNBOUNDED) for n in (0, grid.window_frames)})
+            windows = select.grid(
+                view, probed, limits, self._search, sink=grid.sink, reaches=reaches, min_lines=grid.min_lines
+            )
             return choices.cheapest(view, windows, limits)[0]
         candidates = ["grid", "vertical_slash"] if view.cell is not None else ["vertical_slash"]
         proposed = [self._get(name) for name in candidates]
@@ -277,11 +366,17 @@ class Proposals:
         return choices.never_beyond_dense(view, merged)
 
 
+@cache
+def _mask(heads: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    """Heads as bool [H]; kept, since bringing it to a device would wait for what runs there."""
+    return torch.tensor(heads, device=device)
+
+
 class _PassLists:
     """Collects the groups' choices of one pass and turns them into tile lists."""
 
-    def __init__(self, tile_pass: TilePass, heads: int) -> None:
-        self._pass = tile_pass
+    def __init__(self, tile_pass: TilePass, heads: int, stages: Stages) -> None:
+        self._pass, self._build = tile_pass, stages.lists
         device = tile_pass.request.device
         shape = (heads, tile_pass.num_tiles, tile_pass.keys.widest)
         self._selected = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -294,7 +389,7 @@ class _PassLists:
         self._reach[:, tiles] = choice.reach[:, None]
 
     def lists(self) -> TileLists:
-        return lists_from_map(self._pass, self._selected, self._sink, self._reach)
+        return self._build(self._pass, self._selected, self._sink, self._reach)
 
 
 def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:

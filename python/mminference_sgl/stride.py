@@ -70,12 +70,15 @@ class StrideSearch:
             search._runs.setdefault((start, end), _Run(start, end))
         return search
 
-    def listen(self, probed: WeightProbe, layer: int | None) -> None:
+    def listens(self, layer: int | None) -> bool:
+        """Whether a layer's probe is wanted."""
+        return not (layer or 0) % _EVERY and any(run.stride is None for run in self._runs.values())
+
+    def listen(self, probed: WeightProbe) -> None:
         """Adds what one layer's probe of media rows shows, for some heads; waits for nothing."""
-        if not (layer or 0) % _EVERY:
-            for run in self._runs.values():
-                if run.stride is None:
-                    run.listen(probed)
+        for run in self._runs.values():
+            if run.stride is None:
+                run.listen(probed)
 
     def conclude(self, counters: Counter[str]) -> bool:
         """Whether a stride was found since the last call. Reads the device at most once per run and doubling of it."""

@@ -1,0 +1,38 @@
+"""What surrounds attention in a layer, by implementation: the probe, the search for tiles and the building of lists."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import probe, search, tiles
+from .probe import Probe
+from .select import Search
+from .tiles import TileLists, TilePass
+
+_FUSED = ("triton", "flashinfer")
+
+
+class Stages(NamedTuple):
+    """``probe``: see :func:`.probe.run`; ``search``: see :mod:`.search`; ``lists``: see :func:`.tiles.lists_from_map`.
+
+    ``waits``: whether the host may ask the device for a value, because both are the same.
+    """
+
+    probe: Callable[..., Probe]
+    search: Search
+    lists: Callable[[TilePass, torch.Tensor, torch.Tensor, torch.Tensor], TileLists]
+    waits: bool
+
+
+def stages_of(implementation: str) -> Stages:
+    """The stages that go with an implementation of attention: those in Triton on devices, or the portable ones."""
+    if implementation not in _FUSED:
+        return Stages(probe.run, search, tiles.lists_from_map, waits=True)
+    probe_triton, search_triton, lists_triton = (
+        importlib.import_module(f".{name}_triton", __package__) for name in ("probe", "search", "lists")
+    )
+    return Stages(probe_triton.run, search_triton, lists_triton.lists_from_map, waits=False)
