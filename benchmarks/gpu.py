@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +41,9 @@ from gpu_inputs import HEAD_DIM, Layer, Shape, make_layer
 from mminference_sgl import prefill
 from mminference_sgl.catalog import load
 from mminference_sgl.config import Config
-from mminference_sgl.kernels import ops, probe
+from mminference_sgl.kernels import ops
+from mminference_sgl.kernels.probe import Probe
+from mminference_sgl.kernels.stages import Stages
 from mminference_sgl.kernels.tiles import TileLists, TilePass, element_mask
 
 RESULTS = Path(__file__).parent / "results"
@@ -199,52 +201,96 @@ def measure(
     clock: Clock,
     implementation: str,
 ) -> Line:
-    """Selects, attends, checks, and times both; ``density`` in per cent, ``dense``: cuDNN and FA3."""
-    device, heads = layer.query.device, layer.query.shape[1]
-    scale = HEAD_DIM**-0.5
-    specs = load("auto").specs(0, range(heads))
-    out = torch.full_like(layer.query, torch.nan)
-    select_times: list[float] = []
-    probe_times: list[float] = []
+    """Selects, attends, checks, and times both; ``density`` in per cent, ``dense``: cuDNN and FA3.
 
-    def select() -> prefill.Passes:
-        with _spans(clock) as probes, clock.span() as span:
-            passes, _ = prefill.select_layer(*layer.operands, layer.plan, specs, config, scale)
-        total, probed = span(), sum(tell() for tell in probes)
-        select_times.append(total - probed)
-        probe_times.append(probed)
-        return passes
-
-    before = _memory(device, reset=True)
-    passes = select()
-    lse = ops.sparse_prefill(*layer.operands, passes, scale, out, implementation)
-    peak = _memory(device, reset=False) - before
-    mass, error, allowed = verify(layer, passes, out, lse, scale)
-    if not error <= allowed:
-        raise SystemExit(f"{layer.shape}, {density} %: the output is off by {error:.3g}, {allowed:.3g} is allowed")
-    del select_times[:], probe_times[:]
-    for _ in range(clock.repeats):
-        select()
-    attend = clock.samples(lambda: ops.sparse_prefill(*layer.operands, passes, scale, out, implementation))
-    tiles, pairs = _work(passes)
+    Heads that do not fit into memory together run one block after the other, as in a server; times are their sums.
+    """
+    heads, kv_heads = layer.query.shape[1], layer.key_pool.shape[1]
+    parts = []
+    before = _memory(layer.query.device, reset=True)
+    for own, own_kv in prefill.head_blocks(layer.plan, heads, kv_heads):
+        part = replace(
+            layer,
+            query=layer.query[:, own],
+            key_pool=layer.key_pool[:, own_kv],
+            value_pool=layer.value_pool[:, own_kv],
+        )
+        parts.append(measure_part(part, config, clock, implementation))
+    peak = _memory(layer.query.device, reset=False) - before
+    for part in parts:
+        if not part.error <= part.allowed_error:
+            off = f"the output is off by {part.error:.3g}, {part.allowed_error:.3g} is allowed"
+            raise SystemExit(f"{layer.shape}, {density} %: {off}")
+    probes, selects, attends = (
+        Timing.of([sum(times) for times in zip(*(getattr(part, name) for part in parts), strict=True)])
+        for name in ("probe", "select", "attend")
+    )
+    pairs = sum(part.pairs for part in parts)
     near = layer.plan.near
     causal_tiles = (near.max_pos // config.tile_keys + 1).long() * near.indptr.diff()
-    flops = 4 * HEAD_DIM
     return Line(
         shape=str(layer.shape),
         page_size=page_size,
         wanted_density=density,
         density=pairs / (heads * config.tile_keys * int(causal_tiles.sum())),
-        true_mass=mass,
-        probe=Timing.of(probe_times),
-        select=Timing.of(select_times),
-        attend=attend,
+        true_mass=statistics.fmean(part.mass for part in parts),
+        probe=probes,
+        select=selects,
+        attend=attends,
         dense=dense[0],
         dense_fa3=dense[1],
-        tflops=flops * pairs / attend.median / 1e9,
-        dense_tflops=flops * heads * layer.shape.causal_pairs / dense[0].median / 1e9,
-        tiles_per_list=tiles / sum(lists.full.numel() for _, lists in passes),
+        tflops=4 * HEAD_DIM * pairs / attends.median / 1e9,
+        dense_tflops=4 * HEAD_DIM * heads * layer.shape.causal_pairs / dense[0].median / 1e9,
+        tiles_per_list=sum(part.tiles for part in parts) / sum(part.lists for part in parts),
         peak_bytes=peak,
+        error=max(part.error for part in parts),
+        allowed_error=max(part.allowed_error for part in parts),
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured of a block of heads: milliseconds of each repetition, work, and how exact it is."""
+
+    probe: list[float]
+    select: list[float]
+    attend: list[float]
+    tiles: int
+    pairs: int
+    lists: int
+    mass: float
+    error: float
+    allowed_error: float
+
+
+def measure_part(layer: Layer, config: Config, clock: Clock, implementation: str) -> Part:
+    """One block of heads, alone in ``layer``."""
+    scale = HEAD_DIM**-0.5
+    specs = load("auto").specs(0, range(layer.query.shape[1]))
+    out = torch.full_like(layer.query, torch.nan)
+
+    def select() -> tuple[prefill.Passes, float, float]:
+        with _spans(clock) as probes, clock.span() as span:
+            passes, _ = prefill.select_layer(*layer.operands, layer.plan, specs, config, scale, implementation)
+        total, probed = span(), sum(tell() for tell in probes)
+        return passes, probed, total - probed
+
+    def attend() -> torch.Tensor:
+        return ops.sparse_prefill(*layer.operands, passes, scale, out, implementation)
+
+    passes, _, _ = select()
+    lse = attend()
+    mass, error, allowed = verify(layer, passes, out, lse, scale)
+    times = [select()[1:] for _ in range(clock.repeats)]
+    tiles, pairs = _work(passes)
+    return Part(
+        probe=[probe for probe, _ in times],
+        select=[rest for _, rest in times],
+        attend=[clock.once(attend) for _ in range(clock.repeats)],
+        tiles=tiles,
+        pairs=pairs,
+        lists=sum(lists.full.numel() for _, lists in passes),
+        mass=mass,
         error=error,
         allowed_error=allowed,
     )
@@ -253,19 +299,24 @@ def measure(
 @contextmanager
 def _spans(clock: Clock) -> Iterator[list[Callable[[], float]]]:
     """Times every call of the probe while it lasts."""
-    run, found = probe.run, []
+    stages_of, found = prefill.stages_of, []
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with clock.span() as span:
-            result = run(*args, **kwargs)
-        found.append(span)
-        return result
+    def timed_stages(implementation: str) -> Stages:
+        stages = stages_of(implementation)
 
-    probe.run = timed  # type: ignore[assignment]
+        def timed(*args: Any, **kwargs: Any) -> Probe:
+            with clock.span() as span:
+                result = stages.probe(*args, **kwargs)
+            found.append(span)
+            return result
+
+        return stages._replace(probe=timed)
+
+    prefill.stages_of = timed_stages
     try:
         yield found
     finally:
-        probe.run = run  # type: ignore[assignment]
+        prefill.stages_of = stages_of
 
 
 def _work(passes: Sequence[tuple[TilePass, TileLists]]) -> tuple[int, int]:

@@ -266,13 +266,13 @@ def cheapest(
     """Per head the choice that reaches the target with the fewest tiles.
 
     Where none does, the one whose mass is worth its tiles most, at the price of ``min_gain``. ``previous`` int64 [H]:
-    each head's pick in the chunk before; another one must be cheaper by more than :data:`LOYALTY`, so that heads
-    between two patterns do not change with every chunk. Returns the merged choice and the index of each head's pick,
-    int64 [H]. Earlier choices win ties.
+    each head's pick in the chunk before, -1 for none; another one must be cheaper by more than :data:`LOYALTY`, so that
+    heads between two patterns do not change with every chunk. Returns the merged choice and the index of each head's
+    pick, int64 [H]. Earlier choices win ties.
     """
     tiles = torch.stack([choice.tiles() for choice in choices]).double()
     if previous is not None:
-        kept = torch.nn.functional.one_hot(previous, len(choices)).T.bool()
+        kept = previous == torch.arange(len(choices), device=previous.device)[:, None]
         tiles = torch.where(kept, tiles * (1 - LOYALTY), tiles)
     reached = torch.stack([choice.missing for choice in choices]) <= SLACK
     coverage = torch.stack([choice.coverage for choice in choices]).double()

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aot import DTYPES, resources
+from aot import resources
 from mminference_sgl.kernels import lists_triton, probe_triton, search_triton
 from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8
 

@@ -364,7 +364,7 @@ def test_a_head_keeps_its_pattern_unless_another_one_is_clearly_cheaper() -> Non
     assert choices.cheapest(view, made, limits, torch.tensor([1, 1, 1]))[1].tolist() == [1, 1, 1]
 
 
-def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request() -> None:
+def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problems.make([VIDEO], tile_queries=32, tile_keys=16)
     layout = problem.plan.requests[0].layout
     specs = load("auto").specs(0, range(4))
@@ -375,14 +375,21 @@ def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request() -> 
         prefill.run_layer(*operands, problem.plan, specs, Config(), problem.scale, out, "torch", layer)
         return out
 
+    def carried(layer: int | None) -> torch.Tensor:
+        return layout.carried_picks(layer, "media", 4, problem.query.device)
+
     free = run(None)
-    assert layout.picks == {}
+    assert carried(None).tolist() == [-1] * 4
+    assert carried(3).tolist() == [-1] * 4
+    # As keys grow in number, fewer heads are probed at a time.
+    monkeypatch.setattr(prefill, "PROBE_BYTES_CPU", 1)
     run(3)
-    assert {key: pick.shape for key, pick in layout.picks.items()} == {(3, "media", 0): (4,)}
+    picked = carried(3).clone()
+    assert (picked >= 0).all()
+    monkeypatch.undo()
     torch.testing.assert_close(run(3), free)
-    layout.picks[3, "media", 0] = 1 - layout.picks[3, "media", 0]
-    run(5)
-    assert set(layout.picks) == {(3, "media", 0), (5, "media", 0)}
+    assert torch.equal(carried(3), picked)
+    assert carried(5).tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize(

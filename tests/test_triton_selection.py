@@ -108,8 +108,9 @@ def test_no_stage_of_a_layer_waits_for_the_device(specs: list[HeadSpec], monkeyp
             patch.setattr(torch, "tensor", None)
             reports = prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton", 0)
         assert len(reports) == len(problem.plan.requests)
-        with monkeypatch.context() as patch, pytest.raises(DynamicOutputShapeException):
-            patch.setattr(prefill, "stages_of", lambda name: stages_of(name)._replace(lists=stages_of("torch").lists))
+        waiting = stages_of("triton")._replace(lists=stages_of("torch").lists)
+        monkeypatch.setattr(prefill, "stages_of", lambda _name: waiting)
+        with pytest.raises(DynamicOutputShapeException):
             prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton")
 
 

@@ -35,15 +35,13 @@ class DeviceLayout:
 
     ``tokens`` int32 [length]: cell order -> token position; ``key_tile`` int32 [length]: token position -> cell-order
     key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
-    ``picks``: (layer, query modality, first head) -> what ``auto`` picked for each head of a block in the last chunk,
-    int64 [H].
     ``search``: that for the strides of runs without a grid, None where there are none.
     """
 
     def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
         self.layout = layout
         self.has_media = layout.num_items > 0
-        self.picks: dict[tuple[int | None, str, int], torch.Tensor] = {}
+        self._picks: dict[tuple[int, str], torch.Tensor] = {}
         self.stride = layout.max_frame_stride
         self.search: StrideSearch | None = None
         self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
@@ -51,6 +49,14 @@ class DeviceLayout:
             self.tokens = _to_device(layout.order("cell"), device)
             self.key_tile = _to_device(layout.key_tile_of_token("cell", tile_keys), device)
             self.cell_tiles = _key_tiles(layout, "cell", tile_keys, device)
+
+    def carried_picks(self, layer: int | None, modality: str, heads: int, device: torch.device) -> torch.Tensor:
+        """What ``auto`` picked for each head in the last chunk, int64 [H], -1 for nothing; written in place.
+
+        ``layer`` None carries nothing.
+        """
+        nothing = torch.full((heads,), -1, device=device)
+        return nothing if layer is None else self._picks.setdefault((layer, modality), nothing)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def run_layer(
         One report per sparse request.
     """
     stages = stages_of(implementation)
-    whole = _Layer(query, key_pool, value_pool, key_scale, value_scale, plan, specs, config, scale, layer, stages)
+    whole = _Layer(
+        query, key_pool, value_pool, key_scale, value_scale, plan, specs, config, scale, layer, stages, len(specs)
+    )
     watched, lse = [], []
     for part in whole.parts():
         passes, seen = _select(part)
@@ -131,7 +133,8 @@ def select_layer(
 
     The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
     """
-    layer = _Layer(query, key_pool, value_pool, 1.0, 1.0, plan, specs, config, scale, None, stages_of(implementation))
+    stages = stages_of(implementation)
+    layer = _Layer(query, key_pool, value_pool, 1.0, 1.0, plan, specs, config, scale, None, stages, len(specs))
     passes, watched = _select(layer)
     return passes, _reports(watched)
 
@@ -185,7 +188,10 @@ class _Watched:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What selection works on: the arguments of :func:`run_layer`, for all heads or for a block of them."""
+    """What selection works on: the arguments of :func:`run_layer`, for all heads or for a block of them.
+
+    ``all_heads``: how many the layer has; ``first_head``: where the block begins.
+    """
 
     query: torch.Tensor
     key_pool: torch.Tensor
@@ -198,6 +204,7 @@ class _Layer:
     scale: float
     id: int | None
     stages: Stages
+    all_heads: int
     first_head: int = 0
 
     @property
@@ -214,19 +221,12 @@ class _Layer:
 
     def parts(self) -> list[_Layer]:
         """Blocks of heads whose tile maps and lists stay within :data:`MAP_TILES`."""
-        passes = [self.plan.near] + ([self.plan.far] if self.plan.far is not None else [])
-        tiles = max(tile_pass.num_tiles * tile_pass.keys.widest for tile_pass in passes)
-        heads, per_group = len(self.specs), len(self.specs) // self.key_pool.shape[1]
-        step = max(1, MAP_TILES // tiles)
-        if step >= heads:
-            return [self]
-        step = step // per_group * per_group or max(n for n in range(1, step + 1) if per_group % n == 0)
-        return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
+        blocks = head_blocks(self.plan, len(self.specs), self.key_pool.shape[1])
+        return [self] if len(blocks) == 1 else [self.of(heads) for heads, _ in blocks]
 
     def of(self, heads: slice) -> _Layer:
         """A block of heads, of one GQA group or of several whole ones."""
-        per_group = len(self.specs) // self.key_pool.shape[1]
-        kv_heads = slice(heads.start // per_group, -(-heads.stop // per_group))
+        kv_heads = _kv_heads(heads, len(self.specs) // self.key_pool.shape[1])
         return replace(
             self,
             query=self.query[:, heads],
@@ -250,6 +250,24 @@ class _Layer:
             held //= group.keys.sequence.tile_keys
         step = max(1, bound // (4 * held * per_group)) * per_group
         return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
+
+
+def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[tuple[slice, slice]]:
+    """Blocks of query heads, and their KV heads, whose tile maps stay within :data:`MAP_TILES`.
+
+    A block is one GQA group, several whole ones, or an equal part of one.
+    """
+    passes = [plan.near] + ([plan.far] if plan.far is not None else [])
+    tiles = max(tile_pass.num_tiles * tile_pass.keys.widest for tile_pass in passes)
+    group = heads // kv_heads
+    step = min(heads, max(1, MAP_TILES // tiles))
+    step = step // group * group or max(size for size in range(1, step + 1) if group % size == 0)
+    blocks = [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+    return [(block, _kv_heads(block, group)) for block in blocks]
+
+
+def _kv_heads(heads: slice, group: int) -> slice:
+    return slice(heads.start // group, -(-heads.stop // group))
 
 
 def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
@@ -279,19 +297,17 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
         return choices.dense(group.view, len(wanted)), None
     layout = layer.plan.requests[group.request].layout
     listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
+    carried = layout.carried_picks(layer.id, group.modality, layer.all_heads, layer.query.device)
     blocks, outputs = [], []
     for part in layer.probe_parts(group, with_weights=listens):
         probed = part.probe(group, with_weights=listens)
         if listens and layout.search is not None:
             assert isinstance(probed, probe.WeightProbe)
             layout.search.listen(probed)
-        carried = part.id, group.modality, part.first_head
-        previous = layout.picks.get(carried) if part.id is not None else None
-        proposals = Proposals(group.view, probed, layer.config, previous, layer.stages.search)
+        proposals = Proposals(group.view, probed, layer.config, carried[part.heads], layer.stages.search)
         blocks.append(proposals.choose([spec.of(group.modality) for spec in part.specs]))
         outputs.append(probed.output)
-        if part.id is not None:
-            layout.picks[carried] = proposals.picked
+        carried[part.heads] = proposals.picked
     return choices.concatenate(blocks), torch.cat(outputs)
 
 
