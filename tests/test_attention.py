@@ -239,3 +239,24 @@ def _narrow_a_shape():
     from mminference_sgl.config import AShapeBudget, PatternBudgets
 
     return PatternBudgets(a_shape=AShapeBudget(sink=20, window=100))
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("coverage", [0.7, 1.0])
+def test_fp8_pools_are_what_their_scales_say(implementation: str, coverage: float) -> None:
+    """Probe, selection, attention and guard of an fp8 pool are those of the pool it stands for."""
+    problem = problems.make(tile_queries=32, tile_keys=16)
+    stored = [pool.to(torch.float8_e4m3fn) for pool in (problem.key_pool, problem.value_pool)]
+    scales = {"key_scale": 0.5, "value_scale": 1.75}
+    meant = [pool.float() * scale for pool, scale in zip(stored, scales.values(), strict=True)]
+    specs = load("auto").specs(0, range(problem.query.shape[1]))
+    config = Config(coverage=coverage, max_density=0.4, error_ceiling=0.5)
+    results = []
+    for pools, given in ((stored, scales), (meant, {})):
+        out = torch.full_like(problem.query, torch.nan)
+        reports = prefill.run_layer(
+            problem.query, *pools, problem.plan, specs, config, problem.scale, out, implementation, **given
+        )
+        results.append((out[problem.plan.near.rows], [(int(r.tiles), int(r.guarded)) for r in reports]))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    assert results[0][1] == results[1][1]

@@ -37,7 +37,7 @@ _SMALLEST_QUERY_TILE = {"cpu": 16}
 """Rows below which a device's matrix unit is not filled; 64 where nothing else is known."""
 _FEW_ROWS = 32
 """Chunks of fewer rows run dense."""
-_KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
 
 def create(runner: ModelRunner) -> AttentionBackend:
@@ -223,6 +223,8 @@ class MMInferenceAttnBackend(AttentionBackend):
             out,
             self.implementation,
             layer.layer_id,
+            key_scale=_scale(layer.k_scale_float),
+            value_scale=_scale(layer.v_scale_float),
         )
         if forward.dense_rows is not None:
             self._point_dense_at(forward, rows_only=True)
@@ -426,13 +428,18 @@ def layer_reason(layer: RadixAttention, pool: Any, kwargs: dict[str, Any]) -> st
         return "key and value heads differ"
     if layer.tp_q_head_num % layer.tp_k_head_num:
         return "heads do not group"
-    if pool.dtype not in _KV_DTYPES or getattr(pool, "store_dtype", pool.dtype) != pool.dtype:
+    if pool.dtype not in _KV_DTYPES or getattr(pool, "is_quantized_kv_cache", False):
         return f"KV cache dtype {pool.dtype}"
     if not hasattr(pool, "get_key_buffer"):
         return "KV pool without key buffers"
     if any(value is not None and value is not False for value in kwargs.values()):
         return "extra arguments " + ", ".join(sorted(k for k, x in kwargs.items() if x is not None))
     return ""
+
+
+def _scale(of_layer: float | None) -> float:
+    """What the elements of an fp8 pool are multiplied by; checkpoints without scales have none."""
+    return 1.0 if of_layer is None else of_layer
 
 
 def _sub_batch(batch: ForwardBatch, indices: Sequence[int]) -> tuple[torch.Tensor, ForwardBatch]:

@@ -46,5 +46,10 @@ def agreed(measure: Callable[[], int]) -> int:
 def set_kv_buffer(
     pool: Any, layer: RadixAttention, batch: ForwardBatch, key: torch.Tensor, value: torch.Tensor
 ) -> None:
-    """Writes a chunk's keys and values of one layer into the pool."""
-    pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), key, value)
+    """Writes a chunk's keys and values of one layer into the pool, in fp8 by the layer's scales."""
+    if layer.k_scale is None:
+        pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), key, value)
+    else:
+        # The pool divides in place, and others still read these.
+        given = key.clone(), value.clone(), layer.k_scale, layer.v_scale
+        pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), *given)

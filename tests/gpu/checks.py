@@ -1,4 +1,4 @@
-"""What the GPU tests and the sanitizer run: the attend kernel on random problems against the reference in fp64.
+"""What the GPU tests and the sanitizer run: kernels on random problems, attention against the reference in fp64.
 
 ``python tests/gpu/checks.py [--device cpu]`` runs a few small shapes once, without pytest: compute-sanitizer watches
 that, and with ``TRITON_INTERPRET=1`` it runs without a GPU.
@@ -19,9 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import problems
-from mminference_sgl.kernels import attend, reference
+from mminference_sgl.kernels import attend, lists_triton, probe, probe_triton, reference, search, search_triton
+from mminference_sgl.kernels.choice import Limits
 from mminference_sgl.kernels.launch_table import NATIVE_DESCRIPTORS, Launch, device_architecture
-from test_attention import random_lists
+from mminference_sgl.kernels.tiles import lists_from_map
+from test_attention import random_lists, random_map
 
 ODD = (
     problems.Request(1000, [problems.one_span_video(63, 9, 8, 11)], 0, 1000),
@@ -123,6 +125,66 @@ def compare(exact: Any, plain: Any, ours: Any, what: str) -> None:
         assert error <= allowed, f"{name} off by {error:.3g}, allowed {allowed:.3g}: {what}"
 
 
+def check_selection(setting: Setting, device: torch.device, seed: int) -> None:
+    """Probe, searches and lists in Triton against the portable ones; raises AssertionError with what is off.
+
+    Both searches are given the same masses, and may differ where a candidate's mass rounds to another level.
+    """
+    problem = moved(
+        problems.make(
+            setting.requests,
+            tile_queries=setting.tiles[0],
+            tile_keys=setting.tiles[1],
+            head_dim=setting.head_dim,
+            heads=setting.heads[0],
+            kv_heads=setting.heads[1],
+            page_size=setting.page_size,
+            dtype=setting.dtype,
+            seed=seed,
+        ),
+        device,
+    )
+    pools, scales = (problem.key_pool * 2, problem.value_pool), {}
+    if setting.fp8:
+        pools, scales = [pool.to(torch.float8_e4m3fn) for pool in pools], {"key_scale": 0.75, "value_scale": 1.5}
+    for group in problem.plan.groups:
+        what = f"{group.modality} of request {group.request}, {setting}, seed {seed}"
+        given = problem.query, *pools, group.keys, group.probe_rows, problem.scale
+        want, ours = probe.run(*given, **scales), probe_triton.run(*given, **scales)
+        close(ours.output, want.output, 8 * torch.finfo(setting.dtype).eps, f"output, {what}")
+        bounds = [(8, 17), (3, 40)]
+        close(ours.tile_mass, want.tile_mass, 1e-4, f"mass, {what}")
+        close(ours.near(*bounds[0]), want.near(*bounds[0]), 1e-4, f"near mass, {what}")
+        view, cell, limits = group.view, group.view.cell, Limits(0.9, 0.5, 3.0)
+        slash = view.slash_tiles(20, 33)
+        found = [
+            [each.columns_and_diagonals(want.tile_mass, slash, view.causal_tiles, limits)]
+            for each in (search_triton, search)
+        ]
+        if cell is not None:
+            close(ours.far(bounds), want.far(bounds), 1e-4, f"far mass, {what}")
+            mass = want.far(bounds[:1])[0]
+            arguments = mass, cell, cell.tiles(*bounds[0]), view.count_near(*bounds[0]), view.causal_tiles, limits
+            for each, results in zip((search_triton, search), found, strict=True):
+                results.append(each.lines(*arguments, min_lines=1))
+        for got, expected in zip(*found, strict=True):
+            differing = float((got.levels != expected.levels).float().mean())
+            assert differing <= 0.01, f"{differing:.2%} of levels differ: {what}"
+            close(got.coverage, expected.coverage, 0.01, f"coverage, {what}")
+    for step, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
+        arguments = tile_pass, *random_map(problem, tile_pass, seed + step)
+        got, expected = lists_triton.lists_from_map(*arguments), lists_from_map(*arguments)
+        assert torch.equal(got.full, expected.full), f"full tiles: {setting}, seed {seed}"
+        for index in range(expected.count.numel()):
+            assert torch.equal(got.tiles_of(index), expected.tiles_of(index)), f"list {index}: {setting}, seed {seed}"
+
+
+def close(got: torch.Tensor, want: torch.Tensor, share: float, what: str) -> None:
+    """Largest difference within a share of the largest value."""
+    error, allowed = float((got - want).abs().nan_to_num(torch.inf).max()), share * float(want.abs().max())
+    assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}: {what}"
+
+
 def sanitized_settings(dtype: torch.dtype) -> list[Setting]:
     """Every body and both regions on shapes small enough for a sanitizer."""
     return [
@@ -146,6 +208,9 @@ def main() -> None:
     for setting in settings:
         check(setting, options.device, seed=1)
         print("ok", setting, flush=True)
+    for setting in settings[:: 3 if options.device.type != "cpu" else len(settings)]:
+        check_selection(setting, options.device, seed=1)
+        print("ok, selection", setting, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import checks
 
 import problems
-from mminference_sgl import selfcheck
+from mminference_sgl import prefill, selfcheck
 from mminference_sgl.catalog import load
 from mminference_sgl.config import Config
 from mminference_sgl.kernels import attend
@@ -33,7 +33,7 @@ from mminference_sgl.kernels.launch_table import (
     device_architecture,
     lookup,
 )
-from mminference_sgl.prefill import run_layer
+from mminference_sgl.kernels.stages import stages_of
 from test_attention import random_lists
 
 pytestmark = pytest.mark.gpu
@@ -146,16 +146,19 @@ def operands(problem: problems.Problem) -> tuple[torch.Tensor, torch.Tensor, tor
 
 @pytest.mark.parametrize("pattern", ["auto", "grid", "vertical_slash", "a_shape"])
 @pytest.mark.parametrize("coverage", [1.0, 0.7])
-def test_a_layer_equals_the_reference(pattern: str, coverage: float, seed: int) -> None:
+def test_a_layer_equals_the_reference(
+    pattern: str, coverage: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Probe, selection and attention on the device, against the reference implementation fed by the same selection."""
     problem = problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed)
     problem = checks.moved(problem, DEVICE)
     specs = load(pattern).specs(0, range(problem.query.shape[1]))
     config = Config(coverage=coverage, max_density=0.3, error_ceiling=10.0)
     outputs = []
+    monkeypatch.setattr(prefill, "stages_of", lambda _name: stages_of("triton"))
     for implementation in ("reference", "triton"):
         out = torch.full_like(problem.query, torch.nan)
-        run_layer(*operands(problem), problem.plan, specs, config, problem.scale, out, implementation)
+        prefill.run_layer(*operands(problem), problem.plan, specs, config, problem.scale, out, implementation)
         outputs.append(out.double())
     band = torch.finfo(torch.bfloat16).eps * float(outputs[0].abs().max())
     assert float((outputs[1] - outputs[0]).abs().max()) <= 3 * band, f"seed {seed}"
@@ -173,7 +176,7 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     script = Path(checks.__file__)
     # PyTorch's caching allocator would hide reads past the end of a tensor.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=attend_kernel"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=_kernel"]
     done = subprocess.run(
         [*command, sys.executable, str(script)], capture_output=True, text=True, env=env, check=False, timeout=900
     )

@@ -1,0 +1,62 @@
+"""Probe, searches and lists in Triton on a GPU against the portable ones, with fresh random inputs; ``make test-gpu``.
+
+The seed of a failing case is in its message.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import checks
+
+import problems
+from mminference_sgl import prefill
+from mminference_sgl.catalog import HeadSpec
+from mminference_sgl.config import Config
+from mminference_sgl.kernels.launch_table import HEAD_DIMS
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture
+def seed() -> int:
+    return secrets.randbelow(1 << 31)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_selection_equals_the_portable_one(dtype: torch.dtype, head_dim: int, seed: int) -> None:
+    checks.check_selection(checks.Setting(head_dim, dtype, 1), DEVICE, seed)
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (28, 4)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("tiles", [(64, 64), (32, 16)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_selection_on_other_shapes(heads: tuple[int, int], tiles: tuple[int, int], seed: int) -> None:
+    checks.check_selection(checks.Setting(128, torch.bfloat16, 16, heads=heads, tiles=tiles), DEVICE, seed)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_selection_on_fp8_pools(head_dim: int, seed: int) -> None:
+    checks.check_selection(checks.Setting(head_dim, torch.bfloat16, 1, fp8=True), DEVICE, seed)
+
+
+@pytest.mark.parametrize("spec", [HeadSpec(), HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")], ids=str)
+def test_a_layer_does_not_wait_for_the_device(spec: HeadSpec, seed: int) -> None:
+    problem = checks.moved(problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed), DEVICE)
+    out = torch.empty_like(problem.query)
+    operands = problem.query, problem.key_pool, problem.value_pool
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            prefill.run_layer(*operands, problem.plan, [spec] * 4, Config(), problem.scale, out, "triton", layer=0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
