@@ -189,6 +189,8 @@ class View:
     _near: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     _near_counts: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     _slash: dict[tuple[int, int], SlashTiles] = field(default_factory=dict, repr=False)
+    made: dict[tuple[int, int, int], Choice] = field(default_factory=dict, repr=False)
+    """(heads, sink, reach) -> :func:`within`."""
 
     @property
     def causal_tiles(self) -> torch.Tensor:
@@ -232,6 +234,7 @@ class Choice:
     ``sink``, ``reach`` int32 [H]: the near region of the sequence pass, the far region of the cell pass is the rest.
     ``coverage`` fp32 [H]: share of the probe rows' mass that is kept.
     ``missing`` fp32 [H]: mass that the rows below the target lack of it, on average over all rows.
+    ``tiles`` int64 [H]: computed tiles.
     """
 
     near: torch.Tensor
@@ -240,24 +243,33 @@ class Choice:
     reach: torch.Tensor
     coverage: torch.Tensor
     missing: torch.Tensor
-
-    def tiles(self) -> torch.Tensor:
-        """Computed tiles per head, int64 [H]."""
-        near = self.near.sum((1, 2))
-        return near if self.far is None else near + self.far.sum((1, 2))
+    tiles: torch.Tensor
 
 
 def dense(view: View, heads: int) -> Choice:
     """All causal tiles in the sequence pass."""
-    device = view.keys.min_pos.device
-    reach = torch.full((heads,), UNBOUNDED, dtype=torch.int32, device=device)
-    far = None
-    if view.cell is not None:
-        shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
-        far = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
-    near = view.near_tiles(0, UNBOUNDED).expand(heads, -1, -1)
-    coverage = torch.ones(heads, device=device)
-    return Choice(near, far, torch.zeros_like(reach), reach, coverage, torch.zeros_like(coverage))
+    return within(view, heads, 0, UNBOUNDED)
+
+
+def within(view: View, heads: int, sink: int, reach: int) -> Choice:
+    """All near tiles of a sink and a reach, and no others; its coverage is yet to be measured unless that is all."""
+    if (heads, sink, reach) not in view.made:
+        device = view.keys.min_pos.device
+        far = None
+        if view.cell is not None:
+            shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
+            far = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
+        coverage = torch.ones(heads, device=device)
+        view.made[heads, sink, reach] = Choice(
+            near=view.near_tiles(sink, reach).expand(heads, -1, -1),
+            far=far,
+            sink=torch.full((heads,), sink, dtype=torch.int32, device=device),
+            reach=torch.full((heads,), reach, dtype=torch.int32, device=device),
+            coverage=coverage,
+            missing=torch.zeros_like(coverage),
+            tiles=view.count_near(sink, reach).expand(heads),
+        )
+    return view.made[heads, sink, reach]
 
 
 def cheapest(
@@ -270,7 +282,7 @@ def cheapest(
     heads between two patterns do not change with every chunk. Returns the merged choice and the index of each head's
     pick, int64 [H]. Earlier choices win ties.
     """
-    tiles = torch.stack([choice.tiles() for choice in choices]).double()
+    tiles = torch.stack([choice.tiles for choice in choices]).double()
     if previous is not None:
         kept = previous == torch.arange(len(choices), device=previous.device)[:, None]
         tiles = torch.where(kept, tiles * (1 - LOYALTY), tiles)
@@ -286,7 +298,7 @@ def cheapest(
 
 def never_beyond_dense(view: View, choice: Choice) -> Choice:
     """Heads whose tiles would be as many as dense attention computes run dense."""
-    beyond = choice.tiles() >= view.causal_tiles
+    beyond = choice.tiles >= view.causal_tiles
     return where(beyond, dense(view, beyond.numel()), choice)
 
 
@@ -302,6 +314,7 @@ def concatenate(parts: list[Choice]) -> Choice:
         torch.cat([part.reach for part in parts]),
         torch.cat([part.coverage for part in parts]),
         torch.cat([part.missing for part in parts]),
+        torch.cat([part.tiles for part in parts]),
     )
 
 
@@ -318,6 +331,7 @@ def where(heads: torch.Tensor, chosen: Choice, other: Choice) -> Choice:
         torch.where(heads, chosen.reach, other.reach),
         torch.where(heads, chosen.coverage, other.coverage),
         torch.where(heads, chosen.missing, other.missing),
+        torch.where(heads, chosen.tiles, other.tiles),
     )
 
 
@@ -327,7 +341,7 @@ def combine(view: View, on_text: Choice, on_media: Choice, *, text_pattern: str,
     With a grid on the media, text keys behind the window are read in the cell pass, where they are tiles of their own:
     all of them for ``dense``, none for ``a_shape``, by mass otherwise. Without one, each key tile of the sequence pass
     is read if the pattern of a modality it holds asks for it, and a row sees what either pattern's region admits.
-    The result's coverage is yet to be measured.
+    The result's coverage and tiles are yet to be measured.
     """
     if media_pattern == "grid":
         assert view.cell is not None
@@ -349,6 +363,7 @@ def combine(view: View, on_text: Choice, on_media: Choice, *, text_pattern: str,
         torch.maximum(on_text.reach, on_media.reach),
         torch.minimum(on_text.coverage, on_media.coverage),
         torch.maximum(on_text.missing, on_media.missing),
+        torch.maximum(on_text.tiles, on_media.tiles),
     )
 
 

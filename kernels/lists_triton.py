@@ -27,7 +27,7 @@ def lists_kernel(
     p_max_pos,
     p_sink,
     p_reach,
-    p_count,
+    p_counts,
     p_full,
     p_tiles,
     query_tiles,
@@ -64,7 +64,7 @@ def lists_kernel(
             at_full += tl.sum(b_full, 0)
             at_other += tl.sum(b_other, 0)
         if WRITE:
-            tl.store(p_count + i_list, at_other)
+            tl.store(p_counts + i_list, at_other)
             tl.store(p_full + i_list, full)
         full = at_full
 

@@ -28,13 +28,15 @@ class Found:
     """Tiles for all heads of a block: those whose level is at least the head's threshold.
 
     ``levels`` int8 [H, t, n], -1 for tiles that may not be read; ``threshold`` int32 [H].
-    ``coverage``, ``missing`` fp32 [H]: see :class:`~.choice.Choice`.
+    ``coverage``, ``missing`` fp32 [H]: see :class:`~.choice.Choice`. ``count`` int64 [H]: tiles of the head, those of
+    the other pass among them.
     """
 
     levels: torch.Tensor
     threshold: torch.Tensor
     coverage: torch.Tensor
     missing: torch.Tensor
+    count: torch.Tensor
 
     @property
     def tiles(self) -> torch.Tensor:
@@ -108,7 +110,8 @@ def _found(
 ) -> Found:
     threshold = _threshold(reached, tiles, causal, limits)
     by_row = reached.gather(2, threshold[:, None, None].expand(-1, reached.shape[1], 1))[..., 0]
-    return Found(levels, threshold.int(), by_row.mean(1), missing_mass(by_row, limits.coverage))
+    count = tiles.gather(1, threshold[:, None])[:, 0]
+    return Found(levels, threshold.int(), by_row.mean(1), missing_mass(by_row, limits.coverage), count)
 
 
 def _useful(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:

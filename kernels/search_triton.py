@@ -254,6 +254,7 @@ def decide_kernel(
     p_threshold,
     p_coverage,
     p_missing,
+    p_count,
     rows,
     query_tiles,
     target,
@@ -277,8 +278,8 @@ def decide_kernel(
     b_count = tl.zeros([BLOCK, THRESHOLDS], tl.int32)
     for first in tl.range(0, query_tiles, BLOCK):
         o_tile = first + tl.arange(0, BLOCK)[:, None]
-        p_count = p_counts + (i_head * query_tiles + o_tile) * THRESHOLDS + o_threshold
-        b_count += tl.load(p_count, mask=o_tile < query_tiles, other=0)
+        p_block = p_counts + (i_head * query_tiles + o_tile) * THRESHOLDS + o_threshold
+        b_count += tl.load(p_block, mask=o_tile < query_tiles, other=0)
     b_coverage = tl.sum(b_reached, 0) / rows
     b_lack = tl.sum(b_missing, 0) / rows
     b_tiles = tl.sum(b_count, 0)
@@ -293,6 +294,7 @@ def decide_kernel(
     tl.store(p_threshold + i_head, threshold)
     tl.store(p_coverage + i_head, tl.sum(tl.where(o_threshold == threshold, b_coverage, 0.0), 0))
     tl.store(p_missing + i_head, tl.sum(tl.where(o_threshold == threshold, b_lack, 0.0), 0))
+    tl.store(p_count + i_head, tl.sum(tl.where(o_threshold == threshold, b_tiles, 0), 0))
 
 
 def columns_and_diagonals(mass: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, limits: Limits) -> Found:
@@ -417,6 +419,7 @@ def _search(
         low, high, bands, visible, levels, tile_level, counts, *numbers, LINES=is_lines, BLOCK=BLOCK_COUNTED
     )
     threshold, coverage, missing = empty(dtype=torch.int32), empty(), empty()
+    count = empty(dtype=torch.int64)
     decide_kernel[heads,](
         reached,
         counts,
@@ -425,6 +428,7 @@ def _search(
         threshold,
         coverage,
         missing,
+        count,
         rows,
         query_tiles,
         limits.coverage,
@@ -434,4 +438,4 @@ def _search(
         LINES=is_lines,
         BLOCK=BLOCK_COUNTED,
     )
-    return Found(tile_level, threshold, coverage, missing)
+    return Found(tile_level, threshold, coverage, missing, count)

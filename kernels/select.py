@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from .choice import EXACT, CellTiles, CellView, Choice, Limits, SlashTiles, View, dense
+from .choice import EXACT, CellTiles, CellView, Choice, Limits, SlashTiles, View, dense, within
 from .probe import Probe, WeightProbe
 from .search import Found, missing_mass
 from .tiles import Region, element_mask
@@ -51,7 +51,7 @@ def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int)
     if limits.coverage >= EXACT:
         return dense(view, heads)
     reach = max(window, 1)
-    return _covering(_within(view, heads, sink, reach), probe.near(sink, reach).sum(-1), limits.coverage)
+    return _covering(within(view, heads, sink, reach), probe.near(sink, reach).sum(-1), limits.coverage)
 
 
 def vertical_slash(view: View, probe: Probe, limits: Limits, search: Search, *, sink: int, window: int) -> Choice:
@@ -64,7 +64,7 @@ def vertical_slash(view: View, probe: Probe, limits: Limits, search: Search, *, 
         return base
     slash = view.slash_tiles(sink, window)
     found = search.columns_and_diagonals(probe.tile_mass, slash, view.causal_tiles, limits)
-    return replace(base, near=found.tiles, coverage=found.coverage, missing=found.missing)
+    return replace(base, near=found.tiles, coverage=found.coverage, missing=found.missing, tiles=found.count)
 
 
 def grid(
@@ -81,36 +81,32 @@ def grid(
     if cell is None:
         raise ValueError("the grid pattern needs a cell pass; these rows have none")
     heads = probe.output.shape[0]
-    bases = [_within(view, heads, sink, reach) for reach in reaches]
+    bases = [within(view, heads, sink, reach) for reach in reaches]
     tiles = [cell.tiles(sink, reach) for reach in reaches]
     if limits.coverage >= EXACT:
-        return [replace(base, far=each.visible.expand(heads, -1, -1)) for base, each in zip(bases, tiles, strict=True)]
+        return [
+            replace(base, far=each.visible.expand(heads, -1, -1), tiles=base.tiles + each.visible.sum())
+            for base, each in zip(bases, tiles, strict=True)
+        ]
     choices = []
     masses = probe.far([(sink, reach) for reach in reaches])
     for base, each, mass, reach in zip(bases, tiles, masses, reaches, strict=True):
         near_count = view.count_near(sink, reach)
         found = search.lines(mass, cell, each, near_count, view.causal_tiles, limits, min_lines=min_lines)
-        choices.append(replace(base, far=found.tiles, coverage=found.coverage, missing=found.missing))
+        choices.append(
+            replace(base, far=found.tiles, coverage=found.coverage, missing=found.missing, tiles=found.count)
+        )
     return choices
 
 
-def _within(view: View, heads: int, sink: int, reach: int) -> Choice:
-    """All near tiles of a sink and a reach, and no others; the coverage is that of dense attention."""
-    base = dense(view, heads)
-    return replace(
-        base,
-        near=view.near_tiles(sink, reach).expand(heads, -1, -1),
-        sink=torch.full_like(base.sink, sink),
-        reach=torch.full_like(base.reach, reach),
-    )
-
-
 def measured(view: View, probe: Probe, choice: Choice, limits: Limits) -> Choice:
-    """The choice with the coverage that it really keeps; patterns by themselves know theirs."""
+    """The choice with the coverage that it really keeps and its tiles; patterns by themselves know theirs."""
+    tiles = choice.near.sum((1, 2))
     by_row = (probe.near(choice.sink, choice.reach) * choice.near[:, view.row_tiles]).sum(-1)
     if choice.far is not None and view.cell is not None:
         by_row += (probe.far([(choice.sink, choice.reach)])[0] * choice.far[:, view.cell.row_tiles]).sum(-1)
-    return _covering(choice, by_row, limits.coverage)
+        tiles = tiles + choice.far.sum((1, 2))
+    return replace(_covering(choice, by_row, limits.coverage), tiles=tiles)
 
 
 def _covering(choice: Choice, by_row: torch.Tensor, target: float) -> Choice:

@@ -106,6 +106,7 @@ def report(name: str, limits: int, ours: search.Found, want: search.Found) -> No
                 "levels_differ": int((ours.levels != want.levels).sum()),
                 "thresholds": want.threshold.tolist(),
                 "thresholds_differ": int((ours.threshold != want.threshold).sum()),
+                "counts_differ": int((ours.count != want.count).sum()),
                 "coverage_error": float((ours.coverage - want.coverage).abs().max()),
                 "missing_error": float((ours.missing - want.missing).abs().max()),
             }

@@ -152,7 +152,7 @@ def test_grid_finds_the_same_place_in_other_frames() -> None:
     assert (coverage >= truth - 0.02).all()
     auto = choose(problem, group, "auto", config)
     assert (auto.far.sum((1, 2)) > 0).all(), "auto must take the cell pass"
-    assert (auto.tiles() < 0.35 * group.view.causal_tiles).all()
+    assert (auto.tiles < 0.35 * group.view.causal_tiles).all()
 
 
 def test_vertical_slash_finds_columns_and_diagonals() -> None:
@@ -167,7 +167,7 @@ def test_vertical_slash_finds_columns_and_diagonals() -> None:
     choice = choose(problem, group, "vertical_slash", config)
     assert truth > 0.85, "the plant must take; the first rows have nothing to look at yet"
     assert (choice.coverage >= config.coverage).all()
-    assert (choice.tiles() < 0.5 * group.view.causal_tiles).all()
+    assert (choice.tiles < 0.5 * group.view.causal_tiles).all()
 
 
 def test_density_stays_within_the_budget() -> None:
@@ -177,15 +177,15 @@ def test_density_stays_within_the_budget() -> None:
     group = media_group(problem)
     causal = group.view.causal_tiles
     for pattern in ("grid", "vertical_slash"):
-        fixed = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.0)).tiles()
+        fixed = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.0)).tiles
         assert (fixed < 0.5 * causal).all()
         for budget in (0.2, 0.5, 0.8):
-            spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=budget, min_gain=0.0)).tiles()
+            spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=budget, min_gain=0.0)).tiles
             assert (spent <= torch.maximum(fixed, budget * causal)).all()
             assert (spent >= fixed).all()
-        spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=1.0, min_gain=0.0)).tiles()
+        spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=1.0, min_gain=0.0)).tiles
         assert (spent > (0.9 * causal if pattern == "vertical_slash" else fixed)).all(), "it takes what it may"
-        spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.8, min_gain=2.0)).tiles()
+        spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.8, min_gain=2.0)).tiles
         assert (spent == fixed).all(), "no tile of a diffuse head holds twice what an average one holds"
 
 
@@ -232,7 +232,7 @@ def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
     choice = choose(problem, group, "grid", Config(coverage=0.75, max_density=0.5))
     assert own < 0.2, "the plant must take"
     assert (choice.coverage >= 0.75).all()
-    assert (choice.tiles() < 0.5 * group.view.causal_tiles).all()
+    assert (choice.tiles < 0.5 * group.view.causal_tiles).all()
 
 
 def by_threshold(start: torch.Tensor, mass: torch.Tensor, cost: torch.Tensor, limits: choices.Limits) -> list[bool]:
@@ -294,7 +294,13 @@ def test_the_cheapest_choice_that_reaches_the_target_is_picked() -> None:
         near[0, :tiles] = True
         whole = choices.dense(view, 1)
         return choices.Choice(
-            near[None], None, whole.sink, whole.reach, torch.tensor([coverage]), torch.tensor([missing])
+            near[None],
+            None,
+            whole.sink,
+            whole.reach,
+            torch.tensor([coverage]),
+            torch.tensor([missing]),
+            torch.tensor([tiles]),
         )
 
     def pick(*made: choices.Choice) -> int:
@@ -356,7 +362,7 @@ def test_a_head_keeps_its_pattern_unless_another_one_is_clearly_cheaper() -> Non
         for head, count in enumerate(tiles):
             near[head, 0, :count] = True
         whole = choices.dense(view, len(tiles))
-        return choices.Choice(near, None, whole.sink, whole.reach, whole.coverage, whole.missing)
+        return choices.Choice(near, None, whole.sink, whole.reach, whole.coverage, whole.missing, torch.tensor(tiles))
 
     made = [of(100, 100, 100), of(99, 95, 80)]
     assert choices.cheapest(view, made, limits)[1].tolist() == [1, 1, 1]

@@ -55,7 +55,7 @@ def test_searches_find_the_same() -> None:
     assert {line["kernel"] for line in lines} == {"columns and diagonals", "lines"}
     assert any(0 < threshold < 63 for line in lines for threshold in line["thresholds"])
     for line in lines:
-        assert line["levels_differ"] == line["thresholds_differ"] == 0, line
+        assert line["levels_differ"] == line["thresholds_differ"] == line["counts_differ"] == 0, line
         assert max(line["coverage_error"], line["missing_error"]) <= 1e-6, line
 
 

@@ -283,7 +283,7 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
         none = torch.zeros(heads, dtype=torch.bool, device=device)
         zero = torch.zeros((), device=device)
         causal = group.view.causal_tiles
-        watched.append(_Watched(group, choice.tiles(), causal, choice.coverage, dense_output, zero, none))
+        watched.append(_Watched(group, choice.tiles, causal, choice.coverage, dense_output, zero, none))
     passes = [(plan.near, near.lists())]
     if plan.far is not None and far is not None:
         passes.append((plan.far, far.lists()))
