@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,26 @@ def test_doctor_fails_without_an_implementation(doctor, monkeypatch):
 def test_implementation_that_computes_wrong(monkeypatch):
     from mminference_sgl.kernels import ops
 
-    def wrong(query, key, value, passes, scale, out, implementation):
+    def wrong(query, key, value, passes, scale, out, implementation, **scales):
         out.zero_()
 
     monkeypatch.setattr(ops, "sparse_prefill", wrong)
     assert selfcheck.check_implementations()["torch"].startswith("computes wrong on")
+
+
+def test_implementation_that_selects_wrong(monkeypatch):
+    from mminference_sgl import prefill
+
+    select = prefill.select_layer
+
+    def wrong(*given):
+        passes, (report,) = select(*given)
+        return passes, [replace(report, coverage=report.coverage - 0.1 * (given[-1] == "reference"))]
+
+    monkeypatch.setattr(prefill, "select_layer", wrong)
+    found = selfcheck.check_implementations()
+    assert found["torch"] == "ok"
+    assert found["reference"].startswith("selects wrong on cpu")
 
 
 def test_implementation_that_fails(monkeypatch):

@@ -424,9 +424,9 @@ def test_the_check_says_how_its_process_ended() -> None:
 def test_the_check_finds_wrong_gathers_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     right, seen = ops.sparse_prefill, []
 
-    def wrong(*arguments):
+    def wrong(*arguments, **scales):
         seen.append(arguments[3][0][0].keys.contiguous)
-        lse = right(*arguments)
+        lse = right(*arguments, **scales)
         if seen[-1]:
             arguments[5][-1] += 1
         return lse

@@ -21,12 +21,12 @@ from mminference_sgl.kernels.stages import Stages, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
 from mminference_sgl.plan import ForwardPlan, RowGroup
 
-PROBE_BYTES = 256 << 20
-"""Bound on the probe weights held at a time."""
+PROBE_BYTES = 128 << 20
+"""Bound on the probe's weights, or on its mass by key tile, held at a time; there are three such masses."""
 PROBE_BYTES_CPU = 16 << 20
 """The same on a CPU, where temporaries beyond 32 MiB are mapped anew each time, at more than the arithmetic's cost."""
-MAP_TILES = 1 << 28
-"""Bound on the tiles of a pass's map, a byte each and up to four in its lists, beyond which heads run in blocks."""
+MAP_TILES = 1 << 26
+"""Bound on the tiles of a pass's map, beyond which heads run in blocks; docs/kernels.md says what memory that means."""
 
 
 @dataclass(frozen=True)

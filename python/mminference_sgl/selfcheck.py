@@ -17,14 +17,19 @@ from collections.abc import Sequence
 
 import torch
 
+from mminference_sgl import _core, prefill
+from mminference_sgl.catalog import HeadSpec
+from mminference_sgl.config import Config
+from mminference_sgl.geometry import VIDEO
 from mminference_sgl.kernels import ops
-from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TileLists, TilePass, lists_from_map
+from mminference_sgl.plan import DeviceLayout, ForwardPlan, SparseRequest, build
 
 ISOLATED = ("flashinfer",)
 """Implementations on internal interfaces of others: a mistake could hang or corrupt the process that tries them."""
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _TILE = 4, 2, 64, 64
-_TOKENS, _ISOLATED_TOKENS = 111, 1000
+_TOKENS, _ISOLATED_TOKENS = 400, 1000
+_PROBE_ROWS = 32
 _BUILD_SECONDS, _RUN_SECONDS = 1800.0, 180.0
 
 logger = logging.getLogger(__name__)
@@ -128,6 +133,7 @@ def _in_a_process(arguments: Sequence[str], seconds: float) -> str:
 def _check_here(
     implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, contiguous: bool
 ) -> str:
+    """A layer of one request, text around a video, in both passes, and what selection says of it."""
     tiles = -(-tokens // _TILE)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
@@ -139,13 +145,24 @@ def _check_here(
         slots = slots.flip(0)
     out = torch.full_like(query, torch.nan)
     try:
-        tiles_of_pass = _every_causal_tile(slots, contiguous=contiguous)
-        ops.sparse_prefill(query, key, value, [tiles_of_pass], head_dim**-0.5, out, implementation)
+        plan = _plan(slots, contiguous=contiguous)
+        # The guard would mend what is wrong.
+        exact, sparse = (Config(coverage=coverage, error_ceiling=1e9) for coverage in (1.0, 0.9))
+        grid, auto = [HeadSpec(media_text="grid", media_media="grid")] * _HEADS, [HeadSpec()] * _HEADS
+        operands, scale = (query, key, value, plan), head_dim**-0.5
+        prefill.run_layer(*operands, grid, exact, scale, out, implementation)
         error = (out.double() - _dense(query, key[slots], value[slots])).abs().max().item()
+        kept, expected = (
+            prefill.select_layer(*operands, auto, sparse, scale, name)[1][0].coverage.item()
+            for name in (implementation, "torch")
+        )
     except Exception as problem:  # noqa: BLE001 - the caller reports it
         return f"fails on {device}: {type(problem).__name__}: {problem}"
     # A wrong result is off by about 1; rounding by less than a hundredth of that.
-    return "ok" if error < 0.05 else f"computes wrong on {device}: off by {error:.2g}"
+    if not error < 0.05:
+        return f"computes wrong on {device}: off by {error:.2g}"
+    # Rounding may take a tile more or less.
+    return "ok" if abs(kept - expected) < 0.05 else f"selects wrong on {device}: {kept:.3f} kept, not {expected:.3f}"
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -161,39 +178,18 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     return out
 
 
-def _every_causal_tile(own_slots: torch.Tensor, *, contiguous: bool) -> tuple[TilePass, TileLists]:
-    """One request in sequence order, token i in slot ``own_slots[i]``, nothing left out."""
-    device, tokens = own_slots.device, own_slots.numel()
-
-    def ints(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    tiles = -(-tokens // _TILE)
-    positions = torch.full((tiles * _TILE,), ABSENT, dtype=torch.int32, device=device)
-    positions[:tokens] = torch.arange(tokens, device=device)
-    slots = torch.zeros(tiles * _TILE, dtype=torch.long, device=device)
-    slots[:tokens] = own_slots
-    positions, slots = positions.view(tiles, _TILE), slots.view(tiles, _TILE)
-    keys = KeyOrder(slots, positions, positions.amin(1), positions.amax(1), ints(0, tiles), tiles, contiguous)
-
-    starts = ints(*range(0, tokens, _TILE))
-    ends = (starts + _TILE).clamp_max(tokens)
-    tile_pass = TilePass(
-        region=Region.NEAR,
-        keys=keys,
-        rows=torch.arange(tokens, device=device),
-        positions=torch.arange(tokens, dtype=torch.int32, device=device),
-        indptr=torch.cat([starts, ints(tokens)]),
-        request=torch.zeros_like(starts),
-        min_pos=starts,
-        max_pos=ends - 1,
-        tile_queries=_TILE,
+def _plan(slots: torch.Tensor, *, contiguous: bool) -> ForwardPlan:
+    """One request in one chunk, token i in slot ``slots[i]``: a video of 3 x 6 places, and words before and behind."""
+    device, tokens = slots.device, slots.numel()
+    words, places = 3, 3 * 6
+    frames = (tokens - 2 * words) // places
+    item = (VIDEO, [(words, words + frames * places - 1)], (frames, 3, 6))
+    layout = _core.Layout(tokens, [item], chunk_tokens=0, tile_queries=_TILE)
+    request = SparseRequest(DeviceLayout(layout, _TILE, device), 0, tokens, torch.zeros(1, dtype=torch.int64), 0)
+    pages = _TILE if contiguous else 1
+    return build(
+        [request], slots[None].int(), tile_queries=_TILE, tile_keys=_TILE, probe_rows=_PROBE_ROWS, page_size=pages
     )
-    shape = (_HEADS, tiles)
-    causal = torch.ones(tiles, tiles, dtype=torch.bool, device=device).tril().expand(_HEADS, tiles, tiles)
-    sink = torch.zeros(shape, dtype=torch.int32, device=device)
-    reach = torch.full(shape, tokens, dtype=torch.int32, device=device)
-    return tile_pass, lists_from_map(tile_pass, causal, sink, reach)
 
 
 if __name__ == "__main__":
