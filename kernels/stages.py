@@ -20,19 +20,21 @@ class Stages(NamedTuple):
     """``probe``: see :func:`.probe.run`; ``search``: see :mod:`.search`; ``lists``: see :func:`.tiles.lists_from_map`.
 
     ``waits``: whether the host may ask the device for a value, because both are the same.
+    ``repair``: the implementation for the guard's pass, whose lists are nearly always empty.
     """
 
     probe: Callable[..., Probe]
     search: Search
     lists: Callable[[TilePass, torch.Tensor, torch.Tensor, torch.Tensor], TileLists]
     waits: bool
+    repair: str
 
 
 def stages_of(implementation: str) -> Stages:
     """The stages that go with an implementation of attention: those in Triton on devices, or the portable ones."""
     if implementation not in _FUSED:
-        return Stages(probe.run, search, tiles.lists_from_map, waits=True)
+        return Stages(probe.run, search, tiles.lists_from_map, waits=True, repair=implementation)
     probe_triton, search_triton, lists_triton = (
         importlib.import_module(f".{name}_triton", __package__) for name in ("probe", "search", "lists")
     )
-    return Stages(probe_triton.run, search_triton, lists_triton.lists_from_map, waits=False)
+    return Stages(probe_triton.run, search_triton, lists_triton.lists_from_map, waits=False, repair="triton")

@@ -101,13 +101,11 @@ def run_layer(
     if stages.waits:
         failing = [item for item in failing if bool(item.guarded.any())]
     if failing:
-        _repair(whole, failing, torch.cat(lse, dim=1), out, implementation)
+        _repair(whole, failing, torch.cat(lse, dim=1), out)
     return _reports(merged)
 
 
-def _repair(
-    layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: torch.Tensor, implementation: str
-) -> None:
+def _repair(layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: torch.Tensor) -> None:
     """Computes the guarded heads again, densely; where there are none, the lists of the pass are empty."""
     near = layer.plan.near
     wanted = torch.zeros(len(layer.specs), near.num_tiles, dtype=torch.bool, device=out.device)
@@ -116,7 +114,7 @@ def _repair(
         lse[rows] = lse[rows].masked_fill(item.guarded, float("-inf"))
         wanted[:, item.group.near] = item.guarded[:, None]
     lists = near, dense_lists(near, wanted)
-    ops.merge_pass(*layer.operands, lists, layer.scale, out, lse, implementation, **layer.scales)
+    ops.merge_pass(*layer.operands, lists, layer.scale, out, lse, layer.stages.repair, **layer.scales)
 
 
 def select_layer(

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import checks
 
 import problems
-from mminference_sgl import selfcheck
+from mminference_sgl import prefill, selfcheck
 from mminference_sgl.catalog import load
 from mminference_sgl.config import Config
 from mminference_sgl.kernels import flashinfer_tiles, flashinfer_work, ops, reference
-from mminference_sgl.prefill import run_layer
+from mminference_sgl.kernels.stages import stages_of
 from test_attention import random_lists
 
 pytestmark = pytest.mark.gpu
@@ -125,16 +125,19 @@ def test_attend_does_not_wait_for_the_device(seed: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["auto", "grid"])
 @pytest.mark.parametrize("coverage", [1.0, 0.7])
-def test_a_layer_equals_the_reference(pattern: str, coverage: float, seed: int) -> None:
+def test_a_layer_equals_the_reference(
+    pattern: str, coverage: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert state(torch.bfloat16, 64) == "ok"
     problem = checks.moved(problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed), DEVICE)
     operands = problem.query, problem.key_pool, problem.value_pool
     specs = load(pattern).specs(0, range(problem.query.shape[1]))
     config = Config(coverage=coverage, max_density=0.3, error_ceiling=10.0)
     outputs = []
+    monkeypatch.setattr(prefill, "stages_of", lambda _name: stages_of("triton"))
     for implementation in ("reference", "flashinfer"):
         out = torch.full_like(problem.query, torch.nan)
-        run_layer(*operands, problem.plan, specs, config, problem.scale, out, implementation)
+        prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, implementation)
         outputs.append(out.double())
     band = torch.finfo(torch.bfloat16).eps * float(outputs[0].abs().max())
     assert float((outputs[1] - outputs[0]).abs().max()) <= 4 * band, f"seed {seed}"
