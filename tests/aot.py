@@ -16,10 +16,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -36,6 +37,7 @@ from mminference_sgl.kernels.launch_table import (
     lookup,
 )
 
+J, C = TypeVar("J"), TypeVar("C")
 TILE_QUERIES, TILE_KEYS = 128, 64
 """The configuration's defaults."""
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
@@ -218,12 +220,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
-def compile_all(work: list[Job], processes: int = 2) -> Iterator[Compiled]:
+def compile_all(compile_one: Callable[[J], C], work: list[J], processes: int = 2) -> Iterator[C]:
     """In order; nothing stays in Triton's cache."""
     with tempfile.TemporaryDirectory(prefix="mminference-aot-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(processes) as pool:
-            yield from pool.map(compile_job, work)
+            yield from pool.map(compile_one, work)
 
 
 def table(results: Iterable[Compiled]) -> list[str]:
@@ -271,7 +273,7 @@ def main() -> None:
         work = [job for entry in chosen for job in jobs(*entry, variants, options.launch)]
     else:
         work = table_jobs()
-    results = compile_all(work)
+    results = compile_all(compile_job, work)
     if options.json:
         for result in results:
             print(json.dumps({**asdict(result), "launch": result.launch}), flush=True)

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
@@ -19,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aot import resources
+from aot import compile_all, resources
 from mminference_sgl.kernels import lists_triton, probe_triton, search_triton
 from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8
 
@@ -125,14 +122,6 @@ def compile_job(job: Job) -> Compiled:
     return Compiled(job.arch, job.kernel, job.dtype, job.head_dim, variant, warps, usage["REG"], usage["STACK"], shared)
 
 
-def compile_all(work: list[Job], processes: int = 2) -> Iterator[Compiled]:
-    """In order; nothing stays in Triton's cache."""
-    with tempfile.TemporaryDirectory(prefix="mminference-aot-") as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        with ProcessPoolExecutor(processes) as pool:
-            yield from pool.map(compile_job, work)
-
-
 def table(results: Iterable[Compiled]) -> list[str]:
     """One line per kernel, with the range over architectures."""
     lines = [
@@ -156,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one object per kernel instead of a table")
     options = parser.parse_args()
-    results = list(compile_all(jobs()))
+    results = list(compile_all(compile_job, jobs()))
     if options.json:
         for result in results:
             print(json.dumps(asdict(result)), flush=True)

@@ -52,6 +52,20 @@ class Setting:
     fp8: bool = False
     requests: tuple[problems.Request, ...] = ODD
 
+    def problem(self, seed: int) -> problems.Problem:
+        """A random problem of these shapes, its pool in the query's dtype."""
+        return problems.make(
+            self.requests,
+            tile_queries=self.tiles[0],
+            tile_keys=self.tiles[1],
+            head_dim=self.head_dim,
+            heads=self.heads[0],
+            kv_heads=self.heads[1],
+            page_size=self.page_size,
+            dtype=self.dtype,
+            seed=seed,
+        )
+
 
 def moved(value: Any, device: torch.device) -> Any:
     """A copy of a tensor, or of an object or container with tensors in it, on a device."""
@@ -76,17 +90,7 @@ def check(setting: Setting, device: torch.device, seed: int) -> None:
 
     Our error against fp64 must be at most twice that of plain PyTorch in the same dtype plus a band of rounding.
     """
-    problem = problems.make(
-        setting.requests,
-        tile_queries=setting.tiles[0],
-        tile_keys=setting.tiles[1],
-        head_dim=setting.head_dim,
-        heads=setting.heads[0],
-        kv_heads=setting.heads[1],
-        page_size=setting.page_size,
-        dtype=setting.dtype,
-        seed=seed,
-    )
+    problem = setting.problem(seed)
     passes = [
         (tile_pass, random_lists(problem, tile_pass, seed + step))
         for step, tile_pass in enumerate((problem.plan.near, problem.plan.far, problem.plan.near))
@@ -130,20 +134,7 @@ def check_selection(setting: Setting, device: torch.device, seed: int) -> None:
 
     Both searches are given the same masses, and may differ where a candidate's mass rounds to another level.
     """
-    problem = moved(
-        problems.make(
-            setting.requests,
-            tile_queries=setting.tiles[0],
-            tile_keys=setting.tiles[1],
-            head_dim=setting.head_dim,
-            heads=setting.heads[0],
-            kv_heads=setting.heads[1],
-            page_size=setting.page_size,
-            dtype=setting.dtype,
-            seed=seed,
-        ),
-        device,
-    )
+    problem = moved(setting.problem(seed), device)
     pools, scales = (problem.key_pool * 2, problem.value_pool), {}
     if setting.fp8:
         pools, scales = [pool.to(torch.float8_e4m3fn) for pool in pools], {"key_scale": 0.75, "value_scale": 1.5}

@@ -52,17 +52,7 @@ def seed() -> int:
 def check(setting: checks.Setting, seed: int) -> None:
     """Both passes of a random problem in memory that starts as NaN, against the reference in fp64."""
     assert state(setting.dtype, setting.head_dim) == "ok"
-    problem = problems.make(
-        setting.requests,
-        tile_queries=setting.tiles[0],
-        tile_keys=setting.tiles[1],
-        head_dim=setting.head_dim,
-        heads=setting.heads[0],
-        kv_heads=setting.heads[1],
-        page_size=setting.page_size,
-        dtype=setting.dtype,
-        seed=seed,
-    )
+    problem = setting.problem(seed)
     passes = [
         (tile_pass, random_lists(problem, tile_pass, seed + far))
         for far, tile_pass in enumerate((problem.plan.near, problem.plan.far))
