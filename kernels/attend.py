@@ -199,7 +199,7 @@ def store_rows(p_out, b_block, b_row, m_row, stride, FIRST: tl.constexpr, WIDTH:
     tl.store(p_out + b_row[:, None] * stride + o_d[None, :], b_block.to(p_out.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_tiles"])
 def attend_kernel(
     p_query,
     p_key,

@@ -16,7 +16,7 @@ BLOCK = 256
 """Key tiles at a time."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_tiles", "tiles", "all_tiles"])
 def lists_kernel(
     p_selected,
     p_key_min,

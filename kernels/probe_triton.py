@@ -8,7 +8,7 @@ lies in some regions.
 
 Floor for ``P`` rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the softmax and ``2 * H * P * N * D`` for
 the mass by cell; keys twice and values once from the pool; 4 bytes per (row, key tile) and region. docs/kernels.md has
-the figures.
+the figures. Numbers that change from chunk to chunk are not specialised on, or kernels would be compiled while serving.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def scores(
     return tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2, b_slot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["probe_rows", "tiles", "tiles_per_split"])
 def probe_kernel(
     p_query,
     p_key,
@@ -155,7 +155,7 @@ def probe_kernel(
     tl.store(p_out, b_acc / b_sum[:, None], mask=m_row[:, None] & (o_d < HEAD_DIM_V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "splits"])
 def combine_kernel(
     p_part,
     p_part_lse,
@@ -191,7 +191,7 @@ def combine_kernel(
         tl.store(p_mass + o_tile, tl.exp2(b_mass - lse), mask=o_tile < tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["probe_rows", "tiles"])
 def mass_kernel(
     p_query,
     p_key,
@@ -469,7 +469,7 @@ def run(
         splits,
         HEAD_DIM_V=head_dim_v,
         BLOCK_DV=block_dv,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_SPLITS=PROGRAMS,
         BLOCK_TILES=BLOCK_TILES,
     )
     return FusedProbe(rows, out, mass, lse, keys, operands, launch)

@@ -23,8 +23,12 @@ ALWAYS = tl.constexpr(search.ALWAYS)
 PER_OCTAVE = tl.constexpr(search.PER_OCTAVE)
 WORTH = tl.constexpr(search.WORTH)
 THRESHOLDS = tl.constexpr(search.LEVELS + 1)
+NUMBERS = ["rows", "query_tiles", "tiles", "candidates", "bands", "always", "margin", "worth"]
+"""Arguments that change from chunk to chunk; specialised on, they would have kernels compiled while serving."""
 BLOCK = 256
 """Key tiles at a time."""
+BLOCK_BANDS = 512
+"""Bands and the neighbours, at most one more than probe rows, whose default is 256."""
 BLOCK_COUNTED = 64
 """Key tiles at a time where each is compared with every threshold."""
 
@@ -53,7 +57,7 @@ def level_of(b_mass, b_cost, causal, min_gain):
     return tl.where(b_mass > 0, b_level, -1.0).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def rows_kernel(
     p_mass,
     p_low,
@@ -84,7 +88,7 @@ def rows_kernel(
         tl.store(p_beside + i_index, tl.sum(b_beside, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def candidates_kernel(
     p_mass,
     p_low,
@@ -142,8 +146,8 @@ def candidates_kernel(
             b_band += tl.where(o_band == tl.load(p_band_of_row + i_row), tl.minimum(loose, need), 0.0)
             b_band += tl.where(o_band == bands, tl.minimum(tl.load(p_beside + i_row), need), 0.0)
         m_band = o_band <= bands
-        b_cost = tl.load(p_cost + tiles + o_band, mask=m_band, other=1)
-        tl.store(p_levels + tiles + o_band, level_of(b_band / rows, b_cost, causal, min_gain), mask=m_band)
+        b_band_cost = tl.load(p_cost + tiles + o_band, mask=m_band, other=1)
+        tl.store(p_levels + tiles + o_band, level_of(b_band / rows, b_band_cost, causal, min_gain), mask=m_band)
 
 
 @triton.jit
@@ -166,7 +170,7 @@ def tile_levels(p_levels, o_tile, tiles, low, high, width, margin, band, bands, 
     return tl.where((o_tile < always) | ((o_tile >= low) & (o_tile < high)), ALWAYS, b_level)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def reached_kernel(
     p_mass,
     p_low,
@@ -203,7 +207,7 @@ def reached_kernel(
     tl.store(p_reached + i_index * THRESHOLDS + o_threshold, start + tl.sum(b_reached, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def tiles_kernel(
     p_low,
     p_high,
@@ -245,7 +249,7 @@ def tiles_kernel(
     tl.store(p_counts + i_index * THRESHOLDS + o_threshold, tl.sum(b_count, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def decide_kernel(
     p_reached,
     p_counts,
@@ -404,7 +408,7 @@ def _search(
         limits.min_gain or 1.0,
         LINES=is_lines,
         BLOCK=BLOCK,
-        BLOCK_BANDS=triton.next_power_of_2(num_bands + 1) if is_lines else 1,
+        BLOCK_BANDS=max(BLOCK_BANDS, triton.next_power_of_2(num_bands + 1)) if is_lines else 1,
     )
     if min_lines:
         search.take_lines(levels[:, :tiles], min_lines)

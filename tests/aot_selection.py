@@ -96,8 +96,13 @@ def compile_job(job: Job) -> Compiled:
         options, warps = {"num_warps": launch.warps, "num_stages": launch.stages}, launch.warps
     else:
         block = search_triton.BLOCK_COUNTED if job.kernel in {"reached", "tiles", "decide"} else search_triton.BLOCK
-        constants = {"LINES": job.lines, "BLOCK": block, "BLOCK_BANDS": 256 if job.lines else 1, "FAR": True}
-        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": job.head_dim, "BLOCK_SPLITS": 32}
+        constants = {
+            "LINES": job.lines,
+            "BLOCK": block,
+            "BLOCK_BANDS": search_triton.BLOCK_BANDS if job.lines else 1,
+            "FAR": True,
+        }
+        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": job.head_dim, "BLOCK_SPLITS": probe_triton.PROGRAMS}
         constants["BLOCK_TILES"] = probe_triton.BLOCK_TILES
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
