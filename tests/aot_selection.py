@@ -104,6 +104,8 @@ def compile_job(job: Job) -> Compiled:
         }
         constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": job.head_dim, "BLOCK_SPLITS": probe_triton.PROGRAMS}
         constants["BLOCK_TILES"] = probe_triton.BLOCK_TILES
+        # What a search does not have is None to its kernels.
+        constants |= dict.fromkeys(("p_row_own",) if job.lines else ("p_bands", "p_band_of_row"))
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
