@@ -7,7 +7,7 @@ import torch
 
 import problems
 from mminference_sgl import prefill
-from mminference_sgl.catalog import load
+from mminference_sgl.catalog import HeadSpec, load
 from mminference_sgl.config import Config, GridBudget, PatternBudgets
 from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import probe, reference, search, select
@@ -401,9 +401,13 @@ def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request(monke
 @pytest.mark.parametrize(
     ("bound", "value"), [("PROBE_BYTES_CPU", 1), ("PROBE_BYTES_CPU", 1 << 16), ("MAP_TILES", 1), ("MAP_TILES", 5000)]
 )
-def test_blocks_of_heads_do_not_change_the_answer(bound: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["auto", "dense"])
+def test_blocks_of_heads_do_not_change_the_answer(
+    first: str, bound: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the first half of the heads is as the others, or never probed where it is alone."""
     problem = problems.make(heads=8, kv_heads=2, tile_queries=64)
-    specs = load("auto").specs(0, range(8))
+    specs = [HeadSpec(media_text=pattern, media_media=pattern) for pattern in [first] * 4 + ["auto"] * 4]
     config = Config(coverage=0.7, max_density=0.3, error_ceiling=0.9)
 
     def output() -> torch.Tensor:

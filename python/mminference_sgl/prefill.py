@@ -85,8 +85,9 @@ def run_layer(
         One report per sparse request.
     """
     stages = stages_of(implementation)
+    heads = slice(0, len(specs))
     whole = _Layer(
-        query, key_pool, value_pool, key_scale, value_scale, plan, specs, config, scale, layer, stages, len(specs)
+        query, key_pool, value_pool, key_scale, value_scale, plan, specs, heads, config, scale, layer, stages
     )
     watched, lse = [], []
     for part in whole.parts():
@@ -132,7 +133,8 @@ def select_layer(
     The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
     """
     stages = stages_of(implementation)
-    layer = _Layer(query, key_pool, value_pool, 1.0, 1.0, plan, specs, config, scale, None, stages, len(specs))
+    heads = slice(0, len(specs))
+    layer = _Layer(query, key_pool, value_pool, 1.0, 1.0, plan, specs, heads, config, scale, None, stages)
     passes, watched = _select(layer)
     return passes, _reports(watched)
 
@@ -188,7 +190,7 @@ class _Watched:
 class _Layer:
     """What selection works on: the arguments of :func:`run_layer`, for all heads or for a block of them.
 
-    ``all_heads``: how many the layer has; ``first_head``: where the block begins.
+    ``all_specs``: of the whole layer; ``heads``: the block, whose operands the others are.
     """
 
     query: torch.Tensor
@@ -197,13 +199,12 @@ class _Layer:
     key_scale: float
     value_scale: float
     plan: ForwardPlan
-    specs: Sequence[HeadSpec]
+    all_specs: Sequence[HeadSpec]
+    heads: slice
     config: Config
     scale: float
     id: int | None
     stages: Stages
-    all_heads: int
-    first_head: int = 0
 
     @property
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -214,8 +215,8 @@ class _Layer:
         return {"key_scale": self.key_scale, "value_scale": self.value_scale}
 
     @property
-    def heads(self) -> slice:
-        return slice(self.first_head, self.first_head + len(self.specs))
+    def specs(self) -> Sequence[HeadSpec]:
+        return self.all_specs[self.heads]
 
     def parts(self) -> list[_Layer]:
         """Blocks of heads whose tile maps and lists stay within :data:`MAP_TILES`."""
@@ -230,8 +231,7 @@ class _Layer:
             query=self.query[:, heads],
             key_pool=self.key_pool[:, kv_heads],
             value_pool=self.value_pool[:, kv_heads],
-            specs=self.specs[heads],
-            first_head=self.first_head + heads.start,
+            heads=slice(self.heads.start + heads.start, self.heads.start + heads.stop),
         )
 
     def probe(self, group: RowGroup, *, with_weights: bool) -> probe.Probe:
@@ -290,12 +290,12 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
 
 def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor | None]:
     """The choice for all heads, and the probe rows' dense output where they were probed."""
-    wanted = [spec.of(group.modality) for spec in layer.specs]
-    if all(pair == ("dense", "dense") for pair in wanted):
-        return choices.dense(group.view, len(wanted)), None
+    # Blocks of heads are watched together, so all of them are probed or none.
+    if all(spec.of(group.modality) == ("dense", "dense") for spec in layer.all_specs):
+        return choices.dense(group.view, len(layer.specs)), None
     layout = layer.plan.requests[group.request].layout
     listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
-    carried = layout.carried_picks(layer.id, group.modality, layer.all_heads, layer.query.device)
+    carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.query.device)
     blocks, outputs = [], []
     for part in layer.probe_parts(group, with_weights=listens):
         probed = part.probe(group, with_weights=listens)
