@@ -19,7 +19,7 @@ venv: ## make .venv, or bring it up to date
 	@scripts/bootstrap.sh
 
 demo: venv ## serve a model with dense and with sparse prefill, and compare
-	$(BIN)/python benchmarks/demo.py $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
 
 test: test-rust test-python ## all tests
 
@@ -33,6 +33,7 @@ lint: venv ## check style, types and warnings; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_layers.py
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
@@ -48,28 +49,28 @@ doctor: venv ## tell whether the installation works
 	$(BIN)/mminference doctor
 
 bench-planner: venv ## time planning against numpy and memcpy
-	$(BIN)/python benchmarks/planner.py --check $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.planner --check $(BENCH_ARGS)
 
 bench-method: venv ## what selection keeps of planted attention, and what it computes for it
-	$(BIN)/python benchmarks/method.py --check $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.method --check $(BENCH_ARGS)
 
 bench-toy: venv ## answers of the toy model, dense and sparse, 2K to 16K tokens
-	$(BIN)/python benchmarks/toy_accuracy.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.toy.accuracy $(BENCH_ARGS)
 
 test-gpu: venv ## tests of the kernels on this machine's GPU, compute-sanitizer among them
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 bench-gpu: venv ## time one layer's sparse prefill on this GPU against dense cuDNN attention
-	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.gpu.layer $(BENCH_ARGS)
 
 bench-gpu-serving: venv ## time to first token of long videos on this GPU, dense and sparse
-	$(BIN)/python benchmarks/gpu_serving.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.gpu.serving $(BENCH_ARGS)
 
 tune: venv ## measure the kernels' launch table on this GPU and write it down
-	$(BIN)/python benchmarks/tune.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.gpu.tune $(BENCH_ARGS)
 
 bench-summaries: venv ## what tile summaries would bring
-	$(BIN)/python benchmarks/tile_summaries.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.method.summaries $(BENCH_ARGS)
 
 fuzz: ## arbitrary requests against the planner, FUZZ_SECONDS long
 	@cargo fuzz --version > /dev/null 2>&1 || { echo "needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }

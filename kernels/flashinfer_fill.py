@@ -5,16 +5,11 @@ Floor: 4 bytes per listed key written and 8 read (its slot), or per listed tile 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
 from .tiles import TileLists, TilePass
-
-if TYPE_CHECKING:
-    from .flashinfer_work import Packed
 
 BLOCK = 1024
 """Page indices a program writes at a time."""
@@ -57,12 +52,20 @@ def fill_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_held + o_index, b_slot.to(tl.int32), mask=m_index)
 
 
-def fill(tile_pass: TilePass, lists: TileLists, packed: Packed, first: int, window: int, held: torch.Tensor) -> None:
-    """Arguments as in :func:`.flashinfer_work.fill`."""
+def fill(
+    tile_pass: TilePass,
+    lists: TileLists,
+    order: torch.Tensor,
+    start: torch.Tensor,
+    first: int,
+    window: int,
+    held: torch.Tensor,
+) -> None:
+    """Arguments as in :func:`.flashinfer_work.fill`; ``order`` and ``start`` are those of its packed lists."""
     keys = tile_pass.keys
-    fill_kernel[packed.order.numel(), PARTS](
-        packed.order,
-        packed.start,
+    fill_kernel[order.numel(), PARTS](
+        order,
+        start,
         lists.begin,
         lists.full,
         tile_pass.request,

@@ -152,7 +152,7 @@ def fill(tile_pass: TilePass, lists: TileLists, packed: Packed, first: int, wind
     if held.device.type == "cuda":
         from . import flashinfer_fill
 
-        flashinfer_fill.fill(tile_pass, lists, packed, first, window, held)
+        flashinfer_fill.fill(tile_pass, lists, packed.order, packed.start, first, window, held)
         return
     if not lists.tiles.numel():
         return

@@ -4,8 +4,8 @@ Nothing here has been timed yet. An entry is the first that compiles without spi
 64 x 32, with the head in one part before halves: rows first, because keys and values are read once per sub-tile.
 Whole pages have entries of their own where they come through descriptors; two stages only where three spill.
 ``make tune`` measures on a GPU and rewrites :data:`TABLE` and :data:`PAGE_TABLE`, with what it measured behind each
-line; ``python tests/aot.py`` compiles every entry without one and prints registers, stack and shared memory. No entry
-may spill or need more shared memory than its architecture has; the tests assert both.
+line; ``python tests/kernels/aot.py`` compiles every entry without one and prints registers, stack and shared memory. No
+entry may spill or need more shared memory than its architecture has; the tests assert both.
 """
 
 from __future__ import annotations

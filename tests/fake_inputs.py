@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
-from mminference_sgl.geometry import ModelGeometry
-from mminference_sgl.layout import LayoutCache
+from mminference_sgl.backend.geometry import ModelGeometry
+from mminference_sgl.backend.layout import LayoutCache
 
 CPU = torch.device("cpu")
 MERGED = ModelGeometry(2)

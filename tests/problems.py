@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mminference_sgl import _core
-from mminference_sgl.plan import DeviceLayout, ForwardPlan, SparseRequest, build
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
 
 IMAGE, VIDEO = 1, 2
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from toy.serving import CHECKPOINT
+from benchmarks.toy.serving import CHECKPOINT
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from toy.scenes import Scene
+    from benchmarks.toy.scenes import Scene
 
 _PATCH = 14
 _FRAMES_AT_A_TIME = 32

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mminference_sgl.testing import Answer, Server, ServerError, mean_density, prefills
 
 if TYPE_CHECKING:
-    from toy.scenes import Scene
+    from benchmarks.toy.scenes import Scene
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 ROWS, COLUMNS = 8, 16

@@ -6,6 +6,9 @@ every one of its processes, whether or not the backend is used.
 
 from importlib.metadata import version
 
+BACKEND_NAME = "mminference"
+"""What ``--attention-backend`` takes."""
+
 __version__ = version("mminference-sgl")
 
-__all__ = ["__version__"]
+__all__ = ["BACKEND_NAME", "__version__"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mminference_sgl import BACKEND_NAME
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-BACKEND_NAME = "mminference"
 
 
 def register() -> None:
@@ -29,6 +29,6 @@ def register() -> None:
 
 def create(runner: ModelRunner) -> AttentionBackend:
     """Build the backend for a model runner; SGLang's factory for the name `mminference`."""
-    from mminference_sgl import backend
+    from mminference_sgl.backend import backend
 
     return backend.create(runner)

@@ -16,14 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import checks
-
 import problems
-from mminference_sgl import prefill, selfcheck
-from mminference_sgl.catalog import load
-from mminference_sgl.config import Config
+from mminference_sgl.backend import selfcheck
 from mminference_sgl.kernels import attend
 from mminference_sgl.kernels.launch_table import (
     HEAD_DIMS,
@@ -34,6 +29,9 @@ from mminference_sgl.kernels.launch_table import (
     lookup,
 )
 from mminference_sgl.kernels.stages import stages_of
+from mminference_sgl.method import prefill
+from mminference_sgl.method.catalog import load
+from mminference_sgl.method.config import Config
 from test_attention import random_lists
 
 pytestmark = pytest.mark.gpu

@@ -7,24 +7,20 @@ The seed of a failing case is in its message.
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import checks
-
 import problems
-from mminference_sgl import prefill, selfcheck
-from mminference_sgl.catalog import load
-from mminference_sgl.config import Config
+from mminference_sgl.backend import selfcheck
 from mminference_sgl.kernels import flashinfer_tiles, flashinfer_work, ops, reference
 from mminference_sgl.kernels.stages import stages_of
+from mminference_sgl.method import prefill
+from mminference_sgl.method.catalog import load
+from mminference_sgl.method.config import Config
 from test_attention import random_lists
 
 pytestmark = pytest.mark.gpu

@@ -6,21 +6,16 @@ The seed of a failing case is in its message.
 from __future__ import annotations
 
 import secrets
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import checks
-
 import problems
-from mminference_sgl import prefill
-from mminference_sgl.catalog import HeadSpec
-from mminference_sgl.config import Config
 from mminference_sgl.kernels.launch_table import HEAD_DIMS
+from mminference_sgl.method import prefill
+from mminference_sgl.method.catalog import HeadSpec
+from mminference_sgl.method.config import Config
 
 pytestmark = pytest.mark.gpu
 

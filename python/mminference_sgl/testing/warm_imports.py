@@ -11,8 +11,8 @@ import sglang.srt.managers.scheduler
 import sglang.srt.models.registry  # noqa: F401
 from sglang.srt.managers.multimodal_processor import import_processors
 
-import mminference_sgl.backend
-import mminference_sgl.portable_platform  # noqa: F401
+import mminference_sgl.backend.backend
+import mminference_sgl.portable.platform  # noqa: F401
 
 import_processors("sglang.srt.multimodal.processors")
 # What is here now lives as long as the servers: their collectors need not look at it.

@@ -9,6 +9,7 @@ pub mod cell;
 mod cell_order;
 mod error;
 mod layout;
+mod options;
 mod order;
 mod pass;
 mod plan;
@@ -17,7 +18,8 @@ mod tile;
 
 pub use buffer::Buffer;
 pub use error::{LayoutError, PlanError};
-pub use layout::{Layout, LayoutOptions};
+pub use layout::Layout;
+pub use options::LayoutOptions;
 pub use order::OrderName;
 pub use plan::{Field, Plan, PlanRequest};
 pub use segment::{Grid, Item, Kind, MAX_ITEMS, Modality, RawItem, Segments};

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use crate::buffer::Buffer;
 use crate::cell::{CellTable, TableKey, automatic_cell_size};
 use crate::error::LayoutError;
-use crate::layout::LayoutOptions;
+use crate::options::LayoutOptions;
 use crate::segment::{ItemGeometry, Segments};
 
 /// Names of the token orders.

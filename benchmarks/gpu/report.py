@@ -1,0 +1,41 @@
+"""What every result is stored with, and words to whoever waits for it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device and versions, which every result is stored with."""
+    name = platform.machine()
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    packages = ("mminference-sgl", "sglang", "torch", "triton", "flashinfer-python")
+    installed = {distribution.name for distribution in metadata.distributions()}
+    versions = {package: metadata.version(package) for package in packages if package in installed}
+    return {
+        "device": name,
+        "versions": versions,
+        "cudnn": torch.backends.cudnn.version(),
+        "time": time.strftime("%F %T"),
+    }
+
+
+def parse_count(text: str) -> int:
+    """128K as 131072."""
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
+    return int(text.rstrip("KM")) * unit
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

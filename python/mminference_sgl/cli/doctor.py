@@ -1,0 +1,219 @@
+"""``mminference doctor``: versions, machine, plugin and implementations, and what is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from mminference_sgl import BACKEND_NAME
+from mminference_sgl.portable.cpu import PLATFORM_NAME
+
+_DISTRIBUTIONS = (
+    "mminference-sgl",
+    "sglang",
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "transformers",
+    "torchcodec",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's report: whether something works here, and what there is to say about it."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+    trace: str = ""
+    """The traceback of what went wrong, for the end of the report."""
+
+
+def run() -> int:
+    """Print versions, machine, plugin and implementations; 0 when a server would find a working backend, else 1."""
+    with _quiet():
+        print("versions")
+        _print_rows([("python", platform.python_version()), *((name, _version(name)) for name in _DISTRIBUTIONS)])
+
+        _report("machine", [_attempt(name, check) for name, check in _MACHINE])
+        plugin = _report("plugin", [_attempt(name, check) for name, check in _PLUGIN])
+        implementations = _report("implementations on this machine", _attempt_implementations())
+
+    broken = [check for check in plugin if not check.ok]
+    if not any(check.ok for check in implementations):
+        broken += implementations
+    for check in broken:
+        if check.trace:
+            print(f"\n{check.name}:\n{check.trace.rstrip()}")
+    if broken:
+        print("\nbroken: " + "; ".join(f"{check.name}: {check.detail}" for check in broken))
+        return 1
+    print(f"\nok: a server on this machine finds --attention-backend {BACKEND_NAME}")
+    return 0
+
+
+_MISSING = "not installed"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return _MISSING
+
+
+def _attempt(name: str, check: Callable[[], str]) -> Check:
+    """Run a check that returns what there is to say and raises when something is broken."""
+    try:
+        return Check(name, ok=True, detail=check())
+    except Exception as error:  # noqa: BLE001 - the report shows it
+        summary = str(error).strip().splitlines() or [""]
+        return Check(
+            name, ok=False, detail=f"{type(error).__name__}: {summary[0]}".rstrip(": "), trace=traceback.format_exc()
+        )
+
+
+def _check_core() -> str:
+    from mminference_sgl import _core
+
+    return str(_core.__version__)
+
+
+def _check_torch() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()} (sm_{major}{minor})"
+    return f"no GPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _check_platform() -> str:
+    from sglang.srt.platforms import current_platform
+
+    name = f"{type(current_platform).__name__} ({current_platform.device_name})"
+    if current_platform.device_name == "unknown":
+        name += f"; set SGLANG_PLATFORM={PLATFORM_NAME} to serve on the CPU"
+    return name
+
+
+def _check_video() -> str:
+    try:
+        import torchcodec  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError("torchcodec does not load; install FFmpeg's shared libraries (Debian: ffmpeg)") from error
+    return "torchcodec loads"
+
+
+def _entry_points() -> list[metadata.EntryPoint]:
+    points = metadata.entry_points(group="sglang.srt.plugins")
+    return [point for point in points if point.value == "mminference_sgl.plugin:register"]
+
+
+def _check_entry_point() -> str:
+    points = _entry_points()
+    if not points:
+        raise RuntimeError("nothing in the group sglang.srt.plugins leads to this package: install it again")
+    allowed = {name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")} - {""}
+    if allowed and not allowed & {point.name for point in points}:
+        raise RuntimeError(f"SGLANG_PLUGINS={','.join(sorted(allowed))} leaves mminference out: add it")
+    selected = os.environ.get("SGLANG_PLATFORM")
+    if selected and selected != PLATFORM_NAME:
+        raise RuntimeError(
+            f"SGLANG_PLATFORM={selected} makes SGLang skip every package that brings another platform, this one too"
+        )
+    return "found"
+
+
+def _check_register() -> str:
+    (point,) = _entry_points()
+    # SGLang would swallow what this raises.
+    point.load()()
+    return "runs"
+
+
+def _check_loaded() -> str:
+    """Load the plugins as a server does, and look whether the backend is known afterwards."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+
+    if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
+        raise RuntimeError(f"{BACKEND_NAME} is no choice of the command line afterwards")
+    if BACKEND_NAME not in ATTENTION_BACKENDS:
+        raise RuntimeError(f"{BACKEND_NAME} is not registered afterwards")
+    return f"{BACKEND_NAME} is a choice of the command line and registered"
+
+
+def _check_backend() -> str:
+    from mminference_sgl.backend import backend
+
+    if not callable(getattr(backend, "create", None)):
+        raise TypeError("mminference_sgl.backend.backend has no create()")
+    return "imports"
+
+
+def _attempt_implementations() -> list[Check]:
+    try:
+        from mminference_sgl.backend import selfcheck
+
+        found = selfcheck.check_implementations()
+    except Exception as error:  # noqa: BLE001 - the report shows it
+        return [Check("all", ok=False, detail=f"{type(error).__name__}: {error}", trace=traceback.format_exc())]
+    return [Check(name, ok=state == "ok", detail="" if state == "ok" else state) for name, state in found.items()]
+
+
+def _report(title: str, checks: list[Check]) -> list[Check]:
+    print(f"\n{title}")
+    _print_rows([(check.name, _verdict(check)) for check in checks])
+    return checks
+
+
+def _verdict(check: Check) -> str:
+    word = "ok" if check.ok else "no"
+    return f"{word}, {check.detail}" if check.detail else word
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """SGLang and its dependencies warn at length when imported; the report is about the plugin."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(level)
+
+
+_MACHINE: tuple[tuple[str, Callable[[], str]], ...] = (
+    ("pytorch", _check_torch),
+    ("sglang platform", _check_platform),
+    ("video decoding", _check_video),
+)
+# In the order in which one failing explains the next.
+_PLUGIN: tuple[tuple[str, Callable[[], str]], ...] = (
+    ("rust core", _check_core),
+    ("entry point", _check_entry_point),
+    # Before register() is called here: afterwards the backend is known in any case.
+    ("load_plugins()", _check_loaded),
+    ("register()", _check_register),
+    ("backend module", _check_backend),
+)

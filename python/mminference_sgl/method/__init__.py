@@ -1,0 +1,1 @@
+"""The method: configuration, head patterns, plan and sparse prefill of one layer. Knows neither SGLang nor models."""

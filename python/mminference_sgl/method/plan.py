@@ -1,0 +1,365 @@
+"""Per-forward plan: from layouts and chunk bounds to the device tensors that selection and attention read.
+
+Built once per forward in ``init_forward_metadata``; every layer of the forward uses the same plan. The flat arrays of
+the Rust plan reach the device in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from mminference_sgl import _core
+from mminference_sgl.kernels.choice import CellView, KeyTiles, QueryTiles, View
+from mminference_sgl.kernels.probe import ProbeKeys, ProbeRows
+from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
+from mminference_sgl.method.stride import StrideSearch
+
+KIND_TEXT = 0
+"""Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
+
+_GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples spread evenly over the unit interval, whatever their number."""
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class DeviceLayout:
+    """A request's layout with its order arrays on the device: uploaded once per request, read by every forward.
+
+    ``tokens`` int32 [length]: cell order -> token position; ``key_tile`` int32 [length]: token position -> cell-order
+    key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
+    ``search``: that for the strides of runs without a grid, None where there are none.
+    """
+
+    def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
+        self.layout = layout
+        self.has_media = layout.num_items > 0
+        self._picks: dict[tuple[int, str], torch.Tensor] = {}
+        self.stride = layout.max_frame_stride
+        self.search: StrideSearch | None = None
+        self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
+        if self.has_media:
+            self.tokens = _to_device(layout.order("cell"), device)
+            self.key_tile = _to_device(layout.key_tile_of_token("cell", tile_keys), device)
+            self.cell_tiles = _key_tiles(layout, "cell", tile_keys, device)
+
+    def carried_picks(self, layer: int | None, modality: str, heads: int, device: torch.device) -> torch.Tensor:
+        """What ``auto`` picked for each head in the last chunk, int64 [H], -1 for nothing; written in place.
+
+        ``layer`` None carries nothing.
+        """
+        nothing = torch.full((heads,), -1, device=device)
+        return nothing if layer is None else self._picks.setdefault((layer, modality), nothing)
+
+
+@dataclass(frozen=True)
+class SparseRequest:
+    """One request of the batch that runs sparse.
+
+    ``pool_row`` [1] integer on the device: its row of ``req_to_token``.
+    ``row_start``: where its rows begin in the batch.
+    """
+
+    layout: DeviceLayout
+    prefix: int
+    chunk: int
+    pool_row: torch.Tensor
+    row_start: int
+
+    @property
+    def num_keys(self) -> int:
+        """Keys in the pool once the chunk's are written."""
+        return self.prefix + self.chunk
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of one request and one query modality, as selection sees them.
+
+    ``near`` and ``far``: the group's query tiles, as slices of the two passes' tiles.
+    ``row_slots``: its row slots in the sequence pass. ``keys``: the request's, for the probe.
+    """
+
+    request: int
+    modality: str
+    view: View
+    probe_rows: ProbeRows
+    keys: ProbeKeys
+    near: slice
+    far: slice
+    row_slots: slice
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """Everything geometric about one forward."""
+
+    requests: Sequence[SparseRequest]
+    near: TilePass
+    far: TilePass | None
+    groups: Sequence[RowGroup]
+
+
+def build(
+    requests: Sequence[SparseRequest],
+    req_to_token: torch.Tensor,
+    *,
+    tile_queries: int,
+    tile_keys: int,
+    probe_rows: int,
+    page_size: int = 1,
+) -> ForwardPlan:
+    """Plans one forward over its sparse requests.
+
+    Args:
+        requests: at least one.
+        req_to_token: [pool rows, context] integer; slots of each request's tokens.
+        probe_rows: most rows to probe per request and modality.
+        page_size: slots of a page of the KV pool; a request's tokens fill its pages in order.
+    """
+    device = req_to_token.device
+    planned = _core.plan(
+        [(r.layout.layout, r.prefix, r.chunk, r.row_start) for r in requests],
+        tile_queries=tile_queries,
+        tile_keys=tile_keys,
+    )
+    host, fields = planned.buffer, planned.fields()
+    uploaded = _to_device(host, device)
+
+    def on_host(name: str) -> Int32Array:
+        offset, length = fields[name]
+        return host[offset : offset + length]
+
+    def on_device(name: str) -> torch.Tensor:
+        offset, length = fields[name]
+        return uploaded[offset : offset + length]
+
+    slots = [req_to_token[r.pool_row][0, : r.num_keys].long() for r in requests]
+    near_keys = _key_order(
+        [
+            _tiled(own, torch.arange(r.num_keys, dtype=torch.int32, device=device), tile_keys)
+            for r, own in zip(requests, slots, strict=True)
+        ],
+        contiguous=page_size % tile_keys == 0,
+    )
+
+    def tile_pass(prefix: str, region: Region, keys: KeyOrder) -> TilePass:
+        return TilePass(
+            region=region,
+            keys=keys,
+            rows=on_device(f"{prefix}.rows").long(),
+            positions=on_device(f"{prefix}.positions"),
+            indptr=on_device(f"{prefix}.row_indptr"),
+            request=on_device(f"{prefix}.tile_request"),
+            min_pos=on_device(f"{prefix}.tile_min_pos"),
+            max_pos=on_device(f"{prefix}.tile_max_pos"),
+            tile_queries=tile_queries,
+        )
+
+    near = tile_pass("seq", Region.NEAR, near_keys)
+    far = None
+    if fields["cell.tile_request"][1] > 0:
+        far = tile_pass(
+            "cell",
+            Region.FAR,
+            _key_order([_cell_tiles(r, own, tile_keys) for r, own in zip(requests, slots, strict=True)]),
+        )
+    own_lo, own_hi = on_device("cell.own_lo"), on_device("cell.own_hi")
+
+    groups: list[RowGroup] = []
+    near_request, near_kind = on_host("seq.tile_request"), on_host("seq.tile_kind")
+    far_request, near_indptr = on_host("cell.tile_request"), on_host("seq.row_indptr")
+    near_tiles, far_tiles = (_request_tiles(order, requests, tile_keys) for order in ("sequence", "cell"))
+    for index, request in enumerate(requests):
+        cell_keys = far.keys.of_request(far_tiles[index]) if far is not None and request.layout.has_media else None
+        keys = ProbeKeys(near.keys.of_request(near_tiles[index]), cell_keys, request.num_keys - 1)
+        far_slice = _span(far_request == index)
+        for modality in ("text", "media"):
+            near_slice = _span((near_request == index) & ((near_kind == KIND_TEXT) == (modality == "text")))
+            if near_slice.start == near_slice.stop:
+                continue
+            has_cells = modality == "media"
+            group_far = far_slice if has_cells else slice(far_slice.start, far_slice.start)
+            rows = _probe_rows(on_host, near_slice, group_far, min(probe_rows, rows_to_probe(request.chunk)))
+            cell = None
+            if has_cells:
+                assert far is not None
+                cell = CellView(
+                    queries=QueryTiles(far.min_pos[group_far], far.max_pos[group_far]),
+                    keys=request.layout.cell_tiles,
+                    own_lo=own_lo[group_far],
+                    own_hi=own_hi[group_far],
+                    row_tiles=torch.from_numpy(rows.far_tiles).to(device),
+                    bands=torch.from_numpy(rows.bands).to(device),
+                    band_of_row=torch.from_numpy(rows.band_of_row).to(device),
+                    num_bands=rows.num_bands,
+                    stride=request.layout.stride,
+                )
+            positions = torch.from_numpy(rows.positions).to(device)
+            ends = (on_host(f"seq.tile_{end}_pos")[near_slice] // tile_keys for end in ("max", "min"))
+            view = View(
+                queries=QueryTiles(near.min_pos[near_slice], near.max_pos[near_slice]),
+                keys=_visible(request, request.layout.sequence_tiles),
+                row_tiles=torch.from_numpy(rows.near_tiles).to(device),
+                row_positions=positions,
+                span=int(np.subtract(*ends).max()) + 1,
+                cell=cell,
+            )
+            probed = ProbeRows(
+                rows=torch.from_numpy(rows.rows).to(device),
+                positions=positions,
+                first=int(rows.positions.min()),
+                key_tile=(request.layout.key_tile if has_cells else uploaded[:0]).long(),
+                key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
+            )
+            slots_of_rows = slice(*(int(near_indptr[tile]) for tile in (near_slice.start, near_slice.stop)))
+            groups.append(RowGroup(index, modality, view, probed, keys, near_slice, group_far, slots_of_rows))
+    return ForwardPlan(requests, near, far, groups)
+
+
+def _request_tiles(order: str, requests: Sequence[SparseRequest], tile_keys: int) -> list[slice]:
+    """Key tiles of each request in an order of all of them."""
+    if order == "sequence":
+        counts = [-(-r.num_keys // tile_keys) for r in requests]
+    else:
+        counts = [r.layout.cell_tiles.min_pos.numel() if r.layout.has_media else 0 for r in requests]
+    ends = np.cumsum(counts).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+_Tiled = tuple[torch.Tensor, torch.Tensor]
+"""Slots int64 and positions int32 of one request's key tiles, [tiles, tile_keys] each."""
+
+
+def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> _Tiled:
+    padding = -slots.numel() % tile_keys
+    return (
+        functional.pad(slots, (0, padding)).view(-1, tile_keys),
+        functional.pad(positions, (0, padding), value=ABSENT).view(-1, tile_keys),
+    )
+
+
+def _cell_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> _Tiled:
+    """Keys in cell order; tokens that later chunks will bring have their place already and point to the padding row."""
+    if not request.layout.has_media:
+        return _tiled(slots[:0], slots[:0].int(), tile_keys)
+    tokens = request.layout.tokens
+    present = tokens < request.num_keys
+    return _tiled(torch.where(present, slots[torch.where(present, tokens, 0)], 0), tokens, tile_keys)
+
+
+def _key_order(requests: Sequence[_Tiled], *, contiguous: bool = False) -> KeyOrder:
+    slots, positions = (torch.cat(parts) for parts in zip(*requests, strict=True))
+    counts = [own.shape[0] for own, _ in requests]
+    return KeyOrder(
+        slots=slots,
+        positions=positions,
+        tile_min=positions.amin(1),
+        tile_max=positions.amax(1),
+        tile_indptr=_indptr(counts, slots.device),
+        widest=max(counts),
+        contiguous=contiguous,
+    )
+
+
+def rows_to_probe(chunk: int) -> int:
+    """Probe rows of a chunk: one in 128, which is 0.8 % of dense attention; of chunks below 8K tokens one in 64."""
+    return max(16, min(64, chunk // 64), chunk // 128)
+
+
+@dataclass(frozen=True)
+class _ProbeRows:
+    """Probe rows on the host; see :class:`ProbeRows` and :class:`CellView` for what the arrays are."""
+
+    rows: npt.NDArray[np.int64]
+    positions: Int32Array
+    near_tiles: npt.NDArray[np.int64]
+    far_tiles: npt.NDArray[np.int64]
+    bands: npt.NDArray[np.int64]
+    band_of_row: npt.NDArray[np.int64]
+    num_bands: int
+
+
+def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int) -> _ProbeRows:
+    """Chooses the rows to probe: for media spread over the chunk's places and times, for text the last rows.
+
+    The cell pass is cut into as many bands of consecutive query tiles as rows are wanted. The rows that stand for a
+    band are taken from all its rows alike, at another moment in each band: what the probe rows hold on average is then
+    what the chunk's rows hold.
+    """
+    tiles = far.stop - far.start
+    near_indptr = on_host("seq.row_indptr")
+    first, end = int(near_indptr[near.start]), int(near_indptr[near.stop])
+    nothing = np.zeros(0, dtype=np.int64)
+    if tiles == 0:
+        slots = np.arange(max(first, end - count), end)
+        rows, positions = on_host("seq.rows")[slots], on_host("seq.positions")[slots]
+        far_tiles = bands = band_of_row = nothing
+        num_bands = 0
+    else:
+        num_bands = min(count, tiles)
+        bands = np.arange(tiles) * num_bands // tiles
+        starts = far.start + np.searchsorted(bands, np.arange(num_bands + 1))
+        indptr = on_host("cell.row_indptr").astype(np.int64)
+        sizes = np.diff(indptr[starts])
+        lane, band = np.divmod(np.arange(count // num_bands * num_bands), num_bands)
+        moment = (lane + np.arange(1, num_bands + 1)[band] * _GOLDEN % 1) / (count // num_bands)
+        slots = indptr[starts[band]] + np.minimum(moment * sizes[band], sizes[band] - 1).astype(np.int64)
+        slots = np.unique(slots)
+        tile = np.searchsorted(indptr, slots, side="right") - 1
+        rows, positions, far_tiles = on_host("cell.rows")[slots], on_host("cell.positions")[slots], tile - far.start
+        band_of_row = bands[far_tiles]
+    # Row slots ascend in the sequence pass, so a position finds its slot and with it its tile.
+    near_slots = first + np.searchsorted(on_host("seq.positions")[first:end], positions)
+    near_tiles = np.searchsorted(near_indptr[near.start : near.stop + 1], near_slots, side="right") - 1
+    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_tiles, far_tiles, bands, band_of_row, num_bands)
+
+
+def _key_tiles(
+    layout: _core.Layout, order: Literal["sequence", "cell"], tile_keys: int, device: torch.device
+) -> KeyTiles:
+    low, high, mask = layout.key_tiles(order, tile_keys)
+    modalities = _to_device(mask, device)
+    return KeyTiles(
+        min_pos=_to_device(low, device),
+        max_pos=_to_device(high, device),
+        has_text=(modalities & 1) != 0,
+        has_media=(modalities & ~1) != 0,
+        tile_keys=tile_keys,
+    )
+
+
+def _visible(request: SparseRequest, tiles: KeyTiles) -> KeyTiles:
+    """The sequence-order tiles that hold keys by now; the last one ends with the chunk."""
+    count = -(-request.num_keys // tiles.tile_keys)
+    return KeyTiles(
+        min_pos=tiles.min_pos[:count],
+        max_pos=tiles.max_pos[:count].clamp_max(request.num_keys - 1),
+        has_text=tiles.has_text[:count],
+        has_media=tiles.has_media[:count],
+        tile_keys=tiles.tile_keys,
+    )
+
+
+def _span(mask: npt.NDArray[np.bool_]) -> slice:
+    """The contiguous range where the mask holds."""
+    where = np.flatnonzero(mask)
+    return slice(0, 0) if where.size == 0 else slice(int(where[0]), int(where[-1]) + 1)
+
+
+def _indptr(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+
+
+def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

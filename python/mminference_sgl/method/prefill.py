@@ -1,0 +1,433 @@
+"""Sparse prefill of one layer: probe, select, attend, guard over a :class:`~mminference_sgl.method.plan.ForwardPlan`.
+
+Knows neither SGLang nor models, so it is what tests and benchmarks drive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypedDict
+
+import torch
+
+from mminference_sgl.kernels import choice as choices
+from mminference_sgl.kernels import ops, probe, search, select
+from mminference_sgl.kernels.choice import Choice, Limits, View
+from mminference_sgl.kernels.stages import Stages, stages_of
+from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
+from mminference_sgl.method.catalog import HeadSpec
+from mminference_sgl.method.config import Config
+from mminference_sgl.method.plan import ForwardPlan, RowGroup
+
+PROBE_BYTES = 128 << 20
+"""Bound on the probe's weights, or on its mass by key tile, held at a time; there are three such masses."""
+PROBE_BYTES_CPU = 16 << 20
+"""The same on a CPU, where temporaries beyond 32 MiB are mapped anew each time, at more than the arithmetic's cost."""
+MAP_TILES = 1 << 26
+"""Bound on the tiles of a pass's map, beyond which heads run in blocks; docs/kernels.md says what memory that means."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer of one forward did for one request; 0-d tensors, so that nothing waits for the device.
+
+    ``tiles`` / ``causal``: tiles computed and those dense attention computes, over all heads.
+    ``coverage``: mean over heads of the probe rows' kept mass (1 where nothing was left out);
+    ``error``: relative output error of the probe rows over all heads together;
+    ``guarded``: heads that the guard sent to dense.
+    """
+
+    request: int
+    tiles: torch.Tensor
+    causal: torch.Tensor
+    coverage: torch.Tensor
+    error: torch.Tensor
+    guarded: torch.Tensor
+
+
+class _Scales(TypedDict):
+    key_scale: float
+    value_scale: float
+
+
+Passes = list[tuple[TilePass, TileLists]]
+"""Passes of a layer with the tile lists of some heads, the sequence pass first."""
+
+
+def run_layer(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    plan: ForwardPlan,
+    specs: Sequence[HeadSpec],
+    config: Config,
+    scale: float,
+    out: torch.Tensor,
+    implementation: str,
+    layer: int | None = None,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> list[LayerReport]:
+    """Computes the plan's rows of one layer into ``out``.
+
+    Args:
+        query: [batch rows, H, D] as the model made it.
+        key_pool, value_pool: [slots, KV heads, D]; the chunk's keys and values are already in them.
+        specs: one head spec per query head of this rank.
+        out: [batch rows, H, Dv].
+        layer: id under which the heads' picks are carried over to the request's next chunk; None carries nothing.
+        key_scale, value_scale: what the pools' elements are multiplied by, for pools in fp8 e4m3.
+
+    Returns:
+        One report per sparse request.
+    """
+    stages = stages_of(implementation)
+    heads = slice(0, len(specs))
+    whole = _Layer(
+        query, key_pool, value_pool, key_scale, value_scale, plan, specs, heads, config, scale, layer, stages
+    )
+    watched, lse = [], []
+    for part in whole.parts():
+        passes, seen = _select(part)
+        watched.append(seen)
+        part_out = out[:, part.heads]
+        lse.append(ops.sparse_prefill(*part.operands, passes, scale, part_out, implementation, **part.scales))
+    merged = [_Watched.of(parts) for parts in zip(*watched, strict=True)]
+    for item in merged:
+        item.measure(out, config.error_ceiling)
+    failing = [item for item in merged if item.dense_output is not None]
+    if stages.waits:
+        failing = [item for item in failing if bool(item.guarded.any())]
+    if failing:
+        _repair(whole, failing, torch.cat(lse, dim=1), out)
+    return _reports(merged)
+
+
+def _repair(layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: torch.Tensor) -> None:
+    """Computes the guarded heads again, densely; where there are none, the lists of the pass are empty."""
+    near = layer.plan.near
+    wanted = torch.zeros(len(layer.specs), near.num_tiles, dtype=torch.bool, device=out.device)
+    for item in failing:
+        rows = near.rows[item.group.row_slots]
+        lse[rows] = lse[rows].masked_fill(item.guarded, float("-inf"))
+        wanted[:, item.group.near] = item.guarded[:, None]
+    lists = near, dense_lists(near, wanted)
+    ops.merge_pass(*layer.operands, lists, layer.scale, out, lse, layer.stages.repair, **layer.scales)
+
+
+def select_layer(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    plan: ForwardPlan,
+    specs: Sequence[HeadSpec],
+    config: Config,
+    scale: float,
+    implementation: str = "torch",
+) -> tuple[Passes, list[LayerReport]]:
+    """Probes the plan's requests and chooses the tiles of every head; arguments as in :func:`run_layer`.
+
+    The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
+    """
+    stages = stages_of(implementation)
+    heads = slice(0, len(specs))
+    layer = _Layer(query, key_pool, value_pool, 1.0, 1.0, plan, specs, heads, config, scale, None, stages)
+    passes, watched = _select(layer)
+    return passes, _reports(watched)
+
+
+@dataclass
+class _Watched:
+    """A row group's choice and what is known of it, by head: [H] each.
+
+    ``dense_output`` fp32 [H, P, Dv]: that of the probe rows, None where nothing was left out.
+    """
+
+    group: RowGroup
+    tiles: torch.Tensor
+    causal: torch.Tensor
+    coverage: torch.Tensor
+    dense_output: torch.Tensor | None
+    error: torch.Tensor
+    guarded: torch.Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[_Watched]) -> _Watched:
+        """What is known of blocks of heads, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        tiles, coverage, guarded = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("tiles", "coverage", "guarded")
+        )
+        outputs = [part.dense_output for part in parts if part.dense_output is not None]
+        first = parts[0]
+        return cls(
+            first.group, tiles, first.causal, coverage, torch.cat(outputs) if outputs else None, first.error, guarded
+        )
+
+    def measure(self, out: torch.Tensor, ceiling: float) -> None:
+        """Compares the probe rows' output with the dense one and marks the layer's worst heads, which must go dense.
+
+        The error is that of all heads together, so a head counts with the weight it has in the layer's output.
+        """
+        if self.dense_output is None:
+            return
+        rows = self.group.probe_rows.rows
+        error = (out[rows].transpose(0, 1).float() - self.dense_output).square().sum((1, 2))
+        energy = self.dense_output.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        self.error = (error.sum() / energy).sqrt()
+        worst = error.argsort(descending=True)
+        remaining = error[worst].flip(0).cumsum(0).flip(0)
+        self.guarded = torch.zeros_like(self.guarded).scatter_(0, worst, remaining > ceiling * ceiling * energy)
+        self.tiles = torch.where(self.guarded, self.causal, self.tiles)
+        self.coverage = torch.where(self.guarded, 1.0, self.coverage)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What selection works on: the arguments of :func:`run_layer`, for all heads or for a block of them.
+
+    ``all_specs``: of the whole layer; ``heads``: the block, whose operands the others are.
+    """
+
+    query: torch.Tensor
+    key_pool: torch.Tensor
+    value_pool: torch.Tensor
+    key_scale: float
+    value_scale: float
+    plan: ForwardPlan
+    all_specs: Sequence[HeadSpec]
+    heads: slice
+    config: Config
+    scale: float
+    id: int | None
+    stages: Stages
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key_pool, self.value_pool
+
+    @property
+    def scales(self) -> _Scales:
+        return {"key_scale": self.key_scale, "value_scale": self.value_scale}
+
+    @property
+    def specs(self) -> Sequence[HeadSpec]:
+        return self.all_specs[self.heads]
+
+    def parts(self) -> list[_Layer]:
+        """Blocks of heads whose tile maps and lists stay within :data:`MAP_TILES`."""
+        blocks = head_blocks(self.plan, len(self.specs), self.key_pool.shape[1])
+        return [self] if len(blocks) == 1 else [self.of(heads) for heads, _ in blocks]
+
+    def of(self, heads: slice) -> _Layer:
+        """A block of heads, of one GQA group or of several whole ones."""
+        kv_heads = _kv_heads(heads, len(self.specs) // self.key_pool.shape[1])
+        return replace(
+            self,
+            query=self.query[:, heads],
+            key_pool=self.key_pool[:, kv_heads],
+            value_pool=self.value_pool[:, kv_heads],
+            heads=slice(self.heads.start + heads.start, self.heads.start + heads.stop),
+        )
+
+    def probe(self, group: RowGroup, *, with_weights: bool) -> probe.Probe:
+        """Probes the group's rows; ``with_weights`` the portable way, for those who look at single keys."""
+        run = probe.run if with_weights else self.stages.probe
+        return run(*self.operands, group.keys, group.probe_rows, self.scale, **self.scales)
+
+    def probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
+        """Blocks of whole GQA groups whose probe stays within the bound of the device."""
+        heads, per_group = len(self.specs), len(self.specs) // self.key_pool.shape[1]
+        bound = PROBE_BYTES_CPU if self.query.device.type == "cpu" else PROBE_BYTES
+        held = group.keys.sequence.slots.numel() * group.probe_rows.rows.numel()
+        if not with_weights and not self.stages.waits:
+            held //= group.keys.sequence.tile_keys
+        step = max(1, bound // (4 * held * per_group)) * per_group
+        return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
+
+
+def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[tuple[slice, slice]]:
+    """Blocks of query heads, and their KV heads, whose tile maps stay within :data:`MAP_TILES`.
+
+    A block is one GQA group, several whole ones, or an equal part of one.
+    """
+    passes = [plan.near] + ([plan.far] if plan.far is not None else [])
+    tiles = max(tile_pass.num_tiles * tile_pass.keys.widest for tile_pass in passes)
+    group = heads // kv_heads
+    step = min(heads, max(1, MAP_TILES // tiles))
+    step = step // group * group or max(size for size in range(1, step + 1) if group % size == 0)
+    blocks = [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+    return [(block, _kv_heads(block, group)) for block in blocks]
+
+
+def _kv_heads(heads: slice, group: int) -> slice:
+    return slice(heads.start // group, -(-heads.stop // group))
+
+
+def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
+    plan, heads, device = layer.plan, len(layer.specs), layer.query.device
+    near = _PassLists(plan.near, heads, layer.stages)
+    far = _PassLists(plan.far, heads, layer.stages) if plan.far is not None else None
+    watched: list[_Watched] = []
+    for group in plan.groups:
+        choice, dense_output = _select_group(layer, group)
+        near.put(group.near, choice.near, choice)
+        if far is not None and choice.far is not None:
+            far.put(group.far, choice.far, choice)
+        none = torch.zeros(heads, dtype=torch.bool, device=device)
+        zero = torch.zeros((), device=device)
+        causal = group.view.causal_tiles
+        watched.append(_Watched(group, choice.tiles, causal, choice.coverage, dense_output, zero, none))
+    passes = [(plan.near, near.lists())]
+    if plan.far is not None and far is not None:
+        passes.append((plan.far, far.lists()))
+    return passes, watched
+
+
+def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor | None]:
+    """The choice for all heads, and the probe rows' dense output where they were probed."""
+    # Blocks of heads are watched together, so all of them are probed or none.
+    if all(spec.of(group.modality) == ("dense", "dense") for spec in layer.all_specs):
+        return choices.dense(group.view, len(layer.specs)), None
+    layout = layer.plan.requests[group.request].layout
+    listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
+    carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.query.device)
+    blocks, outputs = [], []
+    for part in layer.probe_parts(group, with_weights=listens):
+        probed = part.probe(group, with_weights=listens)
+        if listens and layout.search is not None:
+            assert isinstance(probed, probe.WeightProbe)
+            layout.search.listen(probed)
+        proposals = Proposals(group.view, probed, layer.config, carried[part.heads], layer.stages.search)
+        blocks.append(proposals.choose([spec.of(group.modality) for spec in part.specs]))
+        outputs.append(probed.output)
+        carried[part.heads] = proposals.picked
+    return choices.concatenate(blocks), torch.cat(outputs)
+
+
+class Proposals:
+    """What each pattern proposes for a block of heads, each made once.
+
+    ``previous`` int64 [H]: what ``auto`` picked in the chunk before; ``picked``: what it picks now, 0 if not asked.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        probed: probe.Probe,
+        config: Config,
+        previous: torch.Tensor | None,
+        search: select.Search = search,
+    ) -> None:
+        self._search = search
+        self._view = view
+        self._probed = probed
+        self._budgets = config.patterns
+        self._limits = Limits(config.coverage, config.max_density, config.min_gain)
+        self._previous = previous
+        self._made: dict[str, Choice] = {}
+        self.picked = torch.zeros(probed.output.shape[0], dtype=torch.int64, device=probed.output.device)
+
+    def choose(self, wanted: Sequence[tuple[str, str]]) -> Choice:
+        """One choice for all heads out of each head's (pattern on text keys, pattern on media keys)."""
+        result: Choice | None = None
+        for on_text, on_media in dict.fromkeys(wanted):
+            pair = self._get(on_media)
+            if on_text != on_media and self._limits.coverage < choices.EXACT:
+                # Text keys have no grid of their own: there it means "by mass", which is what columns are.
+                text = self._get("vertical_slash" if on_text == "grid" else on_text)
+                pair = choices.combine(self._view, text, pair, text_pattern=on_text, media_pattern=on_media)
+                pair = select.measured(self._view, self._probed, pair, self._limits)
+            if result is None:
+                result = pair
+                continue
+            heads = _mask(tuple(item == (on_text, on_media) for item in wanted), pair.coverage.device)
+            result = choices.where(heads, pair, result)
+        assert result is not None
+        return result
+
+    def _get(self, pattern: str) -> Choice:
+        if pattern not in self._made:
+            self._made[pattern] = self._propose(pattern)
+        return self._made[pattern]
+
+    def _propose(self, pattern: str) -> Choice:
+        view, probed, limits, budgets = self._view, self._probed, self._limits, self._budgets
+        if pattern == "dense":
+            return choices.dense(view, probed.output.shape[0])
+        if pattern == "a_shape":
+            return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
+        if pattern == "vertical_slash":
+            budget = budgets.vertical_slash
+            return select.vertical_slash(view, probed, limits, self._search, sink=budget.sink, window=budget.window)
+        if pattern == "grid":
+            assert view.cell is not None
+            grid = budgets.grid
+            # One frame back and one key more, so that the same place in the frame before is inside.
+            stride = view.cell.stride
+            reaches = sorted({min(max(grid.window, n * stride + 1), UNBOUNDED) for n in (0, grid.window_frames)})
+            windows = select.grid(
+                view, probed, limits, self._search, sink=grid.sink, reaches=reaches, min_lines=grid.min_lines
+            )
+            return choices.cheapest(view, windows, limits)[0]
+        candidates = ["grid", "vertical_slash"] if view.cell is not None else ["vertical_slash"]
+        proposed = [self._get(name) for name in candidates]
+        merged, self.picked = choices.cheapest(view, proposed, limits, self._previous)
+        return choices.never_beyond_dense(view, merged)
+
+
+@cache
+def _mask(heads: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    """Heads as bool [H]; kept, since bringing it to a device would wait for what runs there."""
+    return torch.tensor(heads, device=device)
+
+
+class _PassLists:
+    """Collects the groups' choices of one pass and turns them into tile lists."""
+
+    def __init__(self, tile_pass: TilePass, heads: int, stages: Stages) -> None:
+        self._pass, self._build = tile_pass, stages.lists
+        device = tile_pass.request.device
+        shape = (heads, tile_pass.num_tiles, tile_pass.keys.widest)
+        self._selected = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._sink = torch.zeros(heads, tile_pass.num_tiles, dtype=torch.int32, device=device)
+        self._reach = torch.full_like(self._sink, UNBOUNDED)
+
+    def put(self, tiles: slice, selected: torch.Tensor, choice: Choice) -> None:
+        self._selected[:, tiles, : selected.shape[-1]] = selected
+        self._sink[:, tiles] = choice.sink[:, None]
+        self._reach[:, tiles] = choice.reach[:, None]
+
+    def lists(self) -> TileLists:
+        return self._build(self._pass, self._selected, self._sink, self._reach)
+
+
+def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:
+    """One report per request; of its row groups' coverage and error the worse one counts."""
+    reports: dict[int, LayerReport] = {}
+    for item in watched:
+        heads = item.tiles.numel()
+        report = LayerReport(
+            item.group.request,
+            item.tiles.sum(),
+            item.causal * heads,
+            item.coverage.mean(),
+            item.error,
+            item.guarded.sum(),
+        )
+        before = reports.get(report.request)
+        if before is not None:
+            report = LayerReport(
+                report.request,
+                before.tiles + report.tiles,
+                before.causal + report.causal,
+                torch.minimum(before.coverage, report.coverage),
+                torch.maximum(before.error, report.error),
+                before.guarded + report.guarded,
+            )
+        reports[report.request] = report
+    return list(reports.values())

@@ -1,0 +1,1 @@
+"""An SGLang platform for machines without an accelerator."""

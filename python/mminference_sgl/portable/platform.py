@@ -1,0 +1,88 @@
+"""The class of the `portable_cpu` platform; `cpu` tells what it is for and when SGLang calls what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from mminference_sgl.portable.cpu import DENSE_BACKEND_NAME, register_dense_backend
+
+DEFAULT_POOL_TOKENS = 256 * 1024
+"""KV slots of a server that was told neither tokens nor memory: one very long video, or many short."""
+
+SGLANG_WATCHDOG_S = 300.0
+DEFAULT_WATCHDOG_S = 3600.0
+"""Seconds after which a forward counts as stuck: SGLang's default, made for GPUs, and this platform's."""
+
+
+class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
+    """The CPU as an out-of-tree platform: PyTorch operators, gloo, no graphs, no Triton."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        super().__init__()
+        _make_pinning_the_identity()
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Fill in what the user left open and SGLang would guess for a GPU or its own CPU build."""
+        given = getattr(server_args, "_raw_input", None) or {}
+        # SGLang has put its own CPU default here by now: the AMX backend, or `torch_native` on ARM.
+        asked = given.get("attention_backend", server_args.attention_backend)
+        if asked in {None, "intel_amx"}:
+            server_args.attention_backend = DENSE_BACKEND_NAME
+        if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
+            # A pool takes its memory when it is made. SGLang would fill most of the machine with it.
+            server_args.max_total_tokens = DEFAULT_POOL_TOKENS
+        if server_args.mem_fraction_static is None:
+            # The host needs the rest: frames, pixels, the vision tower's activations.
+            server_args.mem_fraction_static = 0.5
+        if given.get("watchdog_timeout", server_args.watchdog_timeout) == SGLANG_WATCHDOG_S:
+            # One forward is one tick of the watchdog, and a long clip's vision tower may take many minutes here.
+            server_args.watchdog_timeout = DEFAULT_WATCHDOG_S
+        if server_args.max_running_requests is None:
+            # SGLang's guess is 2048 or more, each with a row of the context's length in a table.
+            server_args.max_running_requests = 32
+
+    def get_device(self, *_device_id: Any, **_keywords: Any) -> str:
+        """The device of a server without `--device`: a name, where SGLang's mixin gives an object."""
+        return self.device_type
+
+    def get_default_attention_backend(self) -> str:
+        """Dense attention that costs what a chunk costs."""
+        return DENSE_BACKEND_NAME
+
+    def get_compile_backend(self, mode: str | None = None) -> str:  # noqa: ARG002
+        """Small functions run as written: Inductor would need a C++ compiler on every machine."""
+        return "eager"
+
+    def get_dispatch_key_name(self) -> str:
+        """Fused operators run their plain PyTorch form."""
+        return "native"
+
+    def init_backend(self) -> None:
+        """Register the dense backend and replace the vision attention, in each scheduler."""
+        register_dense_backend()
+        _replace_vision_attention()
+
+
+def _make_pinning_the_identity() -> None:
+    def pin_memory(self: torch.Tensor, *_device: Any, **_keywords: Any) -> torch.Tensor:
+        return self
+
+    torch.Tensor.pin_memory = pin_memory  # type: ignore[assignment,method-assign]
+
+
+def _replace_vision_attention() -> None:
+    from sglang.srt.layers.attention import vision
+
+    from mminference_sgl.portable.vision import SegmentedVisionAttention
+
+    vision.QKV_BACKEND_IMPL["sdpa"] = SegmentedVisionAttention

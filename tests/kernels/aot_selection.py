@@ -1,0 +1,166 @@
+"""Compiles the Triton kernels around attention, probe, search and lists, for GPU architectures without a GPU.
+
+``python tests/kernels/aot_selection.py`` prints a table of registers, stack and shared memory; ``--json`` an object per
+kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aot import compile_all, resources
+from mminference_sgl.kernels import lists_triton, probe_triton, search_triton
+from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8
+
+ARCHS = (80, 90, 100, 120)
+"""sm_86 and sm_89 run sm_80's code but for fp8, and have as much shared memory as sm_120."""
+HEADS = (64, 80, 128, 256)
+TILE_KEYS = 64
+POINTERS = {
+    **dict.fromkeys(("p_rows", "p_slots", "p_row_own", "p_cost", "p_causal", "p_near_count", "p_count"), "i64"),
+    **dict.fromkeys(("p_row_tile", "p_bands", "p_band_of_row"), "i64"),
+    **dict.fromkeys(("p_levels", "p_tile_levels"), "i8"),
+    **dict.fromkeys(("p_visible", "p_selected"), "i1"),
+    **dict.fromkeys(("p_mass", "p_part", "p_part_lse", "p_lse", "p_out", "p_loose", "p_beside", "p_reached"), "fp32"),
+    **dict.fromkeys(("p_coverage", "p_missing"), "fp32"),
+}
+"""Element types of pointers that are not int32; query and pools aside."""
+FLOATS = ("scale_log2", "value_scale", "target", "slack", "min_gain", "max_density")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile; ``head_dim`` 0 where it has none."""
+
+    arch: int
+    kernel: str
+    dtype: str
+    head_dim: int
+    lines: bool
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Registers and bytes of stack per thread, bytes of shared memory per block."""
+
+    arch: int
+    kernel: str
+    dtype: str
+    head_dim: int
+    variant: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing spills and a block finds its shared memory, on sm_86 and sm_89 as well."""
+        limit = min(ARCHITECTURES[arch].block_shared for arch in ({self.arch, 86} if self.arch == 80 else {self.arch}))
+        return self.stack == 0 and self.shared <= limit
+
+
+def jobs() -> list[Job]:
+    """Every kernel on every architecture; probes by head size and, at 128, fp8 pools; searches of both kinds."""
+    result = []
+    for arch in ARCHS:
+        for kernel in ("probe", "mass"):
+            result += [Job(arch, kernel, "bf16", head_dim, lines=False) for head_dim in HEADS]
+            result += [Job(arch, kernel, "fp8", 128, lines=False)]
+        result += [Job(arch, "combine", "fp32", 128, lines=False), Job(arch, "lists", "int32", 0, lines=False)]
+        for kernel in ("rows", "candidates", "reached", "tiles", "decide"):
+            result += [Job(arch, kernel, "fp32", 0, lines) for lines in (False, True)]
+    return result
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compiles a kernel as it would be launched for query tiles and bands of a long chunk."""
+    module = {"probe": probe_triton, "mass": probe_triton, "combine": probe_triton, "lists": lists_triton}
+    kernel = getattr(module.get(job.kernel, search_triton), f"{job.kernel}_kernel")
+    bits = job.dtype == "fp8" and job.arch < NATIVE_FP8
+    pool = {"fp8": "u8" if bits else "fp8e4nv"}.get(job.dtype, job.dtype)
+    pointers = {**POINTERS, "p_query": "bf16", "p_key": pool, "p_value": pool}
+    options, warps = {}, 4
+    if job.kernel in {"probe", "mass"}:
+        launch = getattr(probe_triton, f"{job.kernel}_launch")(job.head_dim, 2, TILE_KEYS)
+        constants = probe_triton.constants_for(launch, TILE_KEYS, group=7, head_dim=job.head_dim, fp8_bits=bits)
+        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "REGIONS": 2, "FAR": True}
+        options, warps = {"num_warps": launch.warps, "num_stages": launch.stages}, launch.warps
+    else:
+        block = search_triton.BLOCK_COUNTED if job.kernel in {"reached", "tiles", "decide"} else search_triton.BLOCK
+        constants = {
+            "LINES": job.lines,
+            "BLOCK": block,
+            "BLOCK_BANDS": search_triton.BLOCK_BANDS if job.lines else 1,
+            "FAR": True,
+        }
+        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": job.head_dim, "BLOCK_SPLITS": probe_triton.PROGRAMS}
+        constants["BLOCK_TILES"] = probe_triton.BLOCK_TILES
+        # What a search does not have is None to its kernels.
+        constants |= dict.fromkeys(("p_row_own",) if job.lines else ("p_bands", "p_band_of_row"))
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = "*" + pointers.get(name, "i32")
+            attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+            if name.startswith("stride_"):
+                attributes[index,] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", job.arch, 32),
+        options=options,
+    )
+    usage = resources(compiled.asm["cubin"])
+    variant = ("lines" if job.lines else "slash") if "LINES" in kernel.arg_names else ""
+    shared = compiled.metadata.shared
+    return Compiled(job.arch, job.kernel, job.dtype, job.head_dim, variant, warps, usage["REG"], usage["STACK"], shared)
+
+
+def table(results: Iterable[Compiled]) -> list[str]:
+    """One line per kernel, with the range over architectures."""
+    lines = [
+        "| kernel | head | pool | warps | registers | stack | shared |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def key(result: Compiled) -> tuple[str, str, int, str]:
+        return result.kernel, result.variant, result.head_dim, result.dtype
+
+    for (kernel, variant, head_dim, dtype), found in groupby(sorted(results, key=key), key=key):
+        group = list(found)
+        registers, shared = [r.registers for r in group], [r.shared for r in group]
+        cells = f"{kernel} {variant}".strip(), head_dim or "", dtype if head_dim else "", group[0].warps
+        ranges = f"{min(registers)}-{max(registers)}", max(r.stack for r in group), f"{min(shared):,}-{max(shared):,}"
+        lines.append("| " + " | ".join(str(cell) for cell in (*cells, *ranges)) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one object per kernel instead of a table")
+    options = parser.parse_args()
+    results = list(compile_all(compile_job, jobs()))
+    if options.json:
+        for result in results:
+            print(json.dumps(asdict(result)), flush=True)
+    else:
+        print("\n".join(table(results)))
+        sys.exit(0 if all(result.fits for result in results) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Runs the Triton attend kernel in the interpreter on small problems; prints its errors as JSON lines.
+
+``TRITON_INTERPRET=1 python tests/kernels/interpret.py float32 [CASE ...]``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+import problems
+from mminference_sgl.kernels import attend, reference
+from mminference_sgl.kernels.launch_table import Launch
+from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map, tile_visibility
+from test_attention import random_lists
+
+BATCH = (
+    problems.Request(150, [problems.one_span_video(10, 6, 4, 5)], 0, 150),
+    problems.Request(1, [], 0, 1),
+    problems.Request(200, [problems.timestamped_video(9, 6, 3, 5)], 60, 100),
+    problems.Request(63, [], 40, 23),
+)
+"""A whole video; a request of one key; a chunk cut inside a timestamped frame; a short text tail."""
+TWO_VIDEOS = (
+    problems.Request(111, [problems.one_span_video(3, 6, 3, 3), problems.one_span_video(60, 5, 2, 4)], 0, 111),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one problem; ``launch`` None takes the table's entry; ``value_dim`` 0 is the head size.
+
+    ``every_tile`` lists all tiles that a pass may see behind a sink and a reach of 8 keys, otherwise random ones are.
+    """
+
+    name: str
+    tile_queries: int
+    tile_keys: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    page_size: int
+    launch: Launch | None = None
+    value_dim: int = 0
+    fp8: bool = False
+    every_tile: bool = False
+
+
+CASES = (
+    Case("table-entry", 32, 16, 16, 4, 2, 1),
+    Case("pages-of-16", 16, 32, 24, 4, 1, 16),
+    Case("sub-tiles", 64, 32, 64, 2, 2, 1, Launch(16, 16, 1, 2)),
+    Case("uneven-sub-tiles", 32, 64, 32, 2, 1, 16, Launch(16, 32, 1, 2)),
+    Case("whole-pages", 64, 64, 64, 2, 1, 64),
+    Case("whole-pages-sub-tiles", 32, 32, 64, 2, 1, 64, Launch(16, 16, 1, 2)),
+    Case("every-tile", 16, 16, 16, 2, 1, 1, Launch(16, 16, 1, 2), every_tile=True),
+    Case("head-80", 32, 32, 80, 2, 1, 1),
+    Case("head-80-whole-pages", 32, 16, 80, 2, 1, 16, Launch(32, 16, 2, 2)),
+    Case("head-96", 32, 32, 96, 2, 2, 16),
+    Case("head-128", 64, 64, 128, 2, 1, 64),
+    Case("split-head", 32, 16, 64, 2, 1, 1, Launch(32, 16, 2, 2, split=True)),
+    Case("head-256", 16, 32, 256, 1, 1, 1),
+    Case("value-head-48", 32, 16, 72, 2, 1, 1, value_dim=48),
+    Case("fp8-bits", 32, 16, 64, 2, 1, 1, fp8=True),
+    Case("fp8-bits-whole-pages", 32, 32, 80, 2, 1, 32, fp8=True),
+    Case("descriptors", 64, 64, 64, 2, 1, 64, Launch(32, 64, 2, 2, descriptors=True)),
+    Case("descriptors-sub-tiles", 32, 32, 32, 4, 2, 64, Launch(16, 16, 1, 2, descriptors=True)),
+    Case("descriptors-split-head", 32, 16, 128, 2, 2, 32, Launch(32, 16, 2, 2, split=True, descriptors=True)),
+    Case("descriptors-padded-heads", 16, 32, 56, 4, 1, 32, Launch(16, 32, 1, 2, descriptors=True), value_dim=24),
+)
+KEY_SCALE, VALUE_SCALE = 0.75, 1.5
+"""Scales of the fp8 cases."""
+
+
+def main(dtype: torch.dtype, names: list[str]) -> None:
+    """Near pass into NaN memory, the far pass merged into it, other lists of the near pass merged into that.
+
+    Each against the reference in fp64, and whole pages by descriptors against the same by pointers.
+    """
+    for case in CASES:
+        if not names or case.name in names:
+            run(case, dtype)
+
+
+def run(case: Case, dtype: torch.dtype) -> None:
+    problem = problems.make(
+        TWO_VIDEOS if case.every_tile else BATCH,
+        tile_queries=case.tile_queries,
+        tile_keys=case.tile_keys,
+        head_dim=case.head_dim,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        page_size=case.page_size,
+        dtype=dtype,
+    )
+    pools = [problem.key_pool, problem.value_pool[..., : case.value_dim or case.head_dim]]
+    options = {"launch": case.launch}
+    ours = Result(strided(problem.query), pools, problem.scale)
+    if case.fp8:
+        ours.pools = [pool.to(torch.float8_e4m3fn) for pool in pools]
+        scales = (KEY_SCALE, VALUE_SCALE)
+        pools = [pool.to(dtype) * scale for pool, scale in zip(ours.pools, scales, strict=True)]
+        options |= {"key_scale": KEY_SCALE, "value_scale": VALUE_SCALE}
+    exact = Result(problem.query.double(), [pool.double() for pool in pools], problem.scale)
+    plain = Result(problem.query, pools, problem.scale)
+    pointers = Result(ours.query, ours.pools, problem.scale)
+    for step, tile_pass in enumerate((problem.plan.near, problem.plan.far, problem.plan.near)):
+        lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, step)
+        for result in (exact, plain):
+            result.run(reference, tile_pass, lists, merge=step > 0)
+        described = run_attend(ours, tile_pass, lists, merge=step > 0, **options)
+        line = compare(case, tile_pass, lists, exact, plain, ours) | {"step": step, "described": described}
+        if case.launch is not None and case.launch.descriptors:
+            other = {**options, "launch": case.launch._replace(descriptors=False)}
+            line["described_otherwise"] = run_attend(pointers, tile_pass, lists, merge=step > 0, **other)
+            line["same"] = all(
+                bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+                for a, b in ((ours.out, pointers.out), (ours.lse, pointers.lse))
+            )
+        print(json.dumps(line), flush=True)
+
+
+def run_attend(result: Result, *arguments, **options) -> int:
+    """Runs the kernel; returns how many descriptors its launch had."""
+    with mock.patch.object(attend, "describe", wraps=attend.describe) as describe:
+        result.run(attend, *arguments, **options)
+    return describe.call_count
+
+
+class Result:
+    """Operands of one implementation, and its output and LSE in memory that starts as NaN."""
+
+    def __init__(self, query: torch.Tensor, pools: list[torch.Tensor], scale: float) -> None:
+        self.query, self.pools, self.scale = query, pools, scale
+        self.out = query.new_full((*query.shape[:2], pools[1].shape[2]), torch.nan)
+        self.lse = torch.full(
+            query.shape[:2], torch.nan, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32
+        )
+
+    def run(self, implementation, tile_pass: TilePass, lists: TileLists, *, merge: bool, **options) -> None:
+        implementation.attend(
+            self.query, *self.pools, tile_pass, lists, self.scale, self.out, self.lse, merge=merge, **options
+        )
+
+
+def compare(
+    case: Case, tile_pass: TilePass, lists: TileLists, exact: Result, plain: Result, ours: Result
+) -> dict[str, object]:
+    """Errors over the rows of a pass; rows outside of it must still be what they were."""
+    rows = tile_pass.rows
+    want, have, got = ((result.out[rows], result.lse[rows]) for result in (exact, plain, ours))
+    blind = torch.isneginf(want[1])
+    untouched = torch.ones(exact.out.shape[0], dtype=torch.bool)
+    untouched[rows] = False
+    lengths = lists.count
+    return {
+        "case": case.name,
+        "pass": tile_pass.region.value,
+        "same_blind_rows": bool(torch.equal(torch.isneginf(got[1]), blind) and (got[0][blind] == 0).all()),
+        "error": distance(got[0], want[0]),
+        "plain_error": distance(have[0], want[0]),
+        "rounding": 2 * torch.finfo(plain.out.dtype).eps * float(want[0].abs().max()),
+        "lse_error": distance(got[1][~blind], want[1][~blind]),
+        "plain_lse_error": distance(have[1][~blind], want[1][~blind]),
+        "outside": distance(ours.out[untouched], exact.out[untouched]) if tile_pass.region.value == "far" else 0.0,
+        "empty_lists": int((lengths == 0).sum()),
+        "single_tiles": int((lengths == 1).sum()),
+        "full_tiles": int(lists.full.sum()),
+        "tiles": int(lengths.sum()),
+    }
+
+
+def every_tile(problem: problems.Problem, tile_pass: TilePass) -> TileLists:
+    """All tiles that a pass of one request may see behind a sink and a reach of 8 keys; some far ones are full."""
+    keys = tile_pass.keys
+    sink = torch.full((problem.query.shape[1], tile_pass.num_tiles), 8, dtype=torch.int32)
+    bounds = (tile_pass.min_pos, tile_pass.max_pos, keys.tile_min, keys.tile_max)
+    return lists_from_map(tile_pass, tile_visibility(tile_pass.region, *bounds, sink, sink), sink, sink)
+
+
+def strided(query: torch.Tensor) -> torch.Tensor:
+    """The same query as a part of wider rows, as a fused projection leaves it."""
+    wide = torch.cat([query, torch.full_like(query, torch.nan)], dim=1)
+    return wide[:, : query.shape[1]]
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; NaN in one of two is infinitely far."""
+    return float((a.double() - b.double()).abs().nan_to_num(torch.inf).max()) if a.numel() else 0.0
+
+
+if __name__ == "__main__":
+    main(getattr(torch, sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,92 @@
+"""Runs the Triton probe in the interpreter on small problems; prints its errors as JSON lines.
+
+``TRITON_INTERPRET=1 python tests/kernels/interpret_probe.py float32 [CASE ...]``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+import torch
+
+import problems
+from interpret import BATCH, KEY_SCALE, TWO_VIDEOS, VALUE_SCALE, distance, strided
+from mminference_sgl.kernels import probe, probe_triton
+from mminference_sgl.kernels.probe_triton import ProbeLaunch
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one problem; ``launch`` None takes the default one."""
+
+    name: str
+    tile_keys: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    page_size: int
+    launch: ProbeLaunch | None = None
+    fp8: bool = False
+    requests: tuple[problems.Request, ...] = BATCH
+
+
+CASES = (
+    Case("default", 16, 16, 4, 2, 1),
+    Case("parts-of-tiles", 32, 24, 4, 1, 16, ProbeLaunch(16, 16, 1, 2)),
+    Case("rows-of-several-heads", 16, 32, 6, 2, 1, ProbeLaunch(64, 16, 1, 2)),
+    Case("head-80", 32, 80, 2, 1, 16, ProbeLaunch(32, 32, 1, 2), requests=TWO_VIDEOS),
+    Case("head-128", 64, 128, 2, 2, 64, ProbeLaunch(32, 64, 1, 2), requests=TWO_VIDEOS),
+    Case("fp8-bits", 16, 64, 2, 1, 1, fp8=True, requests=TWO_VIDEOS),
+)
+
+
+def main(dtype: torch.dtype, names: list[str]) -> None:
+    """Each row group of each case, against the portable probe in fp64."""
+    for case in CASES:
+        if not names or case.name in names:
+            run(case, dtype)
+
+
+def run(case: Case, dtype: torch.dtype) -> None:
+    problem = problems.make(
+        case.requests,
+        tile_queries=32,
+        tile_keys=case.tile_keys,
+        head_dim=case.head_dim,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        page_size=case.page_size,
+        dtype=dtype,
+    )
+    pools, scales = [problem.key_pool, problem.value_pool], {}
+    if case.fp8:
+        pools = [pool.to(torch.float8_e4m3fn) for pool in pools]
+        scales = {"key_scale": KEY_SCALE, "value_scale": VALUE_SCALE}
+    for group in problem.plan.groups:
+        given = group.keys, group.probe_rows, problem.scale
+        exact = probe.run(problem.query.float(), *(pool.float() for pool in pools), *given, **scales)
+        ours = probe_triton.run(strided(problem.query), *pools, *given, **scales, launch=case.launch)
+        heads = torch.arange(case.heads, dtype=torch.int32)
+        bounds = [(3, 9), (8 + 5 * heads, 1 + 20 * heads)]
+        masses = {"tile_mass": (ours.tile_mass, exact.tile_mass), "output": (ours.output, exact.output)}
+        masses |= {f"near-{i}": (ours.near(*b), exact.near(*b)) for i, b in enumerate(bounds)}
+        if group.keys.cell is not None and group.modality == "media":
+            far, want = ours.far(bounds), exact.far(bounds)
+            masses |= {f"far-{i}": (far[i], want[i]) for i in range(2)}
+        result = {
+            "case": case.name,
+            "modality": group.modality,
+            "rows": group.probe_rows.rows.numel(),
+            "errors": {name: distance(a, b) for name, (a, b) in masses.items()},
+            "sizes": {name: float(b.abs().max()) for name, (_, b) in masses.items()},
+        }
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    # Memory that nothing was written to is NaN; small problems are split as large ones are.
+    torch.use_deterministic_algorithms(True)
+    probe_triton.MIN_TILES = 2
+    main(getattr(torch, sys.argv[1]), sys.argv[2:])

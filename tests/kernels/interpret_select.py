@@ -1,0 +1,141 @@
+"""Runs the Triton search, list building and whole layers in the interpreter; prints what differs as JSON lines.
+
+``TRITON_INTERPRET=1 python tests/kernels/interpret_select.py``
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+import problems
+from interpret import BATCH, distance
+from mminference_sgl.kernels import lists_triton, probe, search, search_triton
+from mminference_sgl.kernels.choice import Limits
+from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map
+from mminference_sgl.method import prefill
+from mminference_sgl.method.catalog import HeadSpec
+from mminference_sgl.method.config import AShapeBudget, Config, GridBudget, PatternBudgets, VerticalSlashBudget
+from test_attention import random_map
+
+STRADDLING = (
+    problems.Request(260, [problems.one_span_video(3, 6, 3, 5), problems.one_span_video(150, 4, 4, 5)], 0, 260),
+    problems.Request(97, [problems.timestamped_video(9, 6, 3, 3)], 20, 77),
+)
+"""Query tiles of media rows that reach over text between two videos."""
+LIMITS = (Limits(0.9, 0.5, 3.0), Limits(0.99, 1.0, 0.0))
+VIDEO = problems.Request(5 + 20 * 15 + 3, [problems.one_span_video(5, 20, 3, 5)], 5, 20 * 15 + 3)
+BUDGETS = PatternBudgets(AShapeBudget(16, 32), VerticalSlashBudget(16, 16), GridBudget(sink=8, window=8))
+LAYERS = (
+    (HeadSpec("auto", "auto", "auto", "auto"), 10.0, 0.4),
+    (HeadSpec("dense", "dense", "grid", "grid"), 0.8, 0.3),
+    (HeadSpec("dense", "dense", "auto", "auto"), 1.0, 1.0),
+    (HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid"), 10.0, 0.7),
+)
+"""Pattern of all heads, error ceiling and coverage."""
+CASES = ((BATCH, 32, 16), (STRADDLING, 64, 16))
+"""Requests, and rows and keys of tiles."""
+
+
+def main() -> None:
+    for layer in LAYERS:
+        compare_layers(*layer)
+    for requests, tile_queries, tile_keys in CASES:
+        problem = problems.make(requests, tile_queries=tile_queries, tile_keys=tile_keys, heads=2, kv_heads=1)
+        compare_searches(problem)
+        for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
+            compare_lists(tile_pass, *random_map(problem, tile_pass, seed))
+
+
+def compare_layers(spec: HeadSpec, ceiling: float, coverage: float) -> None:
+    """A layer with every stage in Triton, and with the portable ones around the reference."""
+    problem = problems.make([VIDEO], tile_queries=16, tile_keys=16, head_dim=16, heads=4, kv_heads=2)
+    config = Config(coverage=coverage, error_ceiling=ceiling, max_density=0.6, patterns=BUDGETS)
+    runs = {}
+    for implementation in ("triton", "reference"):
+        out = torch.full_like(problem.query, torch.nan)
+        operands = problem.query, problem.key_pool, problem.value_pool
+        reports = prefill.run_layer(*operands, problem.plan, [spec] * 4, config, problem.scale, out, implementation)
+        runs[implementation] = out, reports
+    (ours, our_reports), (want, reports) = runs["triton"], runs["reference"]
+    print(
+        json.dumps(
+            {
+                "kernel": "layer",
+                "pattern": str(spec),
+                "error": distance(ours, want),
+                "scale": float(want.abs().max()),
+                "guarded": [int(r.guarded) for r in reports],
+                "same_guarded": [int(r.guarded) for r in our_reports] == [int(r.guarded) for r in reports],
+                "density": [float(r.tiles / r.causal) for r in reports],
+                "same_tiles": [int(r.tiles) for r in our_reports] == [int(r.tiles) for r in reports],
+            }
+        ),
+        flush=True,
+    )
+
+
+def compare_searches(problem: problems.Problem) -> None:
+    """Both searches on what is probed of each row group, keys scaled up so that attention is sharp."""
+    pools = problem.key_pool * 4, problem.value_pool
+    for group in problem.plan.groups:
+        probed = probe.run(problem.query, *pools, group.keys, group.probe_rows, problem.scale)
+        view, cell = group.view, group.view.cell
+        for index, limits in enumerate(LIMITS):
+            slash = view.slash_tiles(20, 33)
+            ours, want = (
+                each.columns_and_diagonals(probed.tile_mass, slash, view.causal_tiles, limits)
+                for each in (search_triton, search)
+            )
+            report("columns and diagonals", index, ours, want)
+            if cell is None:
+                continue
+            (mass,) = probed.far([(8, 17)])
+            given = mass, cell, cell.tiles(8, 17), view.count_near(8, 17), view.causal_tiles, limits
+            report("lines", index, *(each.lines(*given, min_lines=index % 2) for each in (search_triton, search)))
+
+
+def report(name: str, limits: int, ours: search.Found, want: search.Found) -> None:
+    print(
+        json.dumps(
+            {
+                "kernel": name,
+                "limits": limits,
+                "levels": int(want.levels.numel()),
+                "levels_differ": int((ours.levels != want.levels).sum()),
+                "thresholds": want.threshold.tolist(),
+                "thresholds_differ": int((ours.threshold != want.threshold).sum()),
+                "counts_differ": int((ours.count != want.count).sum()),
+                "coverage_error": float((ours.coverage - want.coverage).abs().max()),
+                "missing_error": float((ours.missing - want.missing).abs().max()),
+            }
+        ),
+        flush=True,
+    )
+
+
+def compare_lists(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tensor, reach: torch.Tensor) -> None:
+    ours = lists_triton.lists_from_map(tile_pass, selected, sink, reach)
+    want = lists_from_map(tile_pass, selected, sink, reach)
+
+    def listed(lists: TileLists) -> list[list[int]]:
+        return [lists.tiles_of(index).tolist() for index in range(lists.count.numel())]
+
+    print(
+        json.dumps(
+            {
+                "kernel": "lists",
+                "tiles": int(want.count.sum()),
+                "full": int(want.full.sum()),
+                "same": listed(ours) == listed(want) and torch.equal(ours.full, want.full),
+            }
+        ),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    # Memory that nothing was written to is NaN, or the largest integer.
+    torch.use_deterministic_algorithms(True)
+    main()

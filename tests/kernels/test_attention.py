@@ -1,0 +1,262 @@
+"""Attention implementations against the reference, and both against dense attention in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import problems
+from mminference_sgl.kernels import ops, reference, torch_tiles
+from mminference_sgl.kernels.tiles import Region, TileLists, TilePass, element_mask, lists_from_map, tile_visibility
+from mminference_sgl.method import prefill
+from mminference_sgl.method.catalog import HeadSpec, load
+from mminference_sgl.method.config import Config
+
+PATTERNS = ("auto", "grid", "vertical_slash", "a_shape")
+LOOSE = {"coverage": 0.7, "max_density": 0.3, "error_ceiling": 10.0}
+"""Settings under which random operands really are attended sparsely."""
+
+
+def run_specs(problem: problems.Problem, specs: list[HeadSpec], implementation: str, **settings):
+    out = torch.full_like(problem.query, torch.nan)
+    operands = problem.query, problem.key_pool, problem.value_pool
+    config = Config(**settings)
+    reports = prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, implementation)
+    return out, reports
+
+
+def run(problem: problems.Problem, pattern: str, implementation: str, **settings):
+    return run_specs(problem, load(pattern).specs(0, range(problem.query.shape[1])), implementation, **settings)
+
+
+def random_lists(problem: problems.Problem, tile_pass: TilePass, seed: int) -> TileLists:
+    """Random tiles out of the visible ones, with random sink and reach; some lists are empty."""
+    return lists_from_map(tile_pass, *random_map(problem, tile_pass, seed))
+
+
+def random_map(
+    problem: problems.Problem, tile_pass: TilePass, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Those tiles as a map bool [H, T, n], and the sinks and reaches, int32 [H, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, tiles, keys = problem.query.shape[1], tile_pass.num_tiles, tile_pass.keys
+    sink = torch.randint(0, 200, (heads, tiles), generator=generator, dtype=torch.int32)
+    reach = torch.randint(1, 300, (heads, tiles), generator=generator, dtype=torch.int32)
+    selected = torch.zeros(heads, tiles, keys.widest, dtype=torch.bool)
+    for tile in range(tiles):
+        own = slice(*keys.tile_indptr[int(tile_pass.request[tile]) :][:2].tolist())
+        visible = tile_visibility(
+            tile_pass.region,
+            tile_pass.min_pos[tile : tile + 1],
+            tile_pass.max_pos[tile : tile + 1],
+            keys.tile_min[own],
+            keys.tile_max[own],
+            sink[:, tile : tile + 1],
+            reach[:, tile : tile + 1],
+        )
+        random = torch.rand(visible.shape, generator=generator) < torch.rand(heads, 1, 1, generator=generator) - 0.1
+        selected[:, tile, : visible.shape[-1]] = (visible & random)[:, 0]
+    return selected, sink, reach
+
+
+def attend(implementation, problem: problems.Problem, tile_pass: TilePass, lists: TileLists, dtype=None):
+    """One pass of an implementation into memory full of NaN: output and LSE of the pass's rows."""
+    operands = [x if dtype is None else x.to(dtype) for x in (problem.query, problem.key_pool, problem.value_pool)]
+    out = torch.full_like(operands[0], torch.nan)
+    lse = torch.full(out.shape[:2], torch.nan, dtype=dtype or torch.float32)
+    implementation.attend(*operands, tile_pass, lists, problem.scale, out, lse, merge=False)
+    return out[tile_pass.rows], lse[tile_pass.rows]
+
+
+def assert_as_exact_as(plain: torch.Tensor, ours: torch.Tensor, exact: torch.Tensor) -> None:
+    """Our error against fp64 is at most twice that of plain PyTorch in the same dtype plus two units of rounding."""
+    assert not torch.isnan(ours).any()
+    rounding = 2 * torch.finfo(plain.dtype).eps * float(exact.abs().max())
+    allowed = 2 * float((plain.double() - exact).abs().max()) + rounding
+    error = float((ours.double() - exact).abs().max())
+    assert error <= allowed, f"error {error:.3g}, plain PyTorch allows {allowed:.3g}"
+
+
+@pytest.mark.parametrize("tiles", [(128, 64), (64, 64), (32, 128), (16, 16)], ids=lambda t: f"{t[0]}x{t[1]}")
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_torch_equals_reference_on_random_lists(tiles: tuple[int, int], page_size: int) -> None:
+    problem = problems.make(tile_queries=tiles[0], tile_keys=tiles[1], page_size=page_size)
+    for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
+        lists = random_lists(problem, tile_pass, seed)
+        out, lse = attend(torch_tiles, problem, tile_pass, lists)
+        exact, exact_lse = attend(reference, problem, tile_pass, lists, torch.float64)
+        plain, plain_lse = attend(reference, problem, tile_pass, lists)
+        blind = torch.isneginf(exact_lse)
+        assert blind.any(), "some rows must see no key, or the empty case is not tested"
+        assert not blind.all()
+        assert torch.equal(torch.isneginf(lse), blind)
+        assert (out[blind] == 0).all()
+        assert_as_exact_as(plain, out, exact)
+        assert_as_exact_as(plain_lse[~blind], lse[~blind], exact_lse[~blind])
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (4, 4), (6, 2)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("head_dim", [16, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_torch_equals_reference_on_heads_and_dtypes(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    problem = problems.make(heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, tile_queries=64)
+    lists = random_lists(problem, problem.plan.near, 3)
+    out, _ = attend(torch_tiles, problem, problem.plan.near, lists)
+    exact, _ = attend(reference, problem, problem.plan.near, lists, torch.float64)
+    plain, _ = attend(reference, problem, problem.plan.near, lists)
+    assert_as_exact_as(plain, out, exact)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("tiles", [(128, 64), (32, 16)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_coverage_one_is_dense_attention(pattern: str, implementation: str, tiles: tuple[int, int]) -> None:
+    problem = problems.make(tile_queries=tiles[0], tile_keys=tiles[1])
+    out, reports = run(problem, pattern, implementation, coverage=1.0)
+    assert_as_exact_as(problem.dense(torch.float32), out, problem.dense())
+    assert all(float(report.coverage) == pytest.approx(1.0, abs=1e-5) for report in reports)
+    assert all(float(report.error) < 1e-5 for report in reports)
+
+
+def test_grid_at_coverage_one_uses_both_passes() -> None:
+    problem = problems.make(problems.MIXED[:2])
+    _, reports = run(problem, "grid", "torch", coverage=1.0)
+    assert all(int(report.tiles) > int(report.causal) for report in reports), "the cell pass comes on top"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_torch_equals_reference_below_coverage_one(pattern: str) -> None:
+    problem = problems.make(tile_queries=32, tile_keys=16, probe_rows=7)
+    settings = LOOSE if pattern != "a_shape" else {**LOOSE, "patterns": _narrow_a_shape()}
+    plain, _ = run(problem, pattern, "reference", **settings)
+    fast, reports = run(problem, pattern, "torch", **settings)
+    torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-4)
+    assert float(reports[0].tiles) < float(reports[0].causal)
+    assert (fast - problem.dense()).abs().max() > 1e-2, "something must have been left out"
+
+
+def test_batch_equals_its_requests_one_by_one() -> None:
+    batch = problems.make(tile_queries=64)
+    together, _ = run(batch, "auto", "torch", **LOOSE)
+    row = 0
+    for index, request in enumerate(problems.MIXED):
+        alone = problems.make([request], tile_queries=64)
+        rows = slice(row, row + request.chunk)
+        alone.query.copy_(batch.query[rows])
+        own = batch.req_to_token[index, : request.prefix + request.chunk].long()
+        slots = alone.req_to_token[0, : request.prefix + request.chunk].long()
+        alone.key_pool[slots], alone.value_pool[slots] = batch.key_pool[own], batch.value_pool[own]
+        out, _ = run(alone, "auto", "torch", **LOOSE)
+        torch.testing.assert_close(out, together[rows], atol=2e-5, rtol=1e-4)
+        row += request.chunk
+
+
+def test_every_head_runs_its_own_spec() -> None:
+    """A layer whose heads differ gives each head what a layer of only its kind would give it."""
+    problem = problems.make(heads=8, kv_heads=2, tile_queries=64)
+    specs = [
+        HeadSpec("dense", "dense", "dense", "dense"),
+        HeadSpec("dense", "dense", "auto", "auto"),
+        HeadSpec("dense", "dense", "a_shape", "a_shape"),
+        HeadSpec("dense", "dense", "dense", "grid"),
+        HeadSpec("vertical_slash", "vertical_slash", "vertical_slash", "vertical_slash"),
+        HeadSpec("dense", "dense", "a_shape", "grid"),
+        HeadSpec("dense", "dense", "dense", "a_shape"),
+        HeadSpec("dense", "dense", "a_shape", "vertical_slash"),
+    ]
+    out, _ = run_specs(problem, specs, "torch", **LOOSE)
+    for head, spec in enumerate(specs):
+        alone, _ = run_specs(problem, [spec] * 8, "torch", **LOOSE)
+        torch.testing.assert_close(out[:, head], alone[:, head], atol=2e-5, rtol=1e-4)
+
+
+def test_regions_split_the_causal_keys() -> None:
+    query, key = torch.arange(40)[:, None], torch.arange(40)[None]
+    for sink, reach in [(0, 1), (5, 3), (64, 1), (0, 64), (7, 40)]:
+        near = element_mask(Region.NEAR, query, key, sink, reach)
+        far = element_mask(Region.FAR, query, key, sink, reach)
+        assert not (near & far).any()
+        assert torch.equal(near | far, key <= query)
+
+
+@pytest.mark.parametrize("tiles", [(32, 16), (16, 64)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_full_tiles_come_first_and_need_no_mask(tiles: tuple[int, int]) -> None:
+    problem = problems.make(tile_queries=tiles[0], tile_keys=tiles[1])
+    for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
+        lists = random_lists(problem, tile_pass, seed)
+        masked = 0
+        for index in range(lists.count.numel()):
+            head, tile = divmod(index, tile_pass.num_tiles)
+            rows = slice(*tile_pass.indptr[tile : tile + 2].tolist())
+            listed = lists.tiles_of(index)
+            count = int(lists.full[index])
+            assert (listed[:count].diff() > 0).all()
+            assert (listed[count:].diff() > 0).all()
+            assert not set(listed[:count].tolist()) & set(listed[count:].tolist())
+            key_tiles = tile_pass.keys.tile_indptr[tile_pass.request[tile]] + listed
+            visible = element_mask(
+                tile_pass.region,
+                tile_pass.positions[rows, None, None],
+                tile_pass.keys.positions[key_tiles.long()],
+                lists.sink[head, tile],
+                lists.reach[head, tile],
+            )
+            assert visible[:, :count].all()
+            masked += int((~visible[:, count:]).sum())
+        assert int(lists.full.sum()) > 0
+        assert masked > 0
+
+
+def test_longest_lists_start_first() -> None:
+    problem = problems.make(tile_queries=32, tile_keys=16)
+    lists = random_lists(problem, problem.plan.near, 0)
+    assert (lists.count[lists.order.long()].diff() <= 0).all()
+
+
+def test_ops_rejects_what_does_not_belong_together() -> None:
+    problem = problems.make(problems.MIXED[:1])
+    query, pools, out = problem.query, (problem.key_pool, problem.value_pool), torch.empty_like(problem.query)
+    passes = [(problem.plan.near, random_lists(problem, problem.plan.near, 0))]
+    with pytest.raises(ValueError, match="do not divide"):
+        ops.sparse_prefill(query[:, :3], *pools, passes, 1.0, out, "torch")
+    with pytest.raises(ValueError, match="head size"):
+        ops.sparse_prefill(query[..., :16], *pools, passes, 1.0, out, "torch")
+    with pytest.raises(ValueError, match="out has shape"):
+        ops.sparse_prefill(query, *pools, passes, 1.0, out[:1], "torch")
+    with pytest.raises(ValueError, match="lists are for"):
+        ops.sparse_prefill(query[:, :2], *pools, passes, 1.0, out[:, :2], "torch")
+
+
+def test_a_named_implementation_never_falls_back() -> None:
+    assert ops.resolve("auto", problems.CPU) == "torch"
+    assert ops.resolve("reference", problems.CPU) == "reference"
+    with pytest.raises(ops.ImplementationUnavailableError, match="'flashinfer' is not available"):
+        ops.resolve("flashinfer", problems.CPU)
+    assert ops.available_implementations(problems.CPU)["torch"] == "ok"
+
+
+def _narrow_a_shape():
+    from mminference_sgl.method.config import AShapeBudget, PatternBudgets
+
+    return PatternBudgets(a_shape=AShapeBudget(sink=20, window=100))
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("coverage", [0.7, 1.0])
+def test_fp8_pools_are_what_their_scales_say(implementation: str, coverage: float) -> None:
+    """Probe, selection, attention and guard of an fp8 pool are those of the pool it stands for."""
+    problem = problems.make(tile_queries=32, tile_keys=16)
+    stored = [pool.to(torch.float8_e4m3fn) for pool in (problem.key_pool, problem.value_pool)]
+    scales = {"key_scale": 0.5, "value_scale": 1.75}
+    meant = [pool.float() * scale for pool, scale in zip(stored, scales.values(), strict=True)]
+    specs = load("auto").specs(0, range(problem.query.shape[1]))
+    config = Config(coverage=coverage, max_density=0.4, error_ceiling=0.5)
+    results = []
+    for pools, given in ((stored, scales), (meant, {})):
+        out = torch.full_like(problem.query, torch.nan)
+        reports = prefill.run_layer(
+            problem.query, *pools, problem.plan, specs, config, problem.scale, out, implementation, **given
+        )
+        results.append((out[problem.plan.near.rows], [(int(r.tiles), int(r.guarded)) for r in reports]))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    assert results[0][1] == results[1][1]

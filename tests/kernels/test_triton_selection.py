@@ -1,0 +1,132 @@
+"""Probe, search and lists in Triton: against the portable ones in the interpreter, and compiled for GPUs without one.
+
+Both run in processes of their own: the interpreter is chosen when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from triton.runtime.jit import JITFunction
+
+import aot_selection
+import interpret_probe
+import interpret_select
+import problems
+from mminference_sgl.kernels.stages import stages_of
+from mminference_sgl.method import prefill
+from mminference_sgl.method.catalog import HeadSpec
+from mminference_sgl.method.config import Config
+from test_triton import run
+
+
+@cache
+def probes(dtype: str) -> list[dict[str, Any]]:
+    return run("interpret_probe.py", dtype, TRITON_INTERPRET="1")
+
+
+@cache
+def selections() -> list[dict[str, Any]]:
+    return run("interpret_select.py", TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("case", interpret_probe.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_probe_equals_the_portable_one(dtype: str, case: interpret_probe.Case) -> None:
+    """Masses are sums of fp32 exponentials either way; output is rounded where weights meet values in fp16."""
+    lines = [line for line in probes(dtype) if line["case"] == case.name]
+    assert any(line["modality"] == "media" and {"far-0", "far-1"} <= set(line["errors"]) for line in lines)
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    for line in lines:
+        for name, error in line["errors"].items():
+            allowed = 4 * eps * line["sizes"][name] if name == "output" else 1e-5
+            assert error <= max(allowed, 1e-5), (name, line)
+        assert all(size > 0 for size in line["sizes"].values())
+
+
+def test_searches_find_the_same() -> None:
+    lines = [line for line in selections() if "levels_differ" in line]
+    assert {line["kernel"] for line in lines} == {"columns and diagonals", "lines"}
+    assert any(0 < threshold < 63 for line in lines for threshold in line["thresholds"])
+    for line in lines:
+        assert line["levels_differ"] == line["thresholds_differ"] == line["counts_differ"] == 0, line
+        assert max(line["coverage_error"], line["missing_error"]) <= 1e-6, line
+
+
+def test_lists_are_the_same() -> None:
+    lines = [line for line in selections() if line["kernel"] == "lists"]
+    assert len(lines) == 2 * len(interpret_select.CASES)
+    assert all(line["same"] and line["tiles"] > line["full"] for line in lines)
+    assert any(line["full"] for line in lines)
+
+
+def test_layers_are_the_same() -> None:
+    lines = [line for line in selections() if line["kernel"] == "layer"]
+    assert len(lines) == len(interpret_select.LAYERS)
+    for line in lines:
+        assert line["error"] <= 1e-5 * line["scale"], line
+        assert line["same_tiles"], line
+        assert line["same_guarded"], line
+    assert any(0 < guarded < 4 for line in lines for guarded in line["guarded"])
+    assert any(density < 0.5 for line in lines for density in line["density"])
+
+
+def test_kernels_compile_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [aot_selection.Compiled(**line) for line in run("aot_selection.py", "--json")]
+    with capsys.disabled():
+        print()
+        print("\n".join(aot_selection.table(results)))
+    assert len(results) == len(aot_selection.jobs())
+    assert not [result for result in results if not result.fits]
+
+
+AUTO = HeadSpec()
+BOUNDARY = HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")
+
+
+@pytest.mark.parametrize("specs", [[AUTO] * 4, [BOUNDARY, AUTO, AUTO, BOUNDARY]], ids=["auto", "by head and boundary"])
+def test_no_stage_of_a_layer_waits_for_the_device(specs: list[HeadSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values: whoever asked for one, or for a shape that depends on one, would fail.
+
+    From the second layer on nothing may come from the host either.
+    """
+    monkeypatch.setattr(JITFunction, "run", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(prefill, "_mask", cache(prefill._mask.__wrapped__))
+    problem = problems.make(problems.MIXED, tile_queries=32, tile_keys=16)
+    with FakeTensorMode() as mode:
+        problem = without_values(problem, mode)
+        operands = problem.query, problem.key_pool, problem.value_pool
+        given = problem.plan, specs, Config(), problem.scale
+        prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton", 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", None)
+            reports = prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton", 0)
+        assert len(reports) == len(problem.plan.requests)
+        waiting = stages_of("triton")._replace(lists=stages_of("torch").lists)
+        monkeypatch.setattr(prefill, "stages_of", lambda _name: waiting)
+        with pytest.raises(DynamicOutputShapeException):
+            prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton")
+
+
+def without_values(value: Any, mode: FakeTensorMode) -> Any:
+    """A copy of an object with the shapes of its tensors only."""
+    if isinstance(value, torch.Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, list | tuple):
+        return type(value)(without_values(item, mode) for item in value)
+    if isinstance(value, dict):
+        return {key: without_values(item, mode) for key, item in value.items()}
+    if isinstance(value, enum.Enum) or not type(value).__module__.startswith(("mminference_sgl", "problems")):
+        return value
+    if not hasattr(value, "__dict__"):
+        return value
+    result = copy.copy(value)
+    for name, item in vars(value).items():
+        object.__setattr__(result, name, without_values(item, mode))
+    return result

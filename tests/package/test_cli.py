@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import mminference_sgl.backend
+from mminference_sgl import cli, plugin
+from mminference_sgl.backend import selfcheck
+
+
+def broken(*_arguments, **_keywords):
+    raise RuntimeError("out of order")
+
+
+@pytest.fixture
+def doctor(capsys):
+    def run() -> tuple[int, str]:
+        status = cli.main(["doctor"])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_doctor_as_a_command():
+    """In a process of its own, where only SGLang's plugin loading can have named the backend."""
+    command = Path(sys.executable).with_name("mminference")
+    result = subprocess.run([command, "doctor"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("sglang ", "torch ", "numpy ", "rust core", "mminference is a choice of the command line"):
+        assert word in result.stdout
+    assert "\nok: " in result.stdout
+
+
+def test_doctor_tells_implementations(doctor):
+    status, report = doctor()
+    assert status == 0, report
+    lines = report.split("implementations on this machine\n")[1].split("\n\n")[0].splitlines()
+    states = {name: state for name, _, state in (line.strip().partition(" ") for line in lines)}
+    assert states["reference"].strip() == "ok"
+    assert states["torch"].strip() == "ok"
+
+
+def test_doctor_names_a_failing_register(doctor, monkeypatch):
+    monkeypatch.setattr(plugin, "register", broken)
+    status, report = doctor()
+    assert status == 1
+    assert "broken: register(): RuntimeError: out of order" in report
+    assert "Traceback" in report
+
+
+def test_doctor_names_a_backend_that_does_not_import(doctor, monkeypatch):
+    monkeypatch.delattr(mminference_sgl.backend, "backend", raising=False)
+    monkeypatch.setitem(sys.modules, "mminference_sgl.backend.backend", None)
+    status, report = doctor()
+    assert status == 1
+    assert "broken: backend module: " in report
+
+
+def test_doctor_names_a_backend_that_sglang_does_not_know(doctor, monkeypatch):
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    # What a swallowed exception leaves behind; the plugins are not loaded twice.
+    monkeypatch.delitem(ATTENTION_BACKENDS, "mminference")
+    status, report = doctor()
+    assert status == 1
+    assert "load_plugins(): RuntimeError: mminference is not registered afterwards" in report
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SGLANG_PLUGINS", "another"), ("SGLANG_PLATFORM", "another")], ids=["plugins", "platform"]
+)
+def test_doctor_names_an_environment_that_leaves_the_plugin_out(doctor, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    status, report = doctor()
+    assert status == 1
+    assert f"{name}={value}" in report.split("broken: ")[1]
+
+
+def test_doctor_fails_without_an_implementation(doctor, monkeypatch):
+    monkeypatch.setattr(selfcheck, "check_implementations", lambda: {"reference": "fails", "torch": "fails"})
+    status, report = doctor()
+    assert status == 1
+    assert "reference: fails" in report
+
+
+def test_implementation_that_computes_wrong(monkeypatch):
+    from mminference_sgl.kernels import ops
+
+    def wrong(query, key, value, passes, scale, out, implementation, **scales):
+        out.zero_()
+
+    monkeypatch.setattr(ops, "sparse_prefill", wrong)
+    assert selfcheck.check_implementations()["torch"].startswith("computes wrong on")
+
+
+def test_implementation_that_selects_wrong(monkeypatch):
+    from mminference_sgl.method import prefill
+
+    select = prefill.select_layer
+
+    def wrong(*given):
+        passes, (report,) = select(*given)
+        return passes, [replace(report, coverage=report.coverage - 0.1 * (given[-1] == "reference"))]
+
+    monkeypatch.setattr(prefill, "select_layer", wrong)
+    found = selfcheck.check_implementations()
+    assert found["torch"] == "ok"
+    assert found["reference"].startswith("selects wrong on cpu")
+
+
+def test_implementation_that_fails(monkeypatch):
+    from mminference_sgl.kernels import ops
+
+    monkeypatch.setattr(ops, "sparse_prefill", broken)
+    assert "out of order" in selfcheck.check_implementations()["torch"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert mminference_sgl.__version__ in capsys.readouterr().out
+
+
+def test_no_command():
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])

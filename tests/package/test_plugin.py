@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from importlib import metadata
+
+import pytest
+
+import mminference_sgl.backend
+from mminference_sgl import plugin
+
+
+def python(code: str, **environment: str | None) -> str:
+    import os
+
+    env = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("module", ["mminference_sgl", "mminference_sgl.plugin", "mminference_sgl.portable.cpu"])
+def test_import_is_light(module):
+    heavy = {"sglang", "torch", "triton", "numpy"}
+    assert python(f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))").strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("sglang.srt.plugins", "mminference", "mminference_sgl.plugin:register"),
+        ("sglang.srt.plugins", "portable_cpu", "mminference_sgl.portable.cpu:register"),
+        ("sglang.srt.platforms", "portable_cpu", "mminference_sgl.portable.cpu:activate"),
+        ("console_scripts", "mminference", "mminference_sgl.cli:main"),
+    ],
+    ids=["plugin", "portable_cpu_plugin", "platform", "script"],
+)
+def test_entry_points(group, name, value):
+    (point,) = [point for point in metadata.entry_points(group=group) if point.name == name]
+    assert point.value == value
+    assert callable(point.load())
+
+
+def test_register():
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+
+    plugin.register()
+    plugin.register()
+    assert ATTENTION_BACKEND_CHOICES.count("mminference") == 1
+    assert ATTENTION_BACKENDS["mminference"] is plugin.create
+
+
+def test_create_imports_the_backend(monkeypatch):
+    backend = types.ModuleType("mminference_sgl.backend.backend")
+    backend.create = lambda runner: ("backend for", runner)
+    monkeypatch.setitem(sys.modules, "mminference_sgl.backend.backend", backend)
+    monkeypatch.setattr(mminference_sgl.backend, "backend", backend, raising=False)
+    assert plugin.create("a runner") == ("backend for", "a runner")
+
+
+def test_sglang_without_the_cpu_platform():
+    """With the package installed but not asked for, SGLang's process differs by one name and one factory only."""
+    out = python(
+        """
+import sys
+import torch
+pin_memory = torch.Tensor.pin_memory
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.layers.attention import attention_registry, vision
+from sglang.srt.platforms import current_platform
+from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+print("mminference" in ATTENTION_BACKEND_CHOICES, "portable_dense" in ATTENTION_BACKEND_CHOICES)
+print(sorted({"mminference", "portable_dense"} & attention_registry.ATTENTION_BACKENDS.keys()))
+print(torch.Tensor.pin_memory is pin_memory, type(current_platform).__module__.split(".")[0])
+print(vision.QKV_BACKEND_IMPL["sdpa"].__name__)
+print(sorted(name for name in sys.modules if name.startswith("mminference_sgl")))
+""",
+        SGLANG_PLATFORM=None,
+    )
+    assert out.splitlines()[-5:] == [
+        "True False",
+        "['mminference']",
+        "True sglang",
+        "VisionSdpaAttention",
+        "['mminference_sgl', 'mminference_sgl.plugin', 'mminference_sgl.portable', 'mminference_sgl.portable.cpu']",
+    ]
+
+
+def test_command_line_accepts_the_backends():
+    out = python(
+        """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+args = prepare_server_args(
+    ["--model-path", "dummy", "--attention-backend", "mminference", "--decode-attention-backend", "portable_dense"]
+)
+print(args.attention_backend, args.decode_attention_backend)
+""",
+        SGLANG_PLATFORM="portable_cpu",
+    )
+    assert out.splitlines()[-1] == "mminference portable_dense"
