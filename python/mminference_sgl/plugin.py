@@ -25,10 +25,13 @@ def register() -> None:
     if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([BACKEND_NAME])
     register_attention_backend(BACKEND_NAME)(create)
+    from mminference_sgl.backend import resolution
+
+    resolution.register()
 
 
 def create(runner: ModelRunner) -> AttentionBackend:
     """Build the backend for a model runner; SGLang's factory for the name `mminference`."""
-    from mminference_sgl.backend import backend
+    from mminference_sgl.backend import factory
 
-    return backend.create(runner)
+    return factory.create(runner)

@@ -233,7 +233,7 @@ def test_the_dense_pattern_never_enters_the_sparse_path(kit, monkeypatch: pytest
 
 
 def test_server_json_configures_the_backend(kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mminference_sgl.backend.backend import load_config
+    from mminference_sgl.backend.start import load_config
 
     config, pattern = load_config(SimpleNamespace(mminference={"coverage": 0.9, "pattern": "grid"}))
     assert (config.coverage, pattern.id) == (0.9, "grid")

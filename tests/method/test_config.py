@@ -246,7 +246,7 @@ def pattern_file(tmp_path: Path) -> Path:
 def test_environment_beats_server_json_beats_pattern_file_beats_defaults(
     pattern_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mminference_sgl.backend.backend import load_config
+    from mminference_sgl.backend.start import load_config
 
     server = {"pattern": str(pattern_file), "coverage": 0.12, "max_density": 0.22, "min_tokens": 12}
     monkeypatch.setenv("MMINFERENCE_CONFIG", json.dumps({"coverage": 0.13}))
@@ -262,7 +262,7 @@ def test_environment_beats_server_json_beats_pattern_file_beats_defaults(
 def test_the_pattern_of_the_strongest_source_is_the_one_whose_settings_count(
     pattern_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mminference_sgl.backend.backend import load_config
+    from mminference_sgl.backend.start import load_config
 
     monkeypatch.setenv("MMINFERENCE_PATTERN", "grid")
     config, pattern = load_config(SimpleNamespace(mminference={"pattern": str(pattern_file)}))
@@ -271,7 +271,7 @@ def test_the_pattern_of_the_strongest_source_is_the_one_whose_settings_count(
 
 
 def test_a_bad_setting_in_a_pattern_file_names_the_pattern(pattern_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mminference_sgl.backend.backend import load_config
+    from mminference_sgl.backend.start import load_config
 
     content = json.loads(pattern_file.read_text())
     content["config"] = {"coverage": "most"}
@@ -282,7 +282,7 @@ def test_a_bad_setting_in_a_pattern_file_names_the_pattern(pattern_file: Path, m
 
 
 def test_pattern_off_needs_no_file_and_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mminference_sgl.backend.backend import load_config
+    from mminference_sgl.backend.start import load_config
 
     monkeypatch.setenv("MMINFERENCE_PATTERN", "off")
     config, _ = load_config(SimpleNamespace())

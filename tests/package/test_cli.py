@@ -53,8 +53,8 @@ def test_doctor_names_a_failing_register(doctor, monkeypatch):
 
 
 def test_doctor_names_a_backend_that_does_not_import(doctor, monkeypatch):
-    monkeypatch.delattr(mminference_sgl.backend, "backend", raising=False)
-    monkeypatch.setitem(sys.modules, "mminference_sgl.backend.backend", None)
+    monkeypatch.delattr(mminference_sgl.backend, "factory", raising=False)
+    monkeypatch.setitem(sys.modules, "mminference_sgl.backend.factory", None)
     status, report = doctor()
     assert status == 1
     assert "broken: backend module: " in report

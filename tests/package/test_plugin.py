@@ -53,10 +53,10 @@ def test_register():
 
 
 def test_create_imports_the_backend(monkeypatch):
-    backend = types.ModuleType("mminference_sgl.backend.backend")
-    backend.create = lambda runner: ("backend for", runner)
-    monkeypatch.setitem(sys.modules, "mminference_sgl.backend.backend", backend)
-    monkeypatch.setattr(mminference_sgl.backend, "backend", backend, raising=False)
+    factory = types.ModuleType("mminference_sgl.backend.factory")
+    factory.create = lambda runner: ("backend for", runner)
+    monkeypatch.setitem(sys.modules, "mminference_sgl.backend.factory", factory)
+    monkeypatch.setattr(mminference_sgl.backend, "factory", factory, raising=False)
     assert plugin.create("a runner") == ("backend for", "a runner")
 
 
@@ -85,7 +85,16 @@ print(sorted(name for name in sys.modules if name.startswith("mminference_sgl"))
         "['mminference']",
         "True sglang",
         "VisionSdpaAttention",
-        "['mminference_sgl', 'mminference_sgl.plugin', 'mminference_sgl.portable', 'mminference_sgl.portable.cpu']",
+        str(
+            [
+                "mminference_sgl",
+                "mminference_sgl.backend",
+                "mminference_sgl.backend.resolution",
+                "mminference_sgl.plugin",
+                "mminference_sgl.portable",
+                "mminference_sgl.portable.cpu",
+            ]
+        ),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+T = TypeVar("T")
+
+
+def resolved_options(runner: ModelRunner) -> Any:
+    """The server's options as SGLang resolved them; the record that it keeps of them is what was typed."""
+    try:
+        from sglang.srt.arg_groups.overrides import resolved_view
+    except ImportError:
+        return runner.server_args
+    return resolved_view(runner.server_args)
 
 
 def default_dense_backend(runner: ModelRunner) -> str:
@@ -27,6 +38,22 @@ def default_dense_backend(runner: ModelRunner) -> str:
     return str(name)
 
 
+def chunk_tokens(runner: ModelRunner) -> int:
+    """Tokens of a prefill chunk, 0 where prompts are not cut."""
+    try:
+        from sglang.srt.runtime_context import get_schedule
+    except ImportError:
+        size = runner.server_args.chunked_prefill_size
+    else:
+        size = get_schedule().chunked_prefill_size
+    return max(0, int(size or 0))
+
+
+def page_size(runner: ModelRunner) -> int:
+    """Slots of a page of the KV pool."""
+    return int(getattr(runner, "page_size", None) or runner.server_args.page_size or 1)
+
+
 def head_offset(runner: ModelRunner) -> int:
     """Rank of this process among those that share the attention heads; head ids are rank * heads per rank + h."""
     del runner  # Both versions keep it in the process's context.
@@ -34,13 +61,23 @@ def head_offset(runner: ModelRunner) -> int:
     return int(parallel.attn_tp_rank) if parallel.attn_tp_size > 1 else 0
 
 
-def agreed(measure: Callable[[], int]) -> int:
-    """What the first tensor-parallel rank measures, so that all ranks decide alike and only one of them works."""
+def first_rank_decides(decide: Callable[[], T]) -> T:
+    """What the first tensor-parallel rank says, so that all ranks do alike and only one of them works.
+
+    A collective: every rank must get here.
+    """
     parallel = get_parallel()
     if parallel.tp_size == 1:
-        return measure()
+        return decide()
     group = parallel.tp_group
-    return int(group.broadcast_object(measure() if group.is_first_rank else None, src=0))
+    said: T = group.broadcast_object(decide() if group.is_first_rank else None, src=0)
+    return said
+
+
+def of_all_ranks(own: T) -> list[T]:
+    """What each tensor-parallel rank brings, by rank. A collective: every rank must get here."""
+    parallel = get_parallel()
+    return [own] if parallel.tp_size == 1 else list(parallel.tp_group.all_gather_object(own))
 
 
 def set_kv_buffer(

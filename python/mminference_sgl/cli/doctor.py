@@ -157,10 +157,10 @@ def _check_loaded() -> str:
 
 
 def _check_backend() -> str:
-    from mminference_sgl.backend import backend
+    from mminference_sgl.backend import factory
 
-    if not callable(getattr(backend, "create", None)):
-        raise TypeError("mminference_sgl.backend.backend has no create()")
+    if not callable(getattr(factory, "create", None)):
+        raise TypeError("mminference_sgl.backend.factory has no create()")
     return "imports"
 
 
