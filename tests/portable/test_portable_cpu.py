@@ -26,12 +26,13 @@ def heads(count: int, *shape: int, dtype: torch.dtype, seed: int) -> torch.Tenso
     return torch.randn(shape[0], count, shape[1], generator=generator).to(dtype)
 
 
-def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None = None) -> torch.Tensor:
     """Attention of the last rows by an explicit mask, in the dtype of the inputs."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     rows, keys = q.shape[0], k.shape[0]
-    visible = torch.arange(keys) <= torch.arange(keys - rows, keys).unsqueeze(1)
+    distance = torch.arange(keys - rows, keys).unsqueeze(1) - torch.arange(keys)
+    visible = (distance >= 0) & (distance <= (keys if window is None else window))
     scores = torch.einsum("rhd,khd->hrk", q, k) * scale
     return torch.einsum("hrk,khd->rhd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
 
@@ -66,6 +67,20 @@ def test_extend_attention(prefix, chunk, q_heads, kv_heads, head_dim, dtype):
         out = extend_attention(q.to(inner), k.to(inner), v.to(inner), scale).to(dtype)
         assert out.shape == q.shape
         assert (out.double() - exact).abs().max() <= 2 * (error + rounding)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "chunk", "window"), [(0, 1, 7), (63, 1, 0), (300, 613, 37), (0, 1111, 2000)], ids=str
+)
+def test_window_attention(prefix, chunk, window):
+    from mminference_sgl.portable.dense import window_attention
+
+    q = heads(6, chunk, 32, dtype=torch.float64, seed=0)
+    k, v = (heads(2, prefix + chunk, 32, dtype=torch.float64, seed=seed) for seed in (1, 2))
+    expected = masked(q, k, v, 0.3, window)
+    unseen = max(0, prefix - window)
+    torch.testing.assert_close(window_attention(q, k, v, 0.3, window), expected)
+    torch.testing.assert_close(window_attention(q, k[unseen:], v[unseen:], 0.3, window), expected)
 
 
 def test_attend_log_sum_exp():
@@ -116,8 +131,9 @@ def kit():
 @pytest.mark.parametrize("context", [64, 256])
 def test_sglang_kit(kit, context):
     backend = portable_cpu.DENSE_BACKEND_NAME
-    cases = (*kit.make_dense_cases(backend), *kit.make_swa_no_prefix_input_config_cases(backend))
+    cases = kit.make_dense_cases(backend)
     assert len(cases) >= 12
+    cases += kit.make_swa_no_prefix_input_config_cases(backend) + kit.make_swa_prefix_input_config_cases(backend)
     for case in cases:
         kit.run_dense_attention_case(
             unittest.TestCase(), case, device="cpu", dtype=torch.float32, max_context_len=context
