@@ -184,10 +184,6 @@ def video(frames: int) -> Any:
     return request(media("VIDEO", [(4, 4 + 60 * frames - 1)], video_grid_thw=torch.tensor([[frames, 12, 20]])))
 
 
-STALE = pytest.mark.xfail(
-    raises=strict_dense.UnpreparedBatchError,
-    reason="where every request of a batch is sparse, the dense backend is not prepared for it",
-)
 BATCHES = {
     "one sparse": ({0: 401}, (0,)),
     "two sparse": ({0: 401, 1: 333}, (0, 1)),
@@ -196,13 +192,9 @@ BATCHES = {
     "two dense": ({0: 401, 1: 333}, ()),
 }
 """By name, the tokens of each request and the requests that have a video."""
-UNPREPARED = ("one sparse", "two sparse")
-batches = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[STALE] if name in UNPREPARED else []) for name in BATCHES]
-)
 
 
-@batches
+@pytest.mark.parametrize("name", BATCHES)
 def test_sliding_layers_run_on_metadata_of_their_batch(model_of, name: str):
     chunks, sparse = BATCHES[name]
     model = model_of(*chunks.values())
@@ -213,7 +205,6 @@ def test_sliding_layers_run_on_metadata_of_their_batch(model_of, name: str):
     assert model.counters["dense_layers:sliding window"] == bool(sparse)
 
 
-@STALE
 def test_forwards_of_changing_batches(model_of):
     """Chunks of requests that come, go on to decode, and share batches with others, sparse and dense."""
     model = model_of(700, 500, 450)
