@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly venv=.venv
 readonly python=$venv/bin/python
 readonly stamps=$venv/.bootstrap
+readonly platform=python/mminference-sgl-cpu
 readonly uv_version=0.13.8
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
@@ -106,7 +107,7 @@ require_rust() {
 
 build_extension() {
     local sources made_from
-    mapfile -d '' -t sources < <(find rust Cargo.toml Cargo.lock pyproject.toml -type f -print0 | sort -z)
+    mapfile -d '' -t sources < <(find rust Cargo.toml Cargo.lock pyproject.toml "$platform/pyproject.toml" -type f -print0 | sort -z)
     made_from=$(hash_files "${sources[@]}")
     if stamped extension "$made_from" &&
         "$python" -c 'import mminference_sgl._core' > /dev/null 2>&1; then
@@ -116,6 +117,7 @@ build_extension() {
     say "building the extension"
     install_uv
     "$venv/bin/uv" pip install --python "$python" --quiet --no-deps --no-build-isolation --editable .
+    "$venv/bin/uv" pip install --python "$python" --quiet --no-deps "./$platform"
     "$python" -c 'import mminference_sgl._core'
     stamp extension "$made_from"
 }

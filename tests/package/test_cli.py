@@ -10,6 +10,7 @@ import pytest
 import mminference_sgl.backend
 from mminference_sgl import cli, plugin
 from mminference_sgl.backend import selfcheck
+from mminference_sgl.cli import doctor as doctor_module
 
 
 def broken(*_arguments, **_keywords):
@@ -72,14 +73,24 @@ def test_doctor_names_a_backend_that_sglang_does_not_know(doctor, monkeypatch):
     assert "load_plugins(): RuntimeError: mminference is not registered afterwards" in report
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("SGLANG_PLUGINS", "another"), ("SGLANG_PLATFORM", "another")], ids=["plugins", "platform"]
-)
-def test_doctor_names_an_environment_that_leaves_the_plugin_out(doctor, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
+def test_doctor_names_an_environment_that_leaves_the_plugin_out(doctor, monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
     status, report = doctor()
     assert status == 1
-    assert f"{name}={value}" in report.split("broken: ")[1]
+    assert "SGLANG_PLUGINS=another" in report.split("broken: ")[1]
+
+
+def test_doctor_names_a_platform_that_nothing_offers(doctor, monkeypatch):
+    monkeypatch.setenv("SGLANG_PLATFORM", "portable_cpu")
+    points = doctor_module.metadata.entry_points
+
+    def without_platforms(**wanted):
+        return [] if wanted.get("group") == "sglang.srt.platforms" else points(**wanted)
+
+    monkeypatch.setattr(doctor_module.metadata, "entry_points", without_platforms)
+    status, report = doctor()
+    assert status == 1
+    assert "pip install mminference-sgl-cpu" in report.split("broken: ")[1]
 
 
 def test_doctor_fails_without_an_implementation(doctor, monkeypatch):

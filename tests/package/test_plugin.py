@@ -27,19 +27,52 @@ def test_import_is_light(module):
 
 
 @pytest.mark.parametrize(
-    ("group", "name", "value"),
+    ("distribution", "group", "name", "value"),
     [
-        ("sglang.srt.plugins", "mminference", "mminference_sgl.plugin:register"),
-        ("sglang.srt.plugins", "portable_cpu", "mminference_sgl.portable.cpu:register"),
-        ("sglang.srt.platforms", "portable_cpu", "mminference_sgl.portable.cpu:activate"),
-        ("console_scripts", "mminference", "mminference_sgl.cli:main"),
+        ("mminference-sgl", "sglang.srt.plugins", "mminference", "mminference_sgl.plugin:register"),
+        ("mminference-sgl-cpu", "sglang.srt.plugins", "portable_cpu", "mminference_sgl.portable.cpu:register"),
+        ("mminference-sgl-cpu", "sglang.srt.platforms", "portable_cpu", "mminference_sgl.portable.cpu:activate"),
+        ("mminference-sgl", "console_scripts", "mminference", "mminference_sgl.cli:main"),
     ],
     ids=["plugin", "portable_cpu_plugin", "platform", "script"],
 )
-def test_entry_points(group, name, value):
+def test_entry_points(distribution, group, name, value):
     (point,) = [point for point in metadata.entry_points(group=group) if point.name == name]
-    assert point.value == value
+    assert (point.value, point.dist.name) == (value, distribution)
     assert callable(point.load())
+
+
+def test_another_platform_leaves_the_backend_alone(monkeypatch):
+    """SGLang skips what comes with a platform that is not the one asked for, distribution by distribution."""
+    from sglang.srt import plugins
+
+    monkeypatch.setenv("SGLANG_PLATFORM", "another")
+    excluded = plugins._get_excluded_dists()
+    assert "mminference-sgl-cpu" in excluded
+    found = plugins.load_plugins_by_group(plugins.GENERAL_PLUGINS_GROUP, excluded_dists=excluded)
+    assert "mminference" in found
+    assert "portable_cpu" not in found
+
+
+def test_distributions_have_one_version():
+    assert metadata.version("mminference-sgl-cpu") == mminference_sgl.__version__
+    assert f"mminference-sgl=={mminference_sgl.__version__}" in metadata.requires("mminference-sgl-cpu")
+
+
+def test_run_loads_plugins_before_a_module_reads_its_command_line():
+    command = [sys.executable, "-m", "mminference_sgl.run"]
+    benchmark = [*command, "sglang.benchmark.offline_throughput", "--attention-backend"]
+    ours, other = (
+        subprocess.run([*benchmark, name], capture_output=True, text=True, check=False)
+        for name in ("mminference", "unheard-of")
+    )
+    # The model is what is missing then.
+    assert ours.returncode != 0
+    assert "invalid choice" not in ours.stderr
+    assert "--model" in ours.stderr
+    assert "invalid choice: 'unheard-of'" in other.stderr
+    bare = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (bare.returncode, bare.stderr.split(":")[0]) == (1, "usage")
 
 
 def test_register():

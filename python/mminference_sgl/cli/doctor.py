@@ -17,6 +17,7 @@ from mminference_sgl.portable.cpu import PLATFORM_NAME
 
 _DISTRIBUTIONS = (
     "mminference-sgl",
+    "mminference-sgl-cpu",
     "sglang",
     "torch",
     "triton",
@@ -126,11 +127,10 @@ def _check_entry_point() -> str:
     allowed = {name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")} - {""}
     if allowed and not allowed & {point.name for point in points}:
         raise RuntimeError(f"SGLANG_PLUGINS={','.join(sorted(allowed))} leaves mminference out: add it")
-    selected = os.environ.get("SGLANG_PLATFORM")
-    if selected and selected != PLATFORM_NAME:
-        raise RuntimeError(
-            f"SGLANG_PLATFORM={selected} makes SGLang skip every package that brings another platform, this one too"
-        )
+    if os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME and not metadata.entry_points(
+        group="sglang.srt.platforms", name=PLATFORM_NAME
+    ):
+        raise RuntimeError(f"nothing offers SGLANG_PLATFORM={PLATFORM_NAME}: pip install mminference-sgl-cpu")
     return "found"
 
 
