@@ -16,6 +16,7 @@ descriptors (TMA), which :func:`choose` takes where the device, the head size an
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -24,6 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_table import NATIVE_FP8, Launch, device_architecture, fitted, lookup, lookup_pages
+from .operands import Operands
 from .tiles import ABSENT, Region, TileLists, TilePass
 
 NO_TOKEN = tl.constexpr(ABSENT)
@@ -355,35 +357,24 @@ def attend_kernel(
 
 
 def attend(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    operands: Operands,
     tile_pass: TilePass,
     lists: TileLists,
-    scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
     merge: bool,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
     launch: Launch | None = None,
 ) -> None:
-    """Attention of one pass; arguments as in :func:`.reference.attend`.
-
-    ``key_scale`` and ``value_scale`` are what a pool's elements are multiplied by, for pools in fp8 e4m3.
-    ``launch`` replaces the table's entry.
+    """Attention of one pass; see :class:`.ops.Attend`. ``launch`` replaces the table's entry.
 
     Raises:
         ValueError: ``launch`` asks for descriptors where there can be none.
     """
-    heads, head_dim = query.shape[1:]
-    keys = tile_pass.keys
+    operands, fp8_bits = readable(operands)
+    query, key_pool, value_pool = operands.query, operands.key_pool, operands.value_pool
     architecture = device_architecture(query.device)
-    fp8_bits = key_pool.element_size() == 1 and architecture < NATIVE_FP8
-    if fp8_bits:
-        key_pool, value_pool = key_pool.view(torch.uint8), value_pool.view(torch.uint8)
-        key_scale, value_scale = key_scale * 256, value_scale * 256
+    keys = tile_pass.keys
     if launch is None:
         launch = choose(architecture, key_pool, value_pool, contiguous=keys.contiguous)
     elif launch.descriptors and keys.contiguous and not describable(launch, key_pool, value_pool):
@@ -393,23 +384,23 @@ def attend(
         launch,
         tile_pass.tile_queries,
         keys.tile_keys,
-        group=heads // key_pool.shape[1],
-        head_dim=head_dim,
+        group=operands.group,
+        head_dim=query.shape[2],
         head_dim_v=value_pool.shape[2],
         contiguous=keys.contiguous,
         fp8_bits=fp8_bits,
         far=tile_pass.region is Region.FAR,
         merge=merge,
     )
-    operands = [key_pool, value_pool]
+    pools = [key_pool, value_pool]
     if constants["DESCRIPTORS"]:
-        operands = [
+        pools = [
             describe(pool, constants["BLOCK_N"], constants[block])
-            for pool, block in zip(operands, ("BLOCK_D", "BLOCK_DV"), strict=True)
+            for pool, block in zip(pools, ("BLOCK_D", "BLOCK_DV"), strict=True)
         ]
     attend_kernel[(lists.order.numel() * constants["SUB_TILES"],)](
         query,
-        *operands,
+        *pools,
         out,
         lse,
         tile_pass.rows,
@@ -426,8 +417,8 @@ def attend(
         lists.tiles,
         lists.sink,
         lists.reach,
-        scale * key_scale * math.log2(math.e),
-        value_scale,
+        operands.scale * operands.key_scale * math.log2(math.e),
+        operands.value_scale,
         tile_pass.num_tiles,
         query.stride(0),
         query.stride(1),
@@ -442,6 +433,24 @@ def attend(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+
+
+def readable(operands: Operands) -> tuple[Operands, bool]:
+    """The operands as :func:`widen` reads them here, and whether it is told ``FP8_BITS``.
+
+    Devices without instructions that convert e4m3 read its bytes as 1/256 of their value.
+    """
+    pool = operands.key_pool
+    if pool.element_size() > 1 or device_architecture(pool.device) >= NATIVE_FP8:
+        return operands, False
+    bits = replace(
+        operands,
+        key_pool=pool.view(torch.uint8),
+        value_pool=operands.value_pool.view(torch.uint8),
+        key_scale=operands.key_scale * 256,
+        value_scale=operands.value_scale * 256,
+    )
+    return bits, True
 
 
 def choose(architecture: int, key_pool: torch.Tensor, value_pool: torch.Tensor, *, contiguous: bool) -> Launch:

@@ -27,6 +27,7 @@ import torch
 
 from . import attend as triton_tiles
 from . import flashinfer_work as work_items
+from .operands import Operands
 from .ops import ImplementationUnavailableError
 from .tiles import TileLists, TilePass
 
@@ -88,67 +89,52 @@ def paged_run(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
 
 
 def attend(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    operands: Operands,
     tile_pass: TilePass,
     lists: TileLists,
-    scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
     merge: bool,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
 ) -> None:
-    """Attention of one pass; arguments as in :func:`.reference.attend`, scales as in :func:`.attend.attend`.
+    """Attention of one pass; see :class:`.ops.Attend`.
 
     Raises:
         ImplementationUnavailableError: the operands are of a kind that FlashInfer's kernel does not take.
     """
-    reason = _refusal(query, key_pool, value_pool)
+    reason = _refusal(operands)
     if reason:
         raise ImplementationUnavailableError(f"implementation 'flashinfer': {reason}; use 'triton'")
     if lists.tiles.numel() and tile_pass.num_tiles:
+        query = operands.query
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-        run = paged_run(query.dtype, query.shape[2])
-        operands = query, key_pool, value_pool, tile_pass, lists, scale * key_scale
-        part, part_lse = full_tiles(*operands, run, processors, value_scale=value_scale)
+        part, part_lse = full_tiles(operands, tile_pass, lists, paged_run(query.dtype, query.shape[2]), processors)
         write(out, lse, tile_pass.rows, part, part_lse, merge=merge)
         lists, merge = work_items.masked_rest(lists), True
-    rest = query, key_pool, value_pool, tile_pass, lists, scale, out, lse
-    triton_tiles.attend(*rest, merge=merge, key_scale=key_scale, value_scale=value_scale)
+    triton_tiles.attend(operands, tile_pass, lists, out, lse, merge=merge)
 
 
 def full_tiles(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    tile_pass: TilePass,
-    lists: TileLists,
-    scale: float,
-    run: Callable[..., None],
-    processors: int,
-    *,
-    value_scale: float = 1.0,
+    operands: Operands, tile_pass: TilePass, lists: TileLists, run: Callable[..., None], processors: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a pass's rows over the full tiles of their lists.
 
     ``run`` is FlashInfer's entry point. Returns output [n, H, D] and LSE fp32 [n, H] to the base 2, in the order of
     ``tile_pass.rows``; 0 and -inf where a list has no full tile.
     """
-    own = query.index_select(0, tile_pass.rows)
+    own = operands.query.index_select(0, tile_pass.rows)
     part = torch.empty_like(own)
     part_lse = torch.empty(own.shape[:2], dtype=torch.float32, device=own.device)
     size = work_items.page_size(tile_pass.keys)
-    pools = work_items.pages(key_pool, size), work_items.pages(value_pool, size)
-    cta_rows = CTA_ROWS.get(query.shape[2], min(CTA_ROWS.values()))
+    pools = work_items.pages(operands.key_pool, size), work_items.pages(operands.value_pool, size)
+    cta_rows = CTA_ROWS.get(own.shape[2], min(CTA_ROWS.values()))
+    scale = operands.scale * operands.key_scale
     for work in work_items.launches(tile_pass, lists, cta_rows=cta_rows, processors=processors):
         # The float workspace and the three arrays beside the page indices are not read.
         unread = work.kv_indices
         buffers = (work.workspace, work.workspace, work.plan_info, own, *pools, unread, unread, work.kv_indices, unread)
         # No prefix lengths, token positions, item lengths and value scales by head.
-        extras = (None, None, None, None, _NO_CAP, scale, value_scale, 0)
+        extras = (None, None, None, None, _NO_CAP, scale, operands.value_scale, 0)
         run(*buffers, part, part_lse, _NO_MASK, _NHD, _NO_WINDOW, False, *extras)
     return part, part_lse
 
@@ -184,8 +170,9 @@ def write(
         lse.index_copy_(0, own, total)
 
 
-def _refusal(query: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor) -> str:
+def _refusal(operands: Operands) -> str:
     """Why FlashInfer's kernel does not take some operands, empty if it does."""
+    query, key_pool, value_pool = operands.query, operands.key_pool, operands.value_pool
     reason = unsupported(query.dtype, query.shape[2], value_pool.shape[2])
     if reason:
         return reason

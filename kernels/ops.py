@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -10,28 +9,32 @@ from typing import Protocol
 
 import torch
 
+from .operands import Operands
 from .tiles import TileLists, TilePass
 
 
 class Attend(Protocol):
-    """One pass of one implementation; see :func:`.reference.attend`."""
+    """One pass of one implementation: what each module of :data:`IMPLEMENTATIONS` has as ``attend``."""
 
     def __call__(
         self,
-        query: torch.Tensor,
-        key_pool: torch.Tensor,
-        value_pool: torch.Tensor,
+        operands: Operands,
         tile_pass: TilePass,
         lists: TileLists,
-        scale: float,
         out: torch.Tensor,
         lse: torch.Tensor,
         *,
         merge: bool,
-        key_scale: float = 1.0,
-        value_scale: float = 1.0,
     ) -> None:
-        """Writes or merges output [batch rows, H, Dv] and LSE [batch rows, H]."""
+        """Attention into the batch rows of the pass; other rows of ``out`` and ``lse`` are left alone.
+
+        Args:
+            lists: the listed key tiles of every (head, query tile) of the pass.
+            out: [batch rows, H, Dv]. A row that sees no key has output 0.
+            lse: [batch rows, H], natural logarithm, fp32 (fp64 for fp64 input). A row that sees no key has -inf.
+            merge: what ``out`` and ``lse`` hold is attention over other keys of the same rows, and becomes the softmax
+                over both.
+        """
         ...
 
 
@@ -72,27 +75,15 @@ def available_implementations(device: torch.device | None = None) -> dict[str, s
 
 
 def sparse_prefill(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    passes: Sequence[tuple[TilePass, TileLists]],
-    scale: float,
-    out: torch.Tensor,
-    implementation: str,
-    *,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
+    operands: Operands, passes: Sequence[tuple[TilePass, TileLists]], out: torch.Tensor, implementation: str
 ) -> torch.Tensor:
     """Attention of all rows of the first pass, the passes merged exactly through their LSE.
 
     Args:
-        query: [batch rows, H, D].
-        key_pool, value_pool: [slots, KV heads, D] and [slots, KV heads, Dv].
         passes: the sequence pass, whose rows are all rows to compute, then others over a part of the same rows.
             Their regions are disjoint, so no (row, key) pair counts twice.
         out: [batch rows, H, Dv]; the rows of the first pass are written, others left alone.
         implementation: a resolved name.
-        key_scale, value_scale: what the pools' elements are multiplied by, for pools in fp8 e4m3.
 
     Returns:
         The LSE fp32 [batch rows, H] over the listed keys, natural logarithm; only the rows of the first pass mean
@@ -101,34 +92,27 @@ def sparse_prefill(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    _check(query, key_pool, value_pool, passes, out)
-    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    attend = functools.partial(_attend(implementation), key_scale=key_scale, value_scale=value_scale)
+    _check(operands, passes, out)
+    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+    attend = _attend(implementation)
     for index, (tile_pass, lists) in enumerate(passes):
-        attend(query, key_pool, value_pool, tile_pass, lists, scale, out, lse, merge=index > 0)
+        attend(operands, tile_pass, lists, out, lse, merge=index > 0)
     return lse
 
 
 def merge_pass(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    operands: Operands,
     tiles: tuple[TilePass, TileLists],
-    scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     implementation: str,
-    *,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
 ) -> None:
     """One more pass over keys that ``out`` and ``lse`` do not hold yet; rows with an LSE of -inf hold none.
 
     Arguments as in :func:`sparse_prefill`; ``lse`` is what that returned.
     """
-    _check(query, key_pool, value_pool, [tiles], out)
-    attend = functools.partial(_attend(implementation), key_scale=key_scale, value_scale=value_scale)
-    attend(query, key_pool, value_pool, *tiles, scale, out, lse, merge=True)
+    _check(operands, [tiles], out)
+    _attend(implementation)(operands, *tiles, out, lse, merge=True)
 
 
 def _attend(implementation: str) -> Attend:
@@ -148,13 +132,8 @@ def _unavailable(name: str, device: torch.device) -> str:
     return str(module.unavailable(device)) if name == "flashinfer" else ""
 
 
-def _check(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    passes: Sequence[tuple[TilePass, TileLists]],
-    out: torch.Tensor,
-) -> None:
+def _check(operands: Operands, passes: Sequence[tuple[TilePass, TileLists]], out: torch.Tensor) -> None:
+    query, key_pool, value_pool = operands.query, operands.key_pool, operands.value_pool
     if query.dim() != 3 or key_pool.dim() != 3 or value_pool.dim() != 3:
         raise ValueError(f"query and pools must be 3-d, got {query.shape}, {key_pool.shape}, {value_pool.shape}")
     if query.shape[1] % key_pool.shape[1] or key_pool.shape[1] != value_pool.shape[1]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from .operands import Operands
 from .tiles import KeyOrder, Region, element_mask
 
 
@@ -157,26 +158,12 @@ def by_head(bound: Bound) -> Bound:
     return bound[:, None, None] if isinstance(bound, torch.Tensor) else bound
 
 
-def run(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    keys: ProbeKeys,
-    rows: ProbeRows,
-    scale: float,
-    *,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
-) -> WeightProbe:
-    """Computes the probe rows' attention over a request's keys.
-
-    ``query`` [batch rows, H, D]; ``key_pool``, ``value_pool`` [slots, KV heads, D]. ``key_scale``, ``value_scale``:
-    what the pool's elements are multiplied by.
-    """
+def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
+    """Computes the probe rows' attention over a request's keys."""
     slots = keys.sequence.slots
-    k = key_pool.index_select(0, slots.flatten()).permute(1, 2, 0).float()
-    v = value_pool.index_select(0, slots.flatten()).transpose(0, 1).float()
-    q = query[rows.rows].float() * (scale * key_scale)
+    k = operands.key_pool.index_select(0, slots.flatten()).permute(1, 2, 0).float()
+    v = operands.value_pool.index_select(0, slots.flatten()).transpose(0, 1).float()
+    q = operands.query[rows.rows].float() * (operands.scale * operands.key_scale)
     heads, kv_heads = q.shape[1], k.shape[0]
     grouped = q.view(-1, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)
     weights = torch.matmul(grouped, k).view(heads, len(rows.rows), -1)
@@ -185,6 +172,6 @@ def run(
     weights[..., rows.first + 1 :].masked_fill_(late > rows.positions[:, None], float("-inf"))
     weights = torch.softmax(weights, dim=-1)
     output = torch.matmul(weights.view(kv_heads, -1, weights.shape[2]), v).view(heads, len(rows.rows), -1)
-    if value_scale != 1:
-        output *= value_scale
+    if operands.value_scale != 1:
+        output *= operands.value_scale
     return WeightProbe(rows, weights, output, slots.shape[1])

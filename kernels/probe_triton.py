@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import load_rows, widen
-from .launch_table import NATIVE_FP8, device_architecture
+from .attend import load_rows, readable, widen
+from .operands import Operands
 from .probe import Bound, ProbeKeys, ProbeRows
 from .tiles import KeyOrder
 
@@ -313,23 +313,26 @@ def constants_for(
 
 
 @dataclass(frozen=True)
-class _Operands:
-    """What every launch of a probe has in common; ``scale_log2`` has the keys' scale in it."""
+class _Shared:
+    """What every launch of a probe has in common: the operands as kernels read them here."""
 
-    query: torch.Tensor
-    key_pool: torch.Tensor
-    scale_log2: float
+    operands: Operands
     fp8_bits: bool
+
+    @property
+    def scale_log2(self) -> float:
+        """Scale of the base-2 logits."""
+        return self.operands.scale * self.operands.key_scale * LOG2_E
 
     def grid(self, launch: ProbeLaunch, rows: int, tiles: int) -> tuple[int, int, int]:
         """Blocks of rows, KV heads and splits of the key tiles."""
-        kv_heads = self.key_pool.shape[1]
-        blocks = triton.cdiv(self.query.shape[1] // kv_heads * rows, launch.rows)
+        kv_heads = self.operands.kv_heads
+        blocks = triton.cdiv(self.operands.group * rows, launch.rows)
         return blocks, kv_heads, max(1, min(PROGRAMS // (blocks * kv_heads), tiles // MIN_TILES))
 
     def options(self, launch: ProbeLaunch, tile_keys: int) -> dict[str, int | bool]:
         """Compile-time arguments that both kernels have, and those of the launch."""
-        group, head_dim = self.query.shape[1] // self.key_pool.shape[1], self.query.shape[2]
+        group, head_dim = self.operands.group, self.operands.query.shape[2]
         constants = constants_for(launch, tile_keys, group=group, head_dim=head_dim, fp8_bits=self.fp8_bits)
         return {**constants, "num_warps": launch.warps, "num_stages": launch.stages}
 
@@ -346,7 +349,7 @@ class FusedProbe:
     tile_mass: torch.Tensor
     lse: torch.Tensor
     keys: ProbeKeys
-    operands: _Operands
+    shared: _Shared
     launch: ProbeLaunch | None
 
     def near(self, sink: Bound, reach: Bound) -> torch.Tensor:
@@ -366,11 +369,11 @@ class FusedProbe:
         )
         present, count = self.keys.present(order)
         mass = self.lse.new_empty(len(regions), heads, rows, present.numel())
-        given = self.operands
-        launch = self.launch or mass_launch(given.query.shape[2], given.query.element_size(), order.tile_keys)
-        mass_kernel[given.grid(launch, rows, present.numel())](
-            given.query,
-            given.key_pool,
+        shared, query, key_pool = self.shared, self.shared.operands.query, self.shared.operands.key_pool
+        launch = self.launch or mass_launch(query.shape[2], query.element_size(), order.tile_keys)
+        mass_kernel[shared.grid(launch, rows, present.numel())](
+            query,
+            key_pool,
             self.rows.rows,
             self.rows.positions,
             order.slots,
@@ -381,16 +384,16 @@ class FusedProbe:
             sinks,
             reaches,
             mass,
-            given.scale_log2,
+            shared.scale_log2,
             rows,
             present.numel(),
-            given.query.stride(0),
-            given.query.stride(1),
-            given.key_pool.stride(0),
-            given.key_pool.stride(1),
+            query.stride(0),
+            query.stride(1),
+            key_pool.stride(0),
+            key_pool.stride(1),
             REGIONS=len(regions),
             FAR=far,
-            **given.options(launch, order.tile_keys),
+            **shared.options(launch, order.tile_keys),
         )
         return mass
 
@@ -401,30 +404,17 @@ def _by_head(bound: Bound, heads: int, device: torch.device) -> torch.Tensor:
     return torch.full((heads,), bound, dtype=torch.int32, device=device)
 
 
-def run(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    keys: ProbeKeys,
-    rows: ProbeRows,
-    scale: float,
-    *,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
-    launch: ProbeLaunch | None = None,
-) -> FusedProbe:
+def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLaunch | None = None) -> FusedProbe:
     """Probes a request; arguments as in :func:`.probe.run`. ``launch`` replaces those of both kernels."""
+    operands, fp8_bits = readable(operands)
+    query, key_pool, value_pool = operands.query, operands.key_pool, operands.value_pool
     heads, head_dim = query.shape[1:]
     head_dim_v = value_pool.shape[2]
-    fp8_bits = key_pool.element_size() == 1 and device_architecture(query.device) < NATIVE_FP8
-    if fp8_bits:
-        key_pool, value_pool = key_pool.view(torch.uint8), value_pool.view(torch.uint8)
-        key_scale, value_scale = key_scale * 256, value_scale * 256
     tile_keys, tiles = keys.sequence.tile_keys, keys.sequence.slots.shape[0]
-    operands = _Operands(query, key_pool, scale * key_scale * LOG2_E, fp8_bits)
+    shared = _Shared(operands, fp8_bits)
     own = launch or probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
     count = rows.rows.numel()
-    grid = operands.grid(own, count, tiles)
+    grid = shared.grid(own, count, tiles)
     per_split = triton.cdiv(tiles, grid[2])
     splits = triton.cdiv(tiles, per_split)
 
@@ -444,7 +434,7 @@ def run(
         mass,
         part,
         part_lse,
-        operands.scale_log2,
+        shared.scale_log2,
         count,
         tiles,
         per_split,
@@ -456,7 +446,7 @@ def run(
         value_pool.stride(1),
         HEAD_DIM_V=head_dim_v,
         BLOCK_DV=block_dv,
-        **operands.options(own, tile_keys),
+        **shared.options(own, tile_keys),
     )
     combine_kernel[heads * count,](
         part,
@@ -464,7 +454,7 @@ def run(
         out,
         lse,
         mass,
-        value_scale,
+        operands.value_scale,
         tiles,
         splits,
         HEAD_DIM_V=head_dim_v,
@@ -472,4 +462,4 @@ def run(
         BLOCK_SPLITS=PROGRAMS,
         BLOCK_TILES=BLOCK_TILES,
     )
-    return FusedProbe(rows, out, mass, lse, keys, operands, launch)
+    return FusedProbe(rows, out, mass, lse, keys, shared, launch)

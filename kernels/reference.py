@@ -7,36 +7,24 @@ from __future__ import annotations
 
 import torch
 
+from .operands import Operands
 from .tiles import TileLists, TilePass, element_mask
 
 
 def attend(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    operands: Operands,
     tile_pass: TilePass,
     lists: TileLists,
-    scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
     merge: bool,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
 ) -> None:
-    """Attention of one pass, into the batch rows of the pass; other rows of ``out`` and ``lse`` are left alone.
-
-    ``query`` [batch rows, H, D]; ``key_pool`` [slots, KV heads, D]; ``value_pool`` [slots, KV heads, Dv].
-    ``out`` [batch rows, H, Dv]; ``lse`` [batch rows, H], natural logarithm, fp32 (fp64 for fp64 input). A row that sees
-    no key has output 0 and LSE -inf. With ``merge``, what ``out`` and ``lse`` hold is attention over other keys of the
-    same rows, and becomes the softmax over both. The pools' elements are multiplied by ``key_scale`` and
-    ``value_scale``.
-    """
-    heads = query.shape[1]
-    group = heads // key_pool.shape[1]
+    """Attention of one pass; see :class:`.ops.Attend`."""
+    query = operands.query
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys = tile_pass.keys
-    for head in range(heads):
+    for head in range(operands.heads):
         for tile in range(tile_pass.num_tiles):
             listed = keys.tile_indptr[tile_pass.request[tile]] + lists.tiles_of(head * tile_pass.num_tiles + tile)
             slots, key_positions = keys.slots[listed].flatten(), keys.positions[listed].flatten()
@@ -48,9 +36,9 @@ def attend(
                 lists.sink[head, tile],
                 lists.reach[head, tile],
             )
-            k = key_pool[slots, head // group].to(compute) * key_scale
-            v = value_pool[slots, head // group].to(compute) * value_scale
-            scores = query[tile_pass.rows[rows], head].to(compute) @ k.T * scale
+            k = operands.key_pool[slots, head // operands.group].to(compute) * operands.key_scale
+            v = operands.value_pool[slots, head // operands.group].to(compute) * operands.value_scale
+            scores = query[tile_pass.rows[rows], head].to(compute) @ k.T * operands.scale
             scores = scores.masked_fill(~visible, float("-inf"))
             part_lse = torch.logsumexp(scores, dim=1)
             weights = torch.exp(scores - part_lse[:, None]).masked_fill(~visible, 0.0)

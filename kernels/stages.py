@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from . import probe, search, tiles
-from .probe import Probe
+from .operands import Operands
+from .probe import Probe, ProbeKeys, ProbeRows
 from .select import Search
 from .tiles import TileLists, TilePass
 
@@ -23,7 +24,7 @@ class Stages(NamedTuple):
     ``repair``: the implementation for the guard's pass, whose lists are nearly always empty.
     """
 
-    probe: Callable[..., Probe]
+    probe: Callable[[Operands, ProbeKeys, ProbeRows], Probe]
     search: Search
     lists: Callable[[TilePass, torch.Tensor, torch.Tensor, torch.Tensor], TileLists]
     waits: bool

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .operands import Operands
 from .tiles import ABSENT, Region, TileLists, TilePass
 
 WORKSPACE_BYTES = 8 << 20
@@ -26,32 +27,27 @@ _NO_KEY_LSE = -1e20
 
 
 def attend(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    operands: Operands,
     tile_pass: TilePass,
     lists: TileLists,
-    scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
     merge: bool,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
 ) -> None:
-    """Attention of one pass; arguments as in :func:`.reference.attend`."""
-    heads, tiles = query.shape[1], tile_pass.num_tiles
+    """Attention of one pass; see :class:`.ops.Attend`."""
+    query, heads, tiles = operands.query, operands.heads, tile_pass.num_tiles
     dtype = compute_dtype(query.dtype, query.device)
     problem = _Problem(
         query=query[tile_pass.rows].transpose(0, 1).flatten(0, 1).to(dtype),
-        keys=_tile_major(key_pool, tile_pass.keys.slots).to(dtype),
-        values=_tile_major(value_pool, tile_pass.keys.slots).to(dtype),
+        keys=_tile_major(operands.key_pool, tile_pass.keys.slots).to(dtype),
+        values=_tile_major(operands.value_pool, tile_pass.keys.slots).to(dtype),
         tile_pass=tile_pass,
         lists=lists,
-        group=heads // key_pool.shape[1],
-        scale=scale * key_scale,
+        group=operands.group,
+        scale=operands.scale * operands.key_scale,
     )
-    part = query.new_zeros(heads * tile_pass.rows.numel(), value_pool.shape[-1], dtype=dtype)
+    part = query.new_zeros(heads * tile_pass.rows.numel(), operands.value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
     lengths = lists.count.long()
     row_counts = tile_pass.indptr.diff().long().repeat(heads)
@@ -60,8 +56,8 @@ def attend(
     work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
     for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys):
         _attend_batch(problem, batch, tiles, part, part_lse)
-    if value_scale != 1:
-        part *= value_scale
+    if operands.value_scale != 1:
+        part *= operands.value_scale
     part = part.view(heads, -1, part.shape[1]).transpose(0, 1)
     part_lse = part_lse.view(heads, -1).transpose(0, 1)
     if merge:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mminference_sgl import _core
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
 
 IMAGE, VIDEO = 1, 2
@@ -62,6 +63,10 @@ class Problem:
     plan: ForwardPlan
     scale: float
 
+    @property
+    def operands(self) -> Operands:
+        return Operands(self.query, self.key_pool, self.value_pool, self.scale)
+
     def dense(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Dense causal attention of all rows by plain PyTorch: [rows, H, Dv]."""
         group = self.query.shape[1] // self.key_pool.shape[1]
@@ -81,6 +86,20 @@ class Problem:
             outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
             row += request.chunk
         return torch.cat(outputs)
+
+
+def cast(operands: Operands, dtype: torch.dtype) -> Operands:
+    """Query and pools in another dtype."""
+    query, *pools = (x.to(dtype) for x in (operands.query, operands.key_pool, operands.value_pool))
+    return replace(operands, query=query, key_pool=pools[0], value_pool=pools[1])
+
+
+def in_fp8(operands: Operands, key_scale: float, value_scale: float) -> tuple[Operands, Operands]:
+    """With pools in e4m3 and these scales, and with pools of what they stand for, in the query's dtype."""
+    keys, values = (pool.to(torch.float8_e4m3fn) for pool in (operands.key_pool, operands.value_pool))
+    stored = replace(operands, key_pool=keys, value_pool=values, key_scale=key_scale, value_scale=value_scale)
+    meant = [pool.to(operands.query.dtype) * scale for pool, scale in ((keys, key_scale), (values, value_scale))]
+    return stored, replace(operands, key_pool=meant[0], value_pool=meant[1])
 
 
 def make(

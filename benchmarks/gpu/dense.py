@@ -18,8 +18,8 @@ DENSE_ROWS = 65536
 
 def dense_attention(layer: Layer) -> Callable[[], None]:
     """Dense causal attention of the chunk by cuDNN over contiguous keys and values; on a CPU by whatever is there."""
-    cuda = layer.query.device.type == "cuda"
-    query, key, value = (x.transpose(0, 1)[None] for x in (layer.query, *_contiguous(layer)))
+    cuda = layer.operands.query.device.type == "cuda"
+    query, key, value = (x.transpose(0, 1)[None] for x in (layer.operands.query, *_contiguous(layer)))
     backends = [SDPBackend.CUDNN_ATTENTION] if cuda else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
 
     def run() -> None:
@@ -37,7 +37,7 @@ def dense_attention(layer: Layer) -> Callable[[], None]:
 
 def dense_fa3(layer: Layer, clock: Clock) -> Timing | None:
     """Dense causal attention of the chunk by FlashInfer's FA3 kernel; None where that cannot run, with a word."""
-    device = layer.query.device
+    device = layer.operands.query.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
     try:
@@ -45,7 +45,7 @@ def dense_fa3(layer: Layer, clock: Clock) -> Timing | None:
     except ImportError:
         return None
     # Causality is bottom-right aligned there, so a prefix needs no call of its own.
-    work = partial(single_prefill_with_kv_cache, layer.query, *_contiguous(layer), causal=True, backend="fa3")
+    work = partial(single_prefill_with_kv_cache, layer.operands.query, *_contiguous(layer), causal=True, backend="fa3")
     try:
         return clock.samples(work)
     except torch.OutOfMemoryError:
@@ -56,4 +56,4 @@ def dense_fa3(layer: Layer, clock: Clock) -> Timing | None:
 
 
 def _contiguous(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.key_pool[layer.slots], layer.value_pool[layer.slots]
+    return layer.operands.key_pool[layer.slots], layer.operands.value_pool[layer.slots]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mminference_sgl import _core
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method.config import Config
 from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
 
@@ -41,16 +42,10 @@ class Shape:
 class Layer:
     """Operands of one layer on the device and their plan; ``slots`` int64 [length]."""
 
-    query: torch.Tensor
-    key_pool: torch.Tensor
-    value_pool: torch.Tensor
+    operands: Operands
     slots: torch.Tensor
     plan: ForwardPlan
     shape: Shape
-
-    @property
-    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.query, self.key_pool, self.value_pool
 
 
 def make_layer(shape: Shape, page_size: int, config: Config, heads: tuple[int, int], device: torch.device) -> Layer:
@@ -91,7 +86,7 @@ def make_layer(shape: Shape, page_size: int, config: Config, heads: tuple[int, i
         pool = torch.zeros(pool_rows, heads[1], HEAD_DIM, dtype=operand.dtype, device=device)
         pool[slots] = operand
         pools.append(pool)
-    return Layer(query, *pools, slots, plan, shape)
+    return Layer(Operands(query, *pools, HEAD_DIM**-0.5), slots, plan, shape)
 
 
 def planted(

@@ -99,18 +99,13 @@ def measure(
 
     Heads that do not fit into memory together run one block after the other, as in a server; times are their sums.
     """
-    heads, kv_heads = layer.query.shape[1], layer.key_pool.shape[1]
+    operands, heads = layer.operands, layer.operands.heads
     parts = []
-    before = _memory(layer.query.device, reset=True)
-    for own, own_kv in prefill.head_blocks(layer.plan, heads, kv_heads):
-        part = replace(
-            layer,
-            query=layer.query[:, own],
-            key_pool=layer.key_pool[:, own_kv],
-            value_pool=layer.value_pool[:, own_kv],
-        )
+    before = _memory(operands.query.device, reset=True)
+    for own in prefill.head_blocks(layer.plan, heads, operands.kv_heads):
+        part = replace(layer, operands=operands.block(own))
         parts.append(measure_part(part, config, clock, implementation))
-    peak = _memory(layer.query.device, reset=False) - before
+    peak = _memory(operands.query.device, reset=False) - before
     for part in parts:
         if not part.error <= part.allowed_error:
             off = f"the output is off by {part.error:.3g}, {part.allowed_error:.3g} is allowed"
@@ -159,22 +154,22 @@ class Part:
 
 def measure_part(layer: Layer, config: Config, clock: Clock, implementation: str) -> Part:
     """One block of heads, alone in ``layer``."""
-    scale = HEAD_DIM**-0.5
-    specs = load("auto").specs(0, range(layer.query.shape[1]))
-    out = torch.full_like(layer.query, torch.nan)
+    operands = layer.operands
+    specs = load("auto").specs(0, range(operands.heads))
+    out = torch.full_like(operands.query, torch.nan)
 
     def select() -> tuple[prefill.Passes, float, float]:
         with _spans(clock) as probes, clock.span() as span:
-            passes, _ = prefill.select_layer(*layer.operands, layer.plan, specs, config, scale, implementation)
+            passes, _ = prefill.select_layer(operands, layer.plan, specs, config, implementation)
         total, probed = span(), sum(tell() for tell in probes)
         return passes, probed, total - probed
 
     def attend() -> torch.Tensor:
-        return ops.sparse_prefill(*layer.operands, passes, scale, out, implementation)
+        return ops.sparse_prefill(operands, passes, out, implementation)
 
     passes, _, _ = select()
     lse = attend()
-    mass, error, allowed = verify(layer, passes, out, lse, scale)
+    mass, error, allowed = verify(layer, passes, out, lse)
     times = [select()[1:] for _ in range(clock.repeats)]
     tiles, pairs = _work(passes)
     return Part(
@@ -225,17 +220,19 @@ def _work(passes: Sequence[tuple[TilePass, TileLists]]) -> tuple[int, int]:
 
 
 def verify(
-    layer: Layer, passes: Sequence[tuple[TilePass, TileLists]], out: torch.Tensor, lse: torch.Tensor, scale: float
+    layer: Layer, passes: Sequence[tuple[TilePass, TileLists]], out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[float, float, float]:
     """True mass of sampled (row, head) pairs, our error on them, and the error that is allowed."""
     generator = torch.Generator().manual_seed(0)
-    group = layer.query.shape[1] // layer.key_pool.shape[1]
+    operands = layer.operands
+    group, scale = operands.group, operands.scale
     masses, ours, plains, largest = [], 0.0, 0.0, 0.0
     for row in torch.randint(0, layer.shape.chunk, (SAMPLED_ROWS,), generator=generator).tolist():
-        head = int(torch.randint(0, layer.query.shape[1], (1,), generator=generator))
+        head = int(torch.randint(0, operands.heads, (1,), generator=generator))
         slots = torch.cat([_listed(tile_pass, lists, row, head) for tile_pass, lists in passes])
         seen = layer.slots[: layer.shape.prefix + row + 1]
-        q, k, v = layer.query[row, head], layer.key_pool[:, head // group], layer.value_pool[:, head // group]
+        q = operands.query[row, head]
+        k, v = (pool[:, head // group] for pool in (operands.key_pool, operands.value_pool))
         scores = k[slots].double() @ q.double() * scale
         exact = scores.softmax(0) @ v[slots].double()
         plain = ((k[slots].float() @ q.float() * scale).softmax(0) @ v[slots].float()).to(out.dtype)

@@ -27,6 +27,7 @@ from benchmarks.gpu.inputs import Shape, make_layer
 from benchmarks.gpu.report import environment, say
 from mminference_sgl.kernels import attend, launch_table
 from mminference_sgl.kernels.launch_table import HEAD_DIMS, PAGE_TABLE, TABLE, Launch, device_architecture
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map
 from mminference_sgl.method.config import Config
 
@@ -146,15 +147,16 @@ class Bench:
         """Median of one call; on a CPU there is no kernel to time, so the launch's own size stands for it."""
         if self.device.type != "cuda":
             return 1e6 / (launch.rows * launch.keys * launch.warps)
-        query, *pools = (_resized(operand, entry[1]) for operand in self.layer.operands)
+        given = self.layer.operands
+        query, *pools = (_resized(operand, entry[1]) for operand in (given.query, given.key_pool, given.value_pool))
         if entry[2] == 1:
             pools = [pool.to(torch.float8_e4m3fn) for pool in pools]
+        operands = Operands(query, *pools, entry[1] ** -0.5)
         out, lse = torch.empty_like(query), torch.empty(query.shape[:2], device=self.device)
         near = self.layer.plan.near
-        scale = entry[1] ** -0.5
 
         def run() -> None:
-            attend.attend(query, *pools, near, self.lists, scale, out, lse, merge=False, launch=launch)
+            attend.attend(operands, near, self.lists, out, lse, merge=False, launch=launch)
 
         try:
             return self.clock.samples(run).median

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.method.planted import Ints, Problem, Relation
 from mminference_sgl import _core
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import TilePass
 from mminference_sgl.method import plan as planning
 from mminference_sgl.method.config import Config
@@ -26,9 +27,7 @@ class Forward:
     problem: Problem
     start: int
     end: int
-    query: torch.Tensor
-    key_pool: torch.Tensor
-    value_pool: torch.Tensor
+    operands: Operands
     plan: planning.ForwardPlan
     sampled_plan: planning.ForwardPlan
 
@@ -36,7 +35,7 @@ class Forward:
     def causal(self) -> int:
         """Tiles that dense attention computes, over all heads."""
         near = self.plan.near
-        return int((near.keys.tile_min <= near.max_pos[:, None]).sum()) * self.query.shape[1]
+        return int((near.keys.tile_min <= near.max_pos[:, None]).sum()) * self.operands.heads
 
     @cached_property
     def needed(self) -> int:
@@ -84,7 +83,8 @@ def forward(
     slots = [slice(*near.indptr[[group.near.start, group.near.stop]].tolist()) for group in plan.groups]
     groups = [replace(group, row_slots=own) for group, own in zip(plan.groups, slots, strict=True)]
     sampled = replace(plan, near=near, far=far, groups=groups)
-    return Forward(problem, start, end, problem.query[start:end], *pools, plan, sampled)
+    operands = Operands(problem.query[start:end], *pools, problem.scale)
+    return Forward(problem, start, end, operands, plan, sampled)
 
 
 def thin(tile_pass: TilePass, wanted: torch.Tensor) -> TilePass:

@@ -59,13 +59,12 @@ def measure(
     for one in forwards:
         own = np.flatnonzero((truth.positions >= one.start) & (truth.positions < one.end))
         rows = truth.positions[own] - one.start
-        operands, scale = (one.query, one.key_pool, one.value_pool), one.problem.scale
-        passes, _ = prefill.select_layer(*operands, one.sampled_plan, specs, config, scale)
-        out = torch.full_like(one.query, torch.nan)
-        lse = ops.sparse_prefill(*operands, passes, scale, out, "torch")
+        passes, _ = prefill.select_layer(one.operands, one.sampled_plan, specs, config)
+        out = torch.full_like(one.operands.query, torch.nan)
+        lse = ops.sparse_prefill(one.operands, passes, out, "torch")
         kept[own] = torch.exp(lse[rows] - truth.lse[own])
         out.fill_(torch.nan)
-        (report,) = prefill.run_layer(*operands, one.sampled_plan, specs, config, scale, out, "torch")
+        (report,) = prefill.run_layer(one.operands, one.sampled_plan, specs, config, out, "torch")
         coverage.append(float(report.coverage))
         tiles += sum(lists.tiles.numel() for _, lists in passes)
         near_tiles += passes[0][1].tiles.numel()

@@ -20,6 +20,7 @@ from benchmarks.toy.scenes import make_scene
 from benchmarks.toy.serving import CHANGE, COLUMNS, ROWS
 from mminference_sgl import _core
 from mminference_sgl.kernels import probe, select
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.config import Config
 from mminference_sgl.method.plan import DeviceLayout, SparseRequest, build
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'layer':>5} {'left out':>10} {'by sequence tile':>18} {'by cell tile':>14}   relative output error")
     for number, layer in enumerate(video.layers):
         pools = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (layer.key, layer.value)]
-        probed = probe.run(layer.query, *pools, group.keys, group.probe_rows, layer.scale)
+        probed = probe.run(Operands(layer.query, *pools, layer.scale), group.keys, group.probe_rows)
         heads = layer.query.shape[1]
         choice = prefill.Proposals(group.view, probed, config, None).choose([("auto", "auto")] * heads)
         kept = select.kept(group.view, probed, choice)[..., : video.length]

@@ -200,11 +200,10 @@ def test_thinned_passes_give_sampled_rows_what_all_rows_get() -> None:
     sample = np.arange(3, problem.scene.length, 7)
     one = forward.forward(problem, 0, problem.scene.length, CONFIG, sample)
     specs = [HeadSpec()] * 2
-    operands = one.query, one.key_pool, one.value_pool
     outs = []
     for plan in (one.plan, one.sampled_plan):
-        outs.append(torch.full_like(one.query, torch.nan))
-        prefill.run_layer(*operands, plan, specs, CONFIG, problem.scale, outs[-1], "torch")
+        outs.append(torch.full_like(one.operands.query, torch.nan))
+        prefill.run_layer(one.operands, plan, specs, CONFIG, outs[-1], "torch")
     assert one.sampled_plan.near.rows.numel() < 0.3 * one.plan.near.rows.numel()
     torch.testing.assert_close(outs[1][sample], outs[0][sample], atol=2e-5, rtol=1e-4)
 
@@ -213,10 +212,9 @@ def test_kept_keys_hold_the_mass_that_the_lse_says() -> None:
     problem = problem_of("lines")
     sample = np.arange(0, problem.scene.length, 97)
     one = forward.forward(problem, 0, problem.scene.length, CONFIG, sample)
-    operands = one.query, one.key_pool, one.value_pool
-    passes, _ = prefill.select_layer(*operands, one.sampled_plan, [HeadSpec()], CONFIG, problem.scale)
-    out = torch.empty_like(one.query)
-    lse = measure.ops.sparse_prefill(*operands, passes, problem.scale, out, "torch")
+    passes, _ = prefill.select_layer(one.operands, one.sampled_plan, [HeadSpec()], CONFIG)
+    out = torch.empty_like(one.operands.query)
+    lse = measure.ops.sparse_prefill(one.operands, passes, out, "torch")
     weights = dense_weights(problem)
     for row in sample.tolist():
         scores = problem.query[row, 0] @ problem.key[: row + 1, 0].T * problem.scale

@@ -10,7 +10,7 @@ import argparse
 import copy
 import enum
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,23 +95,21 @@ def check(setting: Setting, device: torch.device, seed: int) -> None:
         (tile_pass, random_lists(problem, tile_pass, seed + step))
         for step, tile_pass in enumerate((problem.plan.near, problem.plan.far, problem.plan.near))
     ]
-    query, pools, passes = moved((problem.query, [problem.key_pool, problem.value_pool], passes), device)
-    own, options = pools, {"launch": setting.launch}
+    meant, passes = moved((problem.operands, passes), device)
+    stored = meant
     if setting.fp8:
-        own, scales = [pool.to(torch.float8_e4m3fn) for pool in pools], (0.75, 1.5)
-        pools = [pool.to(setting.dtype) * scale for pool, scale in zip(own, scales, strict=True)]
-        options |= {"key_scale": scales[0], "value_scale": scales[1]}
+        stored, meant = problems.in_fp8(meant, 0.75, 1.5)
     results = []
     for implementation, operands, extra in (
-        (reference, [x.double() for x in (query, *pools)], {}),
-        (reference, [query, *pools], {}),
-        (attend, [query, *own], options),
+        (reference, problems.cast(meant, torch.float64), {}),
+        (reference, meant, {}),
+        (attend, stored, {"launch": setting.launch}),
     ):
-        out = torch.full_like(operands[0], torch.nan)
+        out = torch.full_like(operands.query, torch.nan)
         lse_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         lse = torch.full(out.shape[:2], torch.nan, dtype=lse_dtype, device=device)
         for index, (tile_pass, lists) in enumerate(passes):
-            implementation.attend(*operands, tile_pass, lists, problem.scale, out, lse, merge=index > 0, **extra)
+            implementation.attend(operands, tile_pass, lists, out, lse, merge=index > 0, **extra)
         results.append((out, lse))
     compare(*results, what=f"{setting}, seed {seed}")
 
@@ -135,13 +133,12 @@ def check_selection(setting: Setting, device: torch.device, seed: int) -> None:
     Both searches are given the same masses, and may differ where a candidate's mass rounds to another level.
     """
     problem = moved(setting.problem(seed), device)
-    pools, scales = (problem.key_pool * 2, problem.value_pool), {}
+    operands = replace(problem.operands, key_pool=problem.key_pool * 2)
     if setting.fp8:
-        pools, scales = [pool.to(torch.float8_e4m3fn) for pool in pools], {"key_scale": 0.75, "value_scale": 1.5}
+        operands, _ = problems.in_fp8(operands, 0.75, 1.5)
     for group in problem.plan.groups:
         what = f"{group.modality} of request {group.request}, {setting}, seed {seed}"
-        given = problem.query, *pools, group.keys, group.probe_rows, problem.scale
-        want, ours = probe.run(*given, **scales), probe_triton.run(*given, **scales)
+        want, ours = (each.run(operands, group.keys, group.probe_rows) for each in (probe, probe_triton))
         close(ours.output, want.output, 8 * torch.finfo(setting.dtype).eps, f"output, {what}")
         bounds = [(8, 17), (3, 40)]
         close(ours.tile_mass, want.tile_mass, 1e-4, f"mass, {what}")

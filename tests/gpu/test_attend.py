@@ -28,6 +28,7 @@ from mminference_sgl.kernels.launch_table import (
     device_architecture,
     lookup,
 )
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.stages import stages_of
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import load
@@ -119,12 +120,13 @@ def test_attend_beyond_two_to_the_31_elements(seed: int) -> None:
     tile_pass, keys = problem.plan.near, problem.plan.near.keys
     outputs = []
     for shift in (0, (1 << 31) // (4 * 128) + 1000):
-        query, key_pool, value_pool = (_behind(shift, operand) for operand in operands(problem))
+        pools = (_behind(shift, pool) for pool in (problem.query, problem.key_pool, problem.value_pool))
+        operands = Operands(*pools, problem.scale)
         shifted_keys = replace(keys, slots=torch.where(keys.slots > 0, keys.slots + shift, 0))
         shifted = replace(tile_pass, keys=shifted_keys, rows=tile_pass.rows + shift)
-        out = torch.full_like(query, torch.nan)
-        lse = torch.full(query.shape[:2], torch.nan, device=DEVICE)
-        attend.attend(query, key_pool, value_pool, shifted, lists, problem.scale, out, lse, merge=False)
+        out = torch.full_like(operands.query, torch.nan)
+        lse = torch.full(out.shape[:2], torch.nan, device=DEVICE)
+        attend.attend(operands, shifted, lists, out, lse, merge=False)
         outputs.append((out[shift:].clone(), lse[shift:].clone()))
     for near, far in zip(*outputs, strict=True):
         assert torch.equal(near, far)
@@ -136,10 +138,6 @@ def _behind(rows: int, operand: torch.Tensor) -> torch.Tensor:
     large[0] = operand[0]
     large[rows:] = operand
     return large
-
-
-def operands(problem: problems.Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return problem.query, problem.key_pool, problem.value_pool
 
 
 @pytest.mark.parametrize("pattern", ["auto", "grid", "vertical_slash", "a_shape"])
@@ -156,7 +154,7 @@ def test_a_layer_equals_the_reference(
     monkeypatch.setattr(prefill, "stages_of", lambda _name: stages_of("triton"))
     for implementation in ("reference", "triton"):
         out = torch.full_like(problem.query, torch.nan)
-        prefill.run_layer(*operands(problem), problem.plan, specs, config, problem.scale, out, implementation)
+        prefill.run_layer(problem.operands, problem.plan, specs, config, out, implementation)
         outputs.append(out.double())
     band = torch.finfo(torch.bfloat16).eps * float(outputs[0].abs().max())
     assert float((outputs[1] - outputs[0]).abs().max()) <= 3 * band, f"seed {seed}"

@@ -53,18 +53,17 @@ def check(setting: checks.Setting, seed: int) -> None:
         (tile_pass, random_lists(problem, tile_pass, seed + far))
         for far, tile_pass in enumerate((problem.plan.near, problem.plan.far))
     ]
-    operands = [problem.query, problem.key_pool, problem.value_pool]
-    operands, passes = checks.moved((operands, passes), DEVICE)
+    operands, passes = checks.moved((problem.operands, passes), DEVICE)
     results = []
     for implementation, own in (
-        (reference, [operand.double() for operand in operands]),
+        (reference, problems.cast(operands, torch.float64)),
         (reference, operands),
         (flashinfer_tiles, operands),
     ):
-        out = torch.full_like(own[0], torch.nan)
+        out = torch.full_like(own.query, torch.nan)
         lse = torch.full(out.shape[:2], torch.nan, dtype=torch.promote_types(out.dtype, torch.float32), device=DEVICE)
         for index, (tile_pass, lists) in enumerate(passes):
-            implementation.attend(*own, tile_pass, lists, problem.scale, out, lse, merge=index > 0)
+            implementation.attend(own, tile_pass, lists, out, lse, merge=index > 0)
         results.append((out, lse))
     checks.compare(*results, what=f"{setting}, seed {seed}")
 
@@ -98,13 +97,12 @@ def test_attend_does_not_wait_for_the_device(seed: int) -> None:
     problem = problems.make(checks.ODD, head_dim=128, dtype=torch.bfloat16, seed=seed)
     passes = [(problem.plan.near, random_lists(problem, problem.plan.near, seed))]
     problem, passes = checks.moved((problem, passes), DEVICE)
-    operands = problem.query, problem.key_pool, problem.value_pool
     out = torch.empty_like(problem.query)
-    ops.sparse_prefill(*operands, passes, problem.scale, out, "flashinfer")
+    ops.sparse_prefill(problem.operands, passes, out, "flashinfer")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.sparse_prefill(*operands, passes, problem.scale, out, "flashinfer")
+        ops.sparse_prefill(problem.operands, passes, out, "flashinfer")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -116,14 +114,13 @@ def test_a_layer_equals_the_reference(
 ) -> None:
     assert state(torch.bfloat16, 64) == "ok"
     problem = checks.moved(problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed), DEVICE)
-    operands = problem.query, problem.key_pool, problem.value_pool
     specs = load(pattern).specs(0, range(problem.query.shape[1]))
     config = Config(coverage=coverage, max_density=0.3, error_ceiling=10.0)
     outputs = []
     monkeypatch.setattr(prefill, "stages_of", lambda _name: stages_of("triton"))
     for implementation in ("reference", "flashinfer"):
         out = torch.full_like(problem.query, torch.nan)
-        prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, implementation)
+        prefill.run_layer(problem.operands, problem.plan, specs, config, out, implementation)
         outputs.append(out.double())
     band = torch.finfo(torch.bfloat16).eps * float(outputs[0].abs().max())
     assert float((outputs[1] - outputs[0]).abs().max()) <= 4 * band, f"seed {seed}"

@@ -48,10 +48,9 @@ def test_selection_on_fp8_pools(head_dim: int, seed: int) -> None:
 def test_a_layer_does_not_wait_for_the_device(spec: HeadSpec, seed: int) -> None:
     problem = checks.moved(problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed), DEVICE)
     out = torch.empty_like(problem.query)
-    operands = problem.query, problem.key_pool, problem.value_pool
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            prefill.run_layer(*operands, problem.plan, [spec] * 4, Config(), problem.scale, out, "triton", layer=0)
+            prefill.run_layer(problem.operands, problem.plan, [spec] * 4, Config(), out, "triton", layer=0)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -15,6 +15,7 @@ import torch
 import problems
 from mminference_sgl.kernels import attend, reference
 from mminference_sgl.kernels.launch_table import Launch
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map, tile_visibility
 from test_attention import random_lists
 
@@ -97,26 +98,22 @@ def run(case: Case, dtype: torch.dtype) -> None:
         page_size=case.page_size,
         dtype=dtype,
     )
-    pools = [problem.key_pool, problem.value_pool[..., : case.value_dim or case.head_dim]]
-    options = {"launch": case.launch}
-    ours = Result(strided(problem.query), pools, problem.scale)
+    meant = replace(problem.operands, value_pool=problem.value_pool[..., : case.value_dim or case.head_dim])
+    stored = meant
     if case.fp8:
-        ours.pools = [pool.to(torch.float8_e4m3fn) for pool in pools]
-        scales = (KEY_SCALE, VALUE_SCALE)
-        pools = [pool.to(dtype) * scale for pool, scale in zip(ours.pools, scales, strict=True)]
-        options |= {"key_scale": KEY_SCALE, "value_scale": VALUE_SCALE}
-    exact = Result(problem.query.double(), [pool.double() for pool in pools], problem.scale)
-    plain = Result(problem.query, pools, problem.scale)
-    pointers = Result(ours.query, ours.pools, problem.scale)
+        stored, meant = problems.in_fp8(meant, KEY_SCALE, VALUE_SCALE)
+    stored = replace(stored, query=strided(stored.query))
+    exact, plain = Result(problems.cast(meant, torch.float64)), Result(meant)
+    ours, pointers = Result(stored), Result(stored)
     for step, tile_pass in enumerate((problem.plan.near, problem.plan.far, problem.plan.near)):
         lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, step)
         for result in (exact, plain):
             result.run(reference, tile_pass, lists, merge=step > 0)
-        described = run_attend(ours, tile_pass, lists, merge=step > 0, **options)
+        described = run_attend(ours, tile_pass, lists, merge=step > 0, launch=case.launch)
         line = compare(case, tile_pass, lists, exact, plain, ours) | {"step": step, "described": described}
         if case.launch is not None and case.launch.descriptors:
-            other = {**options, "launch": case.launch._replace(descriptors=False)}
-            line["described_otherwise"] = run_attend(pointers, tile_pass, lists, merge=step > 0, **other)
+            other = case.launch._replace(descriptors=False)
+            line["described_otherwise"] = run_attend(pointers, tile_pass, lists, merge=step > 0, launch=other)
             line["same"] = all(
                 bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
                 for a, b in ((ours.out, pointers.out), (ours.lse, pointers.lse))
@@ -134,17 +131,15 @@ def run_attend(result: Result, *arguments, **options) -> int:
 class Result:
     """Operands of one implementation, and its output and LSE in memory that starts as NaN."""
 
-    def __init__(self, query: torch.Tensor, pools: list[torch.Tensor], scale: float) -> None:
-        self.query, self.pools, self.scale = query, pools, scale
-        self.out = query.new_full((*query.shape[:2], pools[1].shape[2]), torch.nan)
+    def __init__(self, operands: Operands) -> None:
+        self.operands, query = operands, operands.query
+        self.out = query.new_full((*query.shape[:2], operands.value_pool.shape[2]), torch.nan)
         self.lse = torch.full(
             query.shape[:2], torch.nan, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32
         )
 
     def run(self, implementation, tile_pass: TilePass, lists: TileLists, *, merge: bool, **options) -> None:
-        implementation.attend(
-            self.query, *self.pools, tile_pass, lists, self.scale, self.out, self.lse, merge=merge, **options
-        )
+        implementation.attend(self.operands, tile_pass, lists, self.out, self.lse, merge=merge, **options)
 
 
 def compare(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,14 +60,13 @@ def run(case: Case, dtype: torch.dtype) -> None:
         page_size=case.page_size,
         dtype=dtype,
     )
-    pools, scales = [problem.key_pool, problem.value_pool], {}
+    stored = problem.operands
     if case.fp8:
-        pools = [pool.to(torch.float8_e4m3fn) for pool in pools]
-        scales = {"key_scale": KEY_SCALE, "value_scale": VALUE_SCALE}
+        stored, _ = problems.in_fp8(stored, KEY_SCALE, VALUE_SCALE)
+    ours_of = replace(stored, query=strided(stored.query))
     for group in problem.plan.groups:
-        given = group.keys, group.probe_rows, problem.scale
-        exact = probe.run(problem.query.float(), *(pool.float() for pool in pools), *given, **scales)
-        ours = probe_triton.run(strided(problem.query), *pools, *given, **scales, launch=case.launch)
+        exact = probe.run(problems.cast(stored, torch.float32), group.keys, group.probe_rows)
+        ours = probe_triton.run(ours_of, group.keys, group.probe_rows, launch=case.launch)
         heads = torch.arange(case.heads, dtype=torch.int32)
         bounds = [(3, 9), (8 + 5 * heads, 1 + 20 * heads)]
         masses = {"tile_mass": (ours.tile_mass, exact.tile_mass), "output": (ours.output, exact.output)}

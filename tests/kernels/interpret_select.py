@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import torch
 
@@ -55,8 +56,7 @@ def compare_layers(spec: HeadSpec, ceiling: float, coverage: float) -> None:
     runs = {}
     for implementation in ("triton", "reference"):
         out = torch.full_like(problem.query, torch.nan)
-        operands = problem.query, problem.key_pool, problem.value_pool
-        reports = prefill.run_layer(*operands, problem.plan, [spec] * 4, config, problem.scale, out, implementation)
+        reports = prefill.run_layer(problem.operands, problem.plan, [spec] * 4, config, out, implementation)
         runs[implementation] = out, reports
     (ours, our_reports), (want, reports) = runs["triton"], runs["reference"]
     print(
@@ -78,9 +78,9 @@ def compare_layers(spec: HeadSpec, ceiling: float, coverage: float) -> None:
 
 def compare_searches(problem: problems.Problem) -> None:
     """Both searches on what is probed of each row group, keys scaled up so that attention is sharp."""
-    pools = problem.key_pool * 4, problem.value_pool
+    operands = replace(problem.operands, key_pool=problem.key_pool * 4)
     for group in problem.plan.groups:
-        probed = probe.run(problem.query, *pools, group.keys, group.probe_rows, problem.scale)
+        probed = probe.run(operands, group.keys, group.probe_rows)
         view, cell = group.view, group.view.cell
         for index, limits in enumerate(LIMITS):
             slash = view.slash_tiles(20, 33)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,9 +23,8 @@ LOOSE = {"coverage": 0.7, "max_density": 0.3, "error_ceiling": 10.0}
 
 def run_specs(problem: problems.Problem, specs: list[HeadSpec], implementation: str, **settings):
     out = torch.full_like(problem.query, torch.nan)
-    operands = problem.query, problem.key_pool, problem.value_pool
     config = Config(**settings)
-    reports = prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, implementation)
+    reports = prefill.run_layer(problem.operands, problem.plan, specs, config, out, implementation)
     return out, reports
 
 
@@ -61,10 +64,10 @@ def random_map(
 
 def attend(implementation, problem: problems.Problem, tile_pass: TilePass, lists: TileLists, dtype=None):
     """One pass of an implementation into memory full of NaN: output and LSE of the pass's rows."""
-    operands = [x if dtype is None else x.to(dtype) for x in (problem.query, problem.key_pool, problem.value_pool)]
-    out = torch.full_like(operands[0], torch.nan)
+    operands = problems.cast(problem.operands, dtype or problem.query.dtype)
+    out = torch.full_like(operands.query, torch.nan)
     lse = torch.full(out.shape[:2], torch.nan, dtype=dtype or torch.float32)
-    implementation.attend(*operands, tile_pass, lists, problem.scale, out, lse, merge=False)
+    implementation.attend(operands, tile_pass, lists, out, lse, merge=False)
     return out[tile_pass.rows], lse[tile_pass.rows]
 
 
@@ -215,16 +218,37 @@ def test_longest_lists_start_first() -> None:
 
 def test_ops_rejects_what_does_not_belong_together() -> None:
     problem = problems.make(problems.MIXED[:1])
-    query, pools, out = problem.query, (problem.key_pool, problem.value_pool), torch.empty_like(problem.query)
+    operands, query, out = problem.operands, problem.query, torch.empty_like(problem.query)
     passes = [(problem.plan.near, random_lists(problem, problem.plan.near, 0))]
     with pytest.raises(ValueError, match="do not divide"):
-        ops.sparse_prefill(query[:, :3], *pools, passes, 1.0, out, "torch")
+        ops.sparse_prefill(replace(operands, query=query[:, :3]), passes, out, "torch")
     with pytest.raises(ValueError, match="head size"):
-        ops.sparse_prefill(query[..., :16], *pools, passes, 1.0, out, "torch")
+        ops.sparse_prefill(replace(operands, query=query[..., :16]), passes, out, "torch")
     with pytest.raises(ValueError, match="out has shape"):
-        ops.sparse_prefill(query, *pools, passes, 1.0, out[:1], "torch")
+        ops.sparse_prefill(operands, passes, out[:1], "torch")
     with pytest.raises(ValueError, match="lists are for"):
-        ops.sparse_prefill(query[:, :2], *pools, passes, 1.0, out[:, :2], "torch")
+        ops.sparse_prefill(replace(operands, query=query[:, :2]), passes, out[:, :2], "torch")
+
+
+def test_implementations_take_what_the_protocol_lists() -> None:
+    wanted = list(inspect.signature(ops.Attend.__call__).parameters.values())[1:]
+    for module in ops._MODULES.values():
+        attend = importlib.import_module(module, "mminference_sgl.kernels").attend
+        own = list(inspect.signature(attend).parameters.values())
+        assert own[: len(wanted)] == wanted, module
+        assert all(more.default is None for more in own[len(wanted) :]), module
+
+
+def test_a_block_of_heads_has_their_keys() -> None:
+    operands = problems.make(problems.MIXED[2:3], heads=12, kv_heads=3).operands
+    assert operands.group == 4
+    for heads, kv_heads in ((slice(0, 12), slice(0, 3)), (slice(4, 12), slice(1, 3)), (slice(6, 8), slice(1, 2))):
+        block = operands.block(heads)
+        assert torch.equal(block.query, operands.query[:, heads])
+        for name in ("key_pool", "value_pool"):
+            own, whole = getattr(block, name), getattr(operands, name)
+            assert own.data_ptr() == whole[:, kv_heads].data_ptr()
+            assert own.shape == whole[:, kv_heads].shape
 
 
 def test_a_named_implementation_never_falls_back() -> None:
@@ -246,17 +270,12 @@ def _narrow_a_shape():
 def test_fp8_pools_are_what_their_scales_say(implementation: str, coverage: float) -> None:
     """Probe, selection, attention and guard of an fp8 pool are those of the pool it stands for."""
     problem = problems.make(tile_queries=32, tile_keys=16)
-    stored = [pool.to(torch.float8_e4m3fn) for pool in (problem.key_pool, problem.value_pool)]
-    scales = {"key_scale": 0.5, "value_scale": 1.75}
-    meant = [pool.float() * scale for pool, scale in zip(stored, scales.values(), strict=True)]
     specs = load("auto").specs(0, range(problem.query.shape[1]))
     config = Config(coverage=coverage, max_density=0.4, error_ceiling=0.5)
     results = []
-    for pools, given in ((stored, scales), (meant, {})):
+    for operands in problems.in_fp8(problem.operands, 0.5, 1.75):
         out = torch.full_like(problem.query, torch.nan)
-        reports = prefill.run_layer(
-            problem.query, *pools, problem.plan, specs, config, problem.scale, out, implementation, **given
-        )
+        reports = prefill.run_layer(operands, problem.plan, specs, config, out, implementation)
         results.append((out[problem.plan.near.rows], [(int(r.tiles), int(r.guarded)) for r in reports]))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
     assert results[0][1] == results[1][1]

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 import problems
 from mminference_sgl.backend import selfcheck
 from mminference_sgl.kernels import flashinfer_fill, flashinfer_tiles, flashinfer_work, ops, reference
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass
 from test_attention import assert_as_exact_as, random_lists
 
@@ -86,38 +87,37 @@ class Kernel:
 
 
 def attend(
-    kernel: Kernel, operands: list[torch.Tensor], passes: list[tuple[TilePass, TileLists]], scale: float
+    kernel: Kernel, operands: Operands, passes: list[tuple[TilePass, TileLists]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Passes by the implementation's functions, their masked tiles by the reference; output and LSE of the batch."""
-    out = torch.full_like(operands[0], torch.nan)
+    out = torch.full_like(operands.query, torch.nan)
     lse = torch.full(out.shape[:2], torch.nan)
     for index, (tile_pass, lists) in enumerate(passes):
         kernel.writes = None
-        part, part_lse = flashinfer_tiles.full_tiles(*operands, tile_pass, lists, scale, kernel, kernel.processors)
+        part, part_lse = flashinfer_tiles.full_tiles(operands, tile_pass, lists, kernel, kernel.processors)
         assert kernel.writes is not None
         assert (kernel.writes == 1).all(), "each row of each head is written once"
         flashinfer_tiles.write(out, lse, tile_pass.rows, part, part_lse, merge=index > 0)
         rest = flashinfer_work.masked_rest(lists)
-        reference.attend(*operands, tile_pass, rest, scale, out, lse, merge=True)
+        reference.attend(operands, tile_pass, rest, out, lse, merge=True)
     return out, lse
 
 
 def by_reference(
-    operands: list[torch.Tensor], passes: list[tuple[TilePass, TileLists]], scale: float, dtype: torch.dtype
+    operands: Operands, passes: list[tuple[TilePass, TileLists]], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    operands = [operand.to(dtype) for operand in operands]
-    out = torch.full_like(operands[0], torch.nan)
+    operands = problems.cast(operands, dtype)
+    out = torch.full_like(operands.query, torch.nan)
     lse = torch.full(out.shape[:2], torch.nan, dtype=torch.promote_types(dtype, torch.float32))
     for index, (tile_pass, lists) in enumerate(passes):
-        reference.attend(*operands, tile_pass, lists, scale, out, lse, merge=index > 0)
+        reference.attend(operands, tile_pass, lists, out, lse, merge=index > 0)
     return out, lse
 
 
 def compare(problem: problems.Problem, passes: list[tuple[TilePass, TileLists]], kernel: Kernel) -> None:
-    operands = [problem.query, problem.key_pool, problem.value_pool]
-    ours = attend(kernel, operands, passes, problem.scale)
-    exact = by_reference(operands, passes, problem.scale, torch.float64)
-    plain = by_reference(operands, passes, problem.scale, problem.query.dtype)
+    ours = attend(kernel, problem.operands, passes)
+    exact = by_reference(problem.operands, passes, torch.float64)
+    plain = by_reference(problem.operands, passes, problem.query.dtype)
     blind = torch.isneginf(exact[1])
     assert torch.equal(torch.isneginf(ours[1]), blind)
     assert (ours[0][blind] == 0).all()
@@ -196,8 +196,7 @@ def test_lists_that_hold_all_they_can_are_all_computed(monkeypatch: pytest.Monke
     for window in (16, int(every.sum()), 1 << 20):
         monkeypatch.setattr(flashinfer_work, "launches", partial(launch, entries=window))
         kernel = Kernel(5)
-        operands = problem.query, problem.key_pool, problem.value_pool
-        flashinfer_tiles.full_tiles(*operands, tile_pass, lists, problem.scale, kernel, kernel.processors)
+        flashinfer_tiles.full_tiles(problem.operands, tile_pass, lists, kernel, kernel.processors)
         assert kernel.launches == int(every.sum()) // window + 1
         assert kernel.writes is not None
         assert (kernel.writes == 1).all()
@@ -283,17 +282,13 @@ def test_merging_ignores_what_rows_without_keys_hold() -> None:
 # -- the implementation as a whole -------------------------------------------------------------------------------------
 
 
-def masked_tiles(query, key_pool, value_pool, *arguments, merge: bool, key_scale: float, value_scale: float) -> None:
-    reference.attend(query, key_pool * key_scale, value_pool * value_scale, *arguments, merge=merge)
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """The implementation with the kernel played here and the reference in Triton's place."""
     kernel = Kernel(13, flashinfer_tiles.CTA_ROWS[64])
     properties = types.SimpleNamespace(multi_processor_count=kernel.processors)
     monkeypatch.setattr(flashinfer_tiles, "paged_run", lambda dtype, head_dim: kernel)
-    monkeypatch.setattr(flashinfer_tiles, "triton_tiles", types.SimpleNamespace(attend=masked_tiles))
+    monkeypatch.setattr(flashinfer_tiles, "triton_tiles", reference)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return kernel
 
@@ -301,11 +296,11 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_attend_equals_the_reference(on_cpu: Kernel, page_size: int) -> None:
     problem = problems.make(OTHERS, head_dim=64, dtype=torch.float16, tile_queries=128, page_size=page_size)
-    operands, passes = [problem.query, problem.key_pool, problem.value_pool], both_passes(problem)
+    passes = both_passes(problem)
     out = torch.full_like(problem.query, torch.nan)
-    lse = ops.sparse_prefill(*operands, passes, problem.scale, out, "flashinfer")
-    exact, exact_lse = by_reference(operands, passes, problem.scale, torch.float64)
-    plain, _ = by_reference(operands, passes, problem.scale, torch.float16)
+    lse = ops.sparse_prefill(problem.operands, passes, out, "flashinfer")
+    exact, exact_lse = by_reference(problem.operands, passes, torch.float64)
+    plain, _ = by_reference(problem.operands, passes, torch.float16)
     assert on_cpu.launches == 2
     assert_as_exact_as(plain, out, exact)
     assert torch.equal(torch.isneginf(lse), torch.isneginf(exact_lse))
@@ -314,12 +309,12 @@ def test_attend_equals_the_reference(on_cpu: Kernel, page_size: int) -> None:
 def test_scales_of_the_pool_are_applied(on_cpu: Kernel) -> None:
     problem = problems.make(OTHERS, head_dim=64, dtype=torch.float16)
     tile_pass, lists = both_passes(problem)[0]
-    scaled = [problem.query, problem.key_pool * 0.5, problem.value_pool * 2]
-    exact, exact_lse = by_reference(scaled, [(tile_pass, lists)], problem.scale, torch.float64)
-    plain, _ = by_reference(scaled, [(tile_pass, lists)], problem.scale, torch.float16)
+    scaled = replace(problem.operands, key_pool=problem.key_pool * 0.5, value_pool=problem.value_pool * 2)
+    exact, exact_lse = by_reference(scaled, [(tile_pass, lists)], torch.float64)
+    plain, _ = by_reference(scaled, [(tile_pass, lists)], torch.float16)
     out, lse = torch.full_like(problem.query, torch.nan), torch.full(problem.query.shape[:2], torch.nan)
-    operands = problem.query, problem.key_pool, problem.value_pool, tile_pass, lists, problem.scale, out, lse
-    flashinfer_tiles.attend(*operands, merge=False, key_scale=0.5, value_scale=2.0)
+    operands = replace(problem.operands, key_scale=0.5, value_scale=2.0)
+    flashinfer_tiles.attend(operands, tile_pass, lists, out, lse, merge=False)
     assert_as_exact_as(plain, out, exact)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
 
@@ -330,8 +325,7 @@ def test_without_entries_flashinfer_is_not_asked(on_cpu: Kernel) -> None:
     none = torch.zeros_like(lists.count)
     empty = replace(lists, begin=none, count=none, full=none, tiles=lists.tiles[:0])
     out = torch.full_like(problem.query, torch.nan)
-    operands = problem.query, problem.key_pool, problem.value_pool
-    lse = ops.sparse_prefill(*operands, [(tile_pass, empty)], problem.scale, out, "flashinfer")
+    lse = ops.sparse_prefill(problem.operands, [(tile_pass, empty)], out, "flashinfer")
     assert on_cpu.launches == 0
     assert (out == 0).all()
     assert torch.isneginf(lse).all()
@@ -352,10 +346,10 @@ def test_without_entries_flashinfer_is_not_asked(on_cpu: Kernel) -> None:
 def test_operands_it_does_not_take_are_refused(on_cpu: Kernel, change: Callable, reason: str) -> None:
     problem = problems.make(OTHERS[:1], head_dim=64, dtype=torch.float16)
     tile_pass, lists = both_passes(problem)[0]
-    query, key, value = change(problem.query, problem.key_pool, problem.value_pool)
-    out, lse = torch.empty_like(query), torch.empty(query.shape[:2])
+    operands = Operands(*change(problem.query, problem.key_pool, problem.value_pool), 1.0)
+    out, lse = torch.empty_like(problem.query), torch.empty(problem.query.shape[:2])
     with pytest.raises(ops.ImplementationUnavailableError, match=reason):
-        flashinfer_tiles.attend(query, key, value, tile_pass, lists, 1.0, out, lse, merge=False)
+        flashinfer_tiles.attend(operands, tile_pass, lists, out, lse, merge=False)
     assert on_cpu.launches == 0
 
 
@@ -424,11 +418,11 @@ def test_the_check_says_how_its_process_ended() -> None:
 def test_the_check_finds_wrong_gathers_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     right, seen = ops.sparse_prefill, []
 
-    def wrong(*arguments, **scales):
-        seen.append(arguments[3][0][0].keys.contiguous)
-        lse = right(*arguments, **scales)
+    def wrong(operands, passes, out, implementation):
+        seen.append(passes[0][0].keys.contiguous)
+        lse = right(operands, passes, out, implementation)
         if seen[-1]:
-            arguments[5][-1] += 1
+            out[-1] += 1
         return lse
 
     monkeypatch.setattr(ops, "sparse_prefill", wrong)

@@ -21,8 +21,7 @@ TIMESTAMPS = problems.Request(1400, [problems.timestamped_video(4, 20, 6, 8)], 5
 
 
 def probed(problem: problems.Problem, group) -> probe.WeightProbe:
-    operands = problem.query, problem.key_pool, problem.value_pool
-    return probe.run(*operands, group.keys, group.probe_rows, problem.scale)
+    return probe.run(problem.operands, group.keys, group.probe_rows)
 
 
 def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
@@ -66,7 +65,6 @@ def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.R
     choice = choose(problem, group, pattern, config)
     measured = select.measured(group.view, rows, choice, choices.Limits(0.8, 0.4, 4.0)).coverage
 
-    operands = problem.query, problem.key_pool, problem.value_pool
     parts = []
     for tile_pass, tiles, selected in (
         (problem.plan.near, group.near, choice.near),
@@ -75,7 +73,7 @@ def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.R
         lists = prefill._PassLists(tile_pass, 4, stages_of("reference"))
         lists.put(tiles, selected, choice)
         whole = torch.zeros_like(problem.query), torch.full(problem.query.shape[:2], -torch.inf)
-        reference.attend(*operands, tile_pass, lists.lists(), problem.scale, *whole, merge=False)
+        reference.attend(problem.operands, tile_pass, lists.lists(), *whole, merge=False)
         parts.append([x[group.probe_rows.rows] for x in whole])
     (_, near_lse), (_, far_lse) = parts
     lse = torch.logaddexp(near_lse, far_lse)
@@ -320,14 +318,13 @@ def test_guard_bounds_the_error_with_the_fewest_heads(waits: bool, monkeypatch: 
     monkeypatch.setattr(prefill, "stages_of", lambda name: stages_of(name)._replace(waits=waits))
     problem = problems.make([VIDEO], tile_queries=32, tile_keys=16, heads=8, kv_heads=2)
     specs = load("grid").specs(0, range(8))
-    operands = problem.query, problem.key_pool, problem.value_pool
     rows = media_group(problem).probe_rows.rows
     exact = problem.dense(torch.float32)
 
     def run(ceiling: float) -> tuple[prefill.LayerReport, torch.Tensor]:
         config = Config(coverage=0.3, max_density=0.1, error_ceiling=ceiling)
         out = torch.full_like(problem.query, torch.nan)
-        (report,) = prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, "torch")
+        (report,) = prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch")
         return report, out
 
     free, loose = run(100.0)
@@ -377,8 +374,7 @@ def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request(monke
 
     def run(layer: int | None) -> torch.Tensor:
         out = torch.empty_like(problem.query)
-        operands = problem.query, problem.key_pool, problem.value_pool
-        prefill.run_layer(*operands, problem.plan, specs, Config(), problem.scale, out, "torch", layer)
+        prefill.run_layer(problem.operands, problem.plan, specs, Config(), out, "torch", layer)
         return out
 
     def carried(layer: int | None) -> torch.Tensor:
@@ -412,8 +408,7 @@ def test_blocks_of_heads_do_not_change_the_answer(
 
     def output() -> torch.Tensor:
         out = torch.empty_like(problem.query)
-        operands = problem.query, problem.key_pool, problem.value_pool
-        prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, "torch")
+        prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch")
         return out
 
     whole = output()

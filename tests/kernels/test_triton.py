@@ -170,10 +170,10 @@ def test_a_launch_that_cannot_have_its_descriptors_is_refused() -> None:
     problem = problems.make(problems.MIXED[:1], head_dim=80, page_size=64)
     lists = random_lists(problem, problem.plan.near, 0)
     out = torch.empty_like(problem.query)
-    operands = problem.query, problem.key_pool, problem.value_pool, problem.plan.near, lists, problem.scale
+    given = problem.operands, problem.plan.near, lists
     launch = Launch(16, 16, 1, 2, descriptors=True)
     with pytest.raises(ValueError, match="cannot be read through them"):
-        attend.attend(*operands, out, out[..., 0].float(), merge=False, launch=launch)
+        attend.attend(*given, out, out[..., 0].float(), merge=False, launch=launch)
 
 
 @pytest.mark.parametrize(

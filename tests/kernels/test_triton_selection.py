@@ -101,17 +101,16 @@ def test_no_stage_of_a_layer_waits_for_the_device(specs: list[HeadSpec], monkeyp
     problem = problems.make(problems.MIXED, tile_queries=32, tile_keys=16)
     with FakeTensorMode() as mode:
         problem = without_values(problem, mode)
-        operands = problem.query, problem.key_pool, problem.value_pool
-        given = problem.plan, specs, Config(), problem.scale
-        prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton", 0)
+        given = problem.operands, problem.plan, specs, Config()
+        prefill.run_layer(*given, torch.empty_like(problem.query), "triton", 0)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "tensor", None)
-            reports = prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton", 0)
+            reports = prefill.run_layer(*given, torch.empty_like(problem.query), "triton", 0)
         assert len(reports) == len(problem.plan.requests)
         waiting = stages_of("triton")._replace(lists=stages_of("torch").lists)
         monkeypatch.setattr(prefill, "stages_of", lambda _name: waiting)
         with pytest.raises(DynamicOutputShapeException):
-            prefill.run_layer(*operands, *given, torch.empty_like(problem.query), "triton")
+            prefill.run_layer(*given, torch.empty_like(problem.query), "triton")
 
 
 def without_values(value: Any, mode: FakeTensorMode) -> Any:

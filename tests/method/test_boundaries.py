@@ -30,25 +30,18 @@ boundaries = pytest.mark.parametrize("name", BOUNDARIES)
 
 def run(problem: problems.Problem, spec: HeadSpec, implementation: str, config: Config) -> torch.Tensor:
     out = torch.full_like(problem.query, torch.nan)
-    operands = problem.query, problem.key_pool, problem.value_pool
     specs = [spec] * problem.query.shape[1]
-    prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, implementation)
+    prefill.run_layer(problem.operands, problem.plan, specs, config, out, implementation)
     return out
 
 
 def kept_mass(problem: problems.Problem, spec: HeadSpec, config: Config) -> torch.Tensor:
     """True mass that each row keeps, [rows, H]: the LSE over the listed keys against that over all."""
-    operands = problem.query, problem.key_pool, problem.value_pool
-    passes, _ = prefill.select_layer(*operands, problem.plan, [spec] * problem.query.shape[1], config, problem.scale)
-    sparse = ops.sparse_prefill(*operands, passes, problem.scale, torch.empty_like(problem.query), "torch")
-    dense, _ = prefill.select_layer(
-        *operands,
-        problem.plan,
-        [HeadSpec(media_text="dense", media_media="dense")] * problem.query.shape[1],
-        config,
-        problem.scale,
-    )
-    every = ops.sparse_prefill(*operands, dense, problem.scale, torch.empty_like(problem.query), "torch")
+    passes, _ = prefill.select_layer(problem.operands, problem.plan, [spec] * problem.query.shape[1], config)
+    sparse = ops.sparse_prefill(problem.operands, passes, torch.empty_like(problem.query), "torch")
+    every_head_dense = [HeadSpec(media_text="dense", media_media="dense")] * problem.query.shape[1]
+    dense, _ = prefill.select_layer(problem.operands, problem.plan, every_head_dense, config)
+    every = ops.sparse_prefill(problem.operands, dense, torch.empty_like(problem.query), "torch")
     return (sparse - every).exp()
 
 
@@ -140,9 +133,8 @@ def test_the_guard_sees_what_its_probe_rows_see_and_nothing_else() -> None:
 
     def outcome(problem: problems.Problem) -> tuple[prefill.LayerReport, torch.Tensor]:
         out = torch.empty_like(problem.query)
-        operands = problem.query, problem.key_pool, problem.value_pool
         specs = [HeadSpec(media_text="grid", media_media="grid")] * problem.query.shape[1]
-        (report,) = prefill.run_layer(*operands, problem.plan, specs, config, problem.scale, out, "torch")
+        (report,) = prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch")
         return report, (out - problem.dense(torch.float32)).square().mean((1, 2)).sqrt()
 
     report, error = outcome(hidden)

@@ -78,9 +78,8 @@ def plant(problem: problems.Problem, stride: int, *, start: int = START, reach: 
 
 def run(problem: problems.Problem, layer: int = 0) -> prefill.LayerReport:
     out = torch.empty_like(problem.query)
-    operands = problem.query, problem.key_pool, problem.value_pool
     specs = [HeadSpec()] * problem.query.shape[1]
-    (report,) = prefill.run_layer(*operands, problem.plan, specs, CONFIG, problem.scale, out, "torch", layer)
+    (report,) = prefill.run_layer(problem.operands, problem.plan, specs, CONFIG, out, "torch", layer)
     return report
 
 

@@ -21,6 +21,7 @@ from mminference_sgl.backend.layout import LayoutCache
 from mminference_sgl.backend.sglang_compat import head_offset, set_kv_buffer
 from mminference_sgl.backend.start import Start
 from mminference_sgl.backend.sub_batch import sub_batch, without_media
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.plan import ForwardPlan, SparseRequest, build
@@ -184,19 +185,17 @@ class MMInferenceAttnBackend(AttentionBackend):
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
         out[forward.rows :] = 0
-        reports = prefill.run_layer(
+        operands = Operands(
             query,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            forward.plan,
-            self._layer_specs(layer),
-            self._start.config,
             layer.scaling,
-            out,
-            self._start.implementation,
-            layer.layer_id,
-            key_scale=_scale(layer.k_scale_float),
-            value_scale=_scale(layer.v_scale_float),
+            _scale(layer.k_scale_float),
+            _scale(layer.v_scale_float),
+        )
+        specs = self._layer_specs(layer)
+        reports = prefill.run_layer(
+            operands, forward.plan, specs, self._start.config, out, self._start.implementation, layer.layer_id
         )
         if forward.dense_rows is not None:
             self._prepare_dense(forward, forward.dense_batch)

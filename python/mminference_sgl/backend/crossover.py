@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from mminference_sgl import _core
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
@@ -114,7 +115,8 @@ def _times(shape: Shape, length: int) -> tuple[float, float]:
 
     query = random(rows, shape.heads, shape.head_dim)
     key_pool, value_pool = (random(length + 1, shape.kv_heads, shape.head_dim) for _ in range(2))
-    scale, out = shape.head_dim**-0.5, torch.empty_like(query)
+    operands = Operands(query, key_pool, value_pool, shape.head_dim**-0.5)
+    out = torch.empty_like(query)
     req_to_token = torch.arange(1, length + 1, dtype=torch.int32, device=shape.device)[None]
     frames = length // _SIDE**2
     layout = _core.Layout(
@@ -139,17 +141,16 @@ def _times(shape: Shape, length: int) -> tuple[float, float]:
     config = dataclasses.replace(shape.config, error_ceiling=math.inf)
 
     def sparse() -> None:
-        operands = query, key_pool, value_pool
-        prefill.run_layer(*operands, plan, specs, config, scale, out, shape.implementation)
+        prefill.run_layer(operands, plan, specs, config, out, shape.implementation)
 
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key_pool[1:], value_pool[1:]))
     k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, 1) for x in (k, v))
 
     def dense() -> None:
         own = slice(length - rows, length)
-        functional.scaled_dot_product_attention(q, k[:, :, own], v[:, :, own], is_causal=True, scale=scale)
+        functional.scaled_dot_product_attention(q, k[:, :, own], v[:, :, own], is_causal=True, scale=operands.scale)
         if length > rows:
-            functional.scaled_dot_product_attention(q, k[:, :, :-rows], v[:, :, :-rows], scale=scale)
+            functional.scaled_dot_product_attention(q, k[:, :, :-rows], v[:, :, :-rows], scale=operands.scale)
 
     return _seconds(sparse, shape.device), _seconds(dense, shape.device)
 

@@ -19,6 +19,7 @@ import torch
 
 from mminference_sgl import _core
 from mminference_sgl.kernels import ops
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
@@ -150,11 +151,11 @@ def _check_here(
         # The guard would mend what is wrong.
         exact, sparse = (Config(coverage=coverage, error_ceiling=1e9) for coverage in (1.0, 0.9))
         grid, auto = [HeadSpec(media_text="grid", media_media="grid")] * _HEADS, [HeadSpec()] * _HEADS
-        operands, scale = (query, key, value, plan), head_dim**-0.5
-        prefill.run_layer(*operands, grid, exact, scale, out, implementation)
+        operands = Operands(query, key, value, head_dim**-0.5)
+        prefill.run_layer(operands, plan, grid, exact, out, implementation)
         error = (out.double() - _dense(query, key[slots], value[slots])).abs().max().item()
         kept, expected = (
-            prefill.select_layer(*operands, auto, sparse, scale, name)[1][0].coverage.item()
+            prefill.select_layer(operands, plan, auto, sparse, name)[1][0].coverage.item()
             for name in (implementation, "torch")
         )
     except Exception as problem:  # noqa: BLE001 - the caller reports it

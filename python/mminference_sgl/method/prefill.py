@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypedDict
 
 import torch
 
 from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import ops, probe, search, select
 from mminference_sgl.kernels.choice import Choice, Limits, View
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.stages import Stages, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
 from mminference_sgl.method.catalog import HeadSpec
@@ -47,54 +47,38 @@ class LayerReport:
     guarded: torch.Tensor
 
 
-class _Scales(TypedDict):
-    key_scale: float
-    value_scale: float
-
-
 Passes = list[tuple[TilePass, TileLists]]
 """Passes of a layer with the tile lists of some heads, the sequence pass first."""
 
 
 def run_layer(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
+    operands: Operands,
     plan: ForwardPlan,
     specs: Sequence[HeadSpec],
     config: Config,
-    scale: float,
     out: torch.Tensor,
     implementation: str,
     layer: int | None = None,
-    *,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
 ) -> list[LayerReport]:
     """Computes the plan's rows of one layer into ``out``.
 
     Args:
-        query: [batch rows, H, D] as the model made it.
-        key_pool, value_pool: [slots, KV heads, D]; the chunk's keys and values are already in them.
+        operands: of all heads of this rank.
         specs: one head spec per query head of this rank.
         out: [batch rows, H, Dv].
         layer: id under which the heads' picks are carried over to the request's next chunk; None carries nothing.
-        key_scale, value_scale: what the pools' elements are multiplied by, for pools in fp8 e4m3.
 
     Returns:
         One report per sparse request.
     """
     stages = stages_of(implementation)
-    heads = slice(0, len(specs))
-    whole = _Layer(
-        query, key_pool, value_pool, key_scale, value_scale, plan, specs, heads, config, scale, layer, stages
-    )
+    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages)
     watched, lse = [], []
     for part in whole.parts():
         passes, seen = _select(part)
         watched.append(seen)
         part_out = out[:, part.heads]
-        lse.append(ops.sparse_prefill(*part.operands, passes, scale, part_out, implementation, **part.scales))
+        lse.append(ops.sparse_prefill(part.operands, passes, part_out, implementation))
     merged = [_Watched.of(parts) for parts in zip(*watched, strict=True)]
     for item in merged:
         item.measure(out, config.error_ceiling)
@@ -115,26 +99,17 @@ def _repair(layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: 
         lse[rows] = lse[rows].masked_fill(item.guarded, float("-inf"))
         wanted[:, item.group.near] = item.guarded[:, None]
     lists = near, dense_lists(near, wanted)
-    ops.merge_pass(*layer.operands, lists, layer.scale, out, lse, layer.stages.repair, **layer.scales)
+    ops.merge_pass(layer.operands, lists, out, lse, layer.stages.repair)
 
 
 def select_layer(
-    query: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    plan: ForwardPlan,
-    specs: Sequence[HeadSpec],
-    config: Config,
-    scale: float,
-    implementation: str = "torch",
+    operands: Operands, plan: ForwardPlan, specs: Sequence[HeadSpec], config: Config, implementation: str = "torch"
 ) -> tuple[Passes, list[LayerReport]]:
     """Probes the plan's requests and chooses the tiles of every head; arguments as in :func:`run_layer`.
 
     The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
     """
-    stages = stages_of(implementation)
-    heads = slice(0, len(specs))
-    layer = _Layer(query, key_pool, value_pool, 1.0, 1.0, plan, specs, heads, config, scale, None, stages)
+    layer = _Layer(operands, plan, specs, slice(0, len(specs)), config, None, stages_of(implementation))
     passes, watched = _select(layer)
     return passes, _reports(watched)
 
@@ -190,29 +165,16 @@ class _Watched:
 class _Layer:
     """What selection works on: the arguments of :func:`run_layer`, for all heads or for a block of them.
 
-    ``all_specs``: of the whole layer; ``heads``: the block, whose operands the others are.
+    ``all_specs``: of the whole layer; ``heads``: the block, whose ``operands`` these are.
     """
 
-    query: torch.Tensor
-    key_pool: torch.Tensor
-    value_pool: torch.Tensor
-    key_scale: float
-    value_scale: float
+    operands: Operands
     plan: ForwardPlan
     all_specs: Sequence[HeadSpec]
     heads: slice
     config: Config
-    scale: float
     id: int | None
     stages: Stages
-
-    @property
-    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.query, self.key_pool, self.value_pool
-
-    @property
-    def scales(self) -> _Scales:
-        return {"key_scale": self.key_scale, "value_scale": self.value_scale}
 
     @property
     def specs(self) -> Sequence[HeadSpec]:
@@ -220,29 +182,23 @@ class _Layer:
 
     def parts(self) -> list[_Layer]:
         """Blocks of heads whose tile maps and lists stay within :data:`MAP_TILES`."""
-        blocks = head_blocks(self.plan, len(self.specs), self.key_pool.shape[1])
-        return [self] if len(blocks) == 1 else [self.of(heads) for heads, _ in blocks]
+        blocks = head_blocks(self.plan, self.operands.heads, self.operands.kv_heads)
+        return [self] if len(blocks) == 1 else [self.of(heads) for heads in blocks]
 
     def of(self, heads: slice) -> _Layer:
         """A block of heads, of one GQA group or of several whole ones."""
-        kv_heads = _kv_heads(heads, len(self.specs) // self.key_pool.shape[1])
-        return replace(
-            self,
-            query=self.query[:, heads],
-            key_pool=self.key_pool[:, kv_heads],
-            value_pool=self.value_pool[:, kv_heads],
-            heads=slice(self.heads.start + heads.start, self.heads.start + heads.stop),
-        )
+        own = slice(self.heads.start + heads.start, self.heads.start + heads.stop)
+        return replace(self, operands=self.operands.block(heads), heads=own)
 
     def probe(self, group: RowGroup, *, with_weights: bool) -> probe.Probe:
         """Probes the group's rows; ``with_weights`` the portable way, for those who look at single keys."""
         run = probe.run if with_weights else self.stages.probe
-        return run(*self.operands, group.keys, group.probe_rows, self.scale, **self.scales)
+        return run(self.operands, group.keys, group.probe_rows)
 
     def probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
         """Blocks of whole GQA groups whose probe stays within the bound of the device."""
-        heads, per_group = len(self.specs), len(self.specs) // self.key_pool.shape[1]
-        bound = PROBE_BYTES_CPU if self.query.device.type == "cpu" else PROBE_BYTES
+        heads, per_group = self.operands.heads, self.operands.group
+        bound = PROBE_BYTES_CPU if self.operands.query.device.type == "cpu" else PROBE_BYTES
         held = group.keys.sequence.slots.numel() * group.probe_rows.rows.numel()
         if not with_weights and not self.stages.waits:
             held //= group.keys.sequence.tile_keys
@@ -250,8 +206,8 @@ class _Layer:
         return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
 
 
-def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[tuple[slice, slice]]:
-    """Blocks of query heads, and their KV heads, whose tile maps stay within :data:`MAP_TILES`.
+def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[slice]:
+    """Blocks of query heads whose tile maps stay within :data:`MAP_TILES`.
 
     A block is one GQA group, several whole ones, or an equal part of one.
     """
@@ -260,16 +216,11 @@ def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[tuple[slic
     group = heads // kv_heads
     step = min(heads, max(1, MAP_TILES // tiles))
     step = step // group * group or max(size for size in range(1, step + 1) if group % size == 0)
-    blocks = [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
-    return [(block, _kv_heads(block, group)) for block in blocks]
-
-
-def _kv_heads(heads: slice, group: int) -> slice:
-    return slice(heads.start // group, -(-heads.stop // group))
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
 def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
-    plan, heads, device = layer.plan, len(layer.specs), layer.query.device
+    plan, heads, device = layer.plan, len(layer.specs), layer.operands.query.device
     near = _PassLists(plan.near, heads, layer.stages)
     far = _PassLists(plan.far, heads, layer.stages) if plan.far is not None else None
     watched: list[_Watched] = []
@@ -295,7 +246,7 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
         return choices.dense(group.view, len(layer.specs)), None
     layout = layer.plan.requests[group.request].layout
     listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
-    carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.query.device)
+    carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.operands.query.device)
     blocks, outputs = [], []
     for part in layer.probe_parts(group, with_weights=listens):
         probed = part.probe(group, with_weights=listens)
