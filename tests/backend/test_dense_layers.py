@@ -6,7 +6,9 @@ such models: keys of sliding layers lie in slots of their own.
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,3 +221,45 @@ def test_forwards_of_changing_batches(model_of):
         model.run({0: 217}, clips)
     assert model.done == [700, 500, 450]
     assert model.counters["sparse"] == 6
+
+
+def test_nothing_of_a_request_outlives_its_forward(model_of):
+    model = model_of(401, 333)
+    clip = video(5)
+    gone = weakref.ref(clip)
+    with torch.no_grad():
+        model.run({0: 401, 1: 333}, {0: clip})
+    del clip
+    gc.collect()
+    assert gone() is None
+    sparse = model.backend.prefill_backend
+    assert len(sparse._layouts) == 0
+    assert sparse._forward.plan is None
+
+
+def test_a_layer_behind_the_last_one_is_prepared_for(model_of):
+    """A model may use its layers in another order than their ids tell."""
+    model = model_of(401)
+    model.layers = nn.ModuleList(reversed(model.layers))
+    with torch.no_grad():
+        model.run({0: 401}, {0: video(5)})
+    assert model.counters["dense_layers:behind the last one"] == 1
+
+
+@pytest.mark.parametrize("others", [{}, {1: 333}], ids=["alone", "beside-dense"])
+def test_rows_of_no_request_are_zero(model_of, monkeypatch: pytest.MonkeyPatch, others: dict[int, int]):
+    """CUDA graphs pad a batch; what such rows hold goes on through the model."""
+    chunks = {0: 401, **others}
+    model = model_of(*chunks.values())
+    batch = model._batch(chunks, {0: video(5)}, decode=False)
+    padding = 7
+    batch.out_cache_loc = torch.cat([batch.out_cache_loc, torch.zeros(padding, dtype=torch.long)])
+    rows = sum(chunks.values()) + padding
+    q, k, v = (torch.ones(rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, torch.nan))
+    with torch.no_grad():
+        model.backend.init_forward_metadata(batch)
+        out = model.backend.forward(q=q.flatten(1), k=k, v=v, layer=model.layers[FULL], forward_batch=batch)
+    assert out.isfinite().all()
+    assert (out[-padding:] == 0).all()
+    assert (out[:-padding] != 0).any(1).all()

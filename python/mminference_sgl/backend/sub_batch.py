@@ -18,9 +18,10 @@ PER_ROW = ("input_ids", "positions", "out_cache_loc")
 
 
 def without_media(batch: ForwardBatch) -> ForwardBatch:
-    """A batch that may be kept for a forward's life without keeping the request's pixels and embeddings."""
+    """A batch that may be kept without keeping the requests' pixels and embeddings alive."""
     part = copy.copy(batch)
     part.mm_inputs = None
+    part.input_embeds = None
     return part
 
 

@@ -186,7 +186,8 @@ class PortableDenseAttnBackend(TorchNativeAttnBackend):
             else:
                 out[start:end] = window_attention(own, keys, values, layer.scaling, window)
             start = end
-        # Rows beyond the requests are padding; nobody reads them.
+        # Rows beyond the requests are padding, which goes on through the model.
+        out[start:] = 0
         return out.view(q.shape)
 
     def _slots(self, layer: RadixAttention, request: int, start: int, end: int) -> torch.Tensor:
