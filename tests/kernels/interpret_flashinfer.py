@@ -29,7 +29,7 @@ def main() -> None:
                 begin = min(int(begins[0]) - first, end) if begins.numel() else end
                 eager, ours = torch.full((2, max(end, 1) * per_tile), -1, dtype=torch.int32)
                 flashinfer_work.fill(tile_pass, lists, packed, first, window, eager)
-                flashinfer_fill.fill(tile_pass, lists, packed, first, window, ours)
+                flashinfer_fill.fill(tile_pass, lists, packed.order, packed.start, first, window, ours)
                 held = slice(begin * per_tile, end * per_tile)
                 assert torch.equal(ours[held], eager[held]), (page_size, tile_pass.region, first, window)
                 assert (ours[: held.start] == -1).all(), "a list that begins before the window is not this launch's"

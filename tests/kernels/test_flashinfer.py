@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import re
-import subprocess
-import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +27,7 @@ from mminference_sgl.kernels import flashinfer_fill, flashinfer_tiles, flashinfe
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass
 from test_attention import assert_as_exact_as, random_lists
+from test_triton import output
 
 CUDA = torch.device("cuda")
 CTA_ROWS = 128
@@ -204,11 +202,8 @@ def test_lists_that_hold_all_they_can_are_all_computed(monkeypatch: pytest.Monke
 
 def test_the_filling_kernel_equals_its_eager_form() -> None:
     """In Triton's interpreter, which is chosen when Triton is imported."""
-    script = Path(__file__).parent / "interpret_flashinfer.py"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    filled = [int(line.split()[-1]) for line in done.stdout.splitlines()]
+    lines = output("interpret_flashinfer.py", TRITON_INTERPRET="1").splitlines()
+    filled = [int(line.split()[-1]) for line in lines]
     assert len(filled) == 16
     assert sum(filled) > 100
 

@@ -37,7 +37,8 @@ HERE = Path(__file__).parent
 
 def output(script: str, *arguments: str, **environment: str) -> str:
     command = [sys.executable, str(HERE / script), *arguments]
-    env = {**os.environ, **environment, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(map(str, (HERE, HERE.parent)))
+    env = {**os.environ, **environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
