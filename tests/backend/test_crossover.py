@@ -55,6 +55,30 @@ def test_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.Monkey
     assert set(json.loads(file.read_text())) == {shape().key, shape(1024).key}
 
 
+def test_key_holds_what_the_cpu_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in crossover._CPU_CAPS:
+        monkeypatch.delenv(variable, raising=False)
+    keys = [shape().key]
+    for variable in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+        monkeypatch.setenv(variable, "AVX2")
+        keys.append(shape().key)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX7")
+    keys.append(shape().key)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1009)
+    keys.append(shape().key)
+    assert len(set(keys)) == len(keys)
+    assert all(shape().key == keys[-1] for _ in range(2))
+
+
+def test_key_holds_the_model_of_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr(crossover, "_CPU_FILE", file)
+    unknown = shape().key
+    file.write_text("processor\t: 0\nmodel name\t: A Processor 9\nflags\t: fpu\n")
+    assert "A Processor 9" in shape().key
+    assert shape().key != unknown
+
+
 @pytest.mark.parametrize("content", ["", "no json", "[1]", '{"a": "b"}', "\x00"])
 def test_a_broken_file_is_measured_over(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "crossover.json"

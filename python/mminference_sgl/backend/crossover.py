@@ -6,12 +6,14 @@ Dense is PyTorch's fused attention over contiguous keys, at least as fast as a p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +37,9 @@ MARGIN = 1.25
 _LONG = 0.5
 """Seconds of a run that is not repeated."""
 _SIDE = 16
+_CPU_FILE = Path("/proc/cpuinfo")
+_CPU_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Variables by which oneDNN and MKL leave instructions unused; PyTorch's own shows in its capability."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +60,8 @@ class Shape:
     @property
     def key(self) -> str:
         """Names this shape, machine and version in the file of remembered results."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         parts = (
-            name,
+            torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor(),
             torch.get_num_threads(),
             torch.__version__,
             _core.__version__,
@@ -67,6 +71,16 @@ class Shape:
         )
         tiles = (self.dtype, self.chunk_tokens, self.implementation, self.config.tile_queries, self.config.tile_keys)
         return " ".join(str(part) for part in (*parts, *tiles))
+
+
+def _processor() -> str:
+    """The CPU and what of it PyTorch and the libraries below it use; a cache may be shared between machines."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        described = re.search(r"^model name\s*: (.*)$", _CPU_FILE.read_text(encoding="utf-8"), re.MULTILINE)
+        model = described[1] if described else model
+    caps = [f"{name}={os.environ[name]}" for name in _CPU_CAPS if name in os.environ]
+    return " ".join([model, torch.backends.cpu.get_cpu_capability(), *caps])
 
 
 def min_tokens(shape: Shape, file: Path | None = None) -> int:
