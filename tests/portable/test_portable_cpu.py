@@ -243,6 +243,8 @@ def server_args(**given):
         "max_total_tokens": None,
         "max_running_requests": None,
         "watchdog_timeout": 300.0,
+        "dtype": "float32",
+        "quantization": None,
     }
     return SimpleNamespace(**(defaults | given), _raw_input={"attention_backend": None} | given)
 

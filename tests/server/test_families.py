@@ -63,8 +63,6 @@ FAMILIES = {
     # Its images are cut into tiles when there is one, and are whole when there are several.
     "llava_onevision": Family(
         {"image": ("image:opaque",), "two images": ("image:1x13x13",) * 2, "video": ("video:24x7x7",)},
-        args=("--dtype", "float16"),
-        dtype="float16",
         new_tokens=2,
     ),
 }

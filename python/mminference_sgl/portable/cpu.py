@@ -1,15 +1,16 @@
 """An SGLang platform for machines without an accelerator; active when SGLANG_PLATFORM names it.
 
 Stock SGLang serves on a CPU only with a build of its kernels that is not on the package index. This
-platform needs PyTorch alone. SGLang reaches it at four moments, and each thing is done at the
+platform needs PyTorch alone. SGLang reaches it at five moments, and each thing is done at the
 earliest moment that all the processes concerned pass:
 
 | moment | processes | done there |
 | --- | --- | --- |
 | general plugin (`register`), before the command line is read | all that load plugins | `portable_dense` becomes a choice of the command line and a registered factory |
 | platform object made, when SGLang's utilities are imported | all, also those that load no plugins | `Tensor.pin_memory` becomes the identity: the processors of video requests pin frames, which needs a CUDA driver |
-| server arguments resolved (`apply_server_args_defaults`) | the launching one | defaults for what the user left open |
+| server arguments resolved (`apply_server_args_defaults`) | the launching one | defaults for what the user left open, the dtype among them (`dtype`) |
 | model runner imported (`init_backend`) | schedulers: the only ones with a vision tower | vision attention without a mask of patches x patches; the factory again, for servers whose SGLANG_PLUGINS leaves the general plugin out |
+| weights loaded (`post_load_model`) | schedulers | parts that SGLang loads in float16 follow the served dtype |
 
 This module holds the entry points and imports nothing of SGLang: it is loaded while SGLang is being imported, and on
 every machine. The platform's class is in `platform`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from mminference_sgl.portable.cpu import DENSE_BACKEND_NAME, register_dense_backend
+from mminference_sgl.portable.cpu import DENSE_BACKEND_NAME, PLATFORM_NAME, register_dense_backend
+from mminference_sgl.portable.dtype import measure_linear
 
 DEFAULT_POOL_TOKENS = 256 * 1024
 """KV slots of a server that was told neither tokens nor memory: one very long video, or many short."""
@@ -17,6 +19,8 @@ DEFAULT_POOL_TOKENS = 256 * 1024
 SGLANG_WATCHDOG_S = 300.0
 DEFAULT_WATCHDOG_S = 3600.0
 """Seconds after which a forward counts as stuck: SGLang's default, made for GPUs, and this platform's."""
+
+logger = logging.getLogger(__name__)
 
 
 class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
@@ -38,6 +42,11 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         asked = given.get("attention_backend", server_args.attention_backend)
         if asked in {None, "intel_amx"}:
             server_args.attention_backend = DENSE_BACKEND_NAME
+        if given.get("dtype", server_args.dtype) == "auto" and server_args.quantization is None:
+            # The ranks get resolved arguments, so they serve in one dtype whatever each would measure.
+            times = measure_linear()
+            server_args.dtype = times.dtype
+            logger.info("%s: serving in %s: %s; --dtype overrides", PLATFORM_NAME, times.dtype, times)
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             # A pool takes its memory when it is made. SGLang would fill most of the machine with it.
             server_args.max_total_tokens = DEFAULT_POOL_TOKENS
@@ -72,6 +81,13 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         register_dense_backend()
         _replace_vision_attention()
 
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Let every part of the model follow the dtype in which it is served."""
+        from sglang.srt.runtime_context import get_model
+
+        if (dtype := get_model().dtype) != "auto":
+            to_one_dtype(model, getattr(torch, dtype))
+
 
 def _make_pinning_the_identity() -> None:
     def pin_memory(self: torch.Tensor, *_device: Any, **_keywords: Any) -> torch.Tensor:
@@ -86,3 +102,15 @@ def _replace_vision_attention() -> None:
     from mminference_sgl.portable.vision import SegmentedVisionAttention
 
     vision.QKV_BACKEND_IMPL["sdpa"] = SegmentedVisionAttention
+
+
+def to_one_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert those parameters of a model served in `dtype` that are in float16 nevertheless, such as LLaVA's tower.
+
+    SGLang loads some vision towers in float16 whatever the model is served in. A quantised model's scales are left.
+    """
+    if getattr(model, "quant_config", None) is not None:
+        return
+    for parameter in model.parameters():
+        if parameter.dtype is torch.float16:
+            parameter.data = parameter.data.to(dtype)
