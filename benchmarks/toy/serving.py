@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mminference_sgl.testing import Answer, Server, ServerError, mean_density, prefills
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from benchmarks.toy.scenes import Scene
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -52,14 +54,16 @@ class Score:
         return self.right[task] / self.asked[task]
 
 
-def server(backend: str | None, config: dict[str, Any], chunk: int | None, **env: str) -> Server:
+def server(
+    backend: str | None, config: dict[str, Any], chunk: int | None, args: Sequence[str] = (), **env: str
+) -> Server:
     """A server of the toy model; `backend` None is dense, `chunk` -1 one chunk and None SGLang's default."""
     return Server(
         CHECKPOINT,
         attention_backend=backend,
         chunked_prefill_size=chunk,
         metrics=True,
-        args=["--mm-process-config", json.dumps({"video": {"fps": CLIP_FPS}})],
+        args=["--mm-process-config", json.dumps({"video": {"fps": CLIP_FPS}}), *args],
         env={"MMINFERENCE_CONFIG": json.dumps(config), "MMINFERENCE_LOG": "debug", **env},
     )
 

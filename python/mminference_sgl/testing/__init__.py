@@ -2,7 +2,8 @@
 
 `Server` runs ``python -m sglang.launch_server`` in a process group of its own and speaks HTTP to it;
 nothing of SGLang is imported here. `prefills`, `layouts`, `fallbacks` and `start_lines` read the backend's log
-lines; `write_mp4` and `png_url` make media from arrays.
+lines, and `module_times` those of a server started with `timing_arguments`; `write_mp4` and `png_url` make media from
+arrays.
 """
 
 from mminference_sgl.testing.log import (
@@ -15,21 +16,25 @@ from mminference_sgl.testing.log import (
     start_lines,
 )
 from mminference_sgl.testing.media import png_url, write_mp4
+from mminference_sgl.testing.modules import ModuleTimes, module_times, timing_arguments
 from mminference_sgl.testing.server import Answer, Message, Server, ServerError, user_message
 
 __all__ = [
     "Answer",
     "Fallback",
     "Message",
+    "ModuleTimes",
     "Prefill",
     "Server",
     "ServerError",
     "fallbacks",
     "layouts",
     "mean_density",
+    "module_times",
     "png_url",
     "prefills",
     "start_lines",
+    "timing_arguments",
     "user_message",
     "write_mp4",
 ]
