@@ -221,6 +221,13 @@ def test_activate_only_when_asked(monkeypatch, value):
     assert portable_cpu.activate() is None
 
 
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_threads_wait_briefly_unless_told_otherwise(given):
+    environment = dict(given)
+    portable_cpu.wait_briefly(environment)
+    assert environment == (given or {"GOMP_SPINCOUNT": str(portable_cpu.SPIN_COUNT)})
+
+
 def platform():
     from sglang.srt.platforms import current_platform
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from mminference_sgl.portable.cpu import DENSE_BACKEND_NAME, PLATFORM_NAME, register_dense_backend
+from mminference_sgl.portable.cpu import (
+    DENSE_BACKEND_NAME,
+    PLATFORM_NAME,
+    register_dense_backend,
+    wait_briefly,
+)
 from mminference_sgl.portable.dtype import measure_linear
 
 DEFAULT_POOL_TOKENS = 256 * 1024
@@ -34,6 +40,8 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
     def __init__(self) -> None:
         super().__init__()
         _make_pinning_the_identity()
+        # OpenMP reads it when a process starts: the ranks are still to come.
+        wait_briefly(os.environ)
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Fill in what the user left open and SGLang would guess for a GPU or its own CPU build."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from mminference_sgl.portable.cpu import PLATFORM_NAME, wait_briefly
 from mminference_sgl.testing.warm import WarmProcess
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Server:
         chunked_prefill_size: int | None = None,
         env: Mapping[str, str | None] | None = None,
         args: Sequence[str] = (),
-        platform: str | None = "portable_cpu",
+        platform: str | None = PLATFORM_NAME,
         max_total_tokens: int = 65536,
         overlap_schedule: bool = False,
         metrics: bool = False,
@@ -124,7 +125,7 @@ class Server:
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         self.command += ["--host", _LOOPBACK, "--port", str(self.port)]
         self.command += ["--max-total-tokens", str(max_total_tokens), "--sleep-on-idle"]
-        if platform == "portable_cpu":
+        if platform == PLATFORM_NAME:
             self.command += ["--device", "cpu", "--mem-fraction-static", "0.2"]
         if not overlap_schedule:
             self.command += ["--disable-overlap-schedule"]
@@ -361,8 +362,12 @@ def _environment(platform: str | None, extra: Mapping[str, str | None]) -> dict[
     Byte code is always cached: a server is three processes that import SGLang, and compiling it
     would take most of their start.
     """
+    inherited = dict(os.environ)
+    if platform == PLATFORM_NAME:
+        # What warm servers are forked from has started OpenMP by the time that the platform says so.
+        wait_briefly(inherited)
     env: dict[str, str | None] = {
-        **os.environ,
+        **inherited,
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": None,
     }

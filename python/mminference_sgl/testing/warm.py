@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-_READ_ON_IMPORT = ("SGLANG_PLATFORM", "OMP_NUM_THREADS")
+_READ_ON_IMPORT = ("SGLANG_PLATFORM", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _forked_from: dict[str, str | None] = {}
 
 
