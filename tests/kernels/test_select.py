@@ -340,6 +340,7 @@ def test_guard_bounds_the_error_with_the_fewest_heads(waits: bool, monkeypatch: 
     assert int(report.guarded) == int(guarded.sum())
     assert 0 < int(guarded.sum()) < 8
     assert float((after.sum() / energy).sqrt()) <= ceiling
+    assert float(report.error) == pytest.approx(float((after.sum() / energy).sqrt()), rel=1e-3)
     assert error[guarded].min() >= error[~guarded].max(), "the worst heads go first"
     one_less = after.sum() + error[guarded].min()
     assert float((one_less / energy).sqrt()) > ceiling, "no head goes dense without need"

@@ -148,7 +148,7 @@ def test_the_guard_sees_what_its_probe_rows_see_and_nothing_else() -> None:
 
     report, error = outcome(seen)
     assert int(report.guarded) == seen.query.shape[1], "promised: what the probe rows lose is measured"
-    assert float(report.error) > config.error_ceiling
+    assert float(report.error) == 0, "what is left behind the repair"
     assert error.max() < 1e-4
 
 

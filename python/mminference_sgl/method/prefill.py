@@ -35,7 +35,7 @@ class LayerReport:
 
     ``tiles`` / ``causal``: tiles computed and those dense attention computes, over all heads.
     ``coverage``: mean over heads of the probe rows' kept mass (1 where nothing was left out);
-    ``error``: relative output error of the probe rows over all heads together;
+    ``error``: relative output error of the probe rows over all heads together, behind the guard's repairs;
     ``guarded``: heads that the guard sent to dense.
     """
 
@@ -153,10 +153,11 @@ class _Watched:
         rows = self.group.probe_rows.rows
         error = (out[rows].transpose(0, 1).float() - self.dense_output).square().sum((1, 2))
         energy = self.dense_output.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        self.error = (error.sum() / energy).sqrt()
         worst = error.argsort(descending=True)
         remaining = error[worst].flip(0).cumsum(0).flip(0)
         self.guarded = torch.zeros_like(self.guarded).scatter_(0, worst, remaining > ceiling * ceiling * energy)
+        # Heads that go dense have none left.
+        self.error = (error.masked_fill(self.guarded, 0.0).sum() / energy).sqrt()
         self.tiles = torch.where(self.guarded, self.causal, self.tiles)
         self.coverage = torch.where(self.guarded, 1.0, self.coverage)
 
