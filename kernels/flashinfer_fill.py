@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch_table import OPTIONS
 from .tiles import TileLists, TilePass
 
 BLOCK = 1024
@@ -79,4 +80,5 @@ def fill(
         TILE_KEYS=keys.tile_keys,
         PER_TILE=1 if keys.contiguous else keys.tile_keys,
         BLOCK=BLOCK,
+        **OPTIONS,
     )

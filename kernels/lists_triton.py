@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch_table import OPTIONS
 from .tiles import Region, TileLists, TilePass
 
 BLOCK = 256
@@ -94,6 +95,7 @@ def lists_from_map(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tens
         keys.tile_min.numel(),
         FAR=tile_pass.region is Region.FAR,
         BLOCK=BLOCK,
+        **OPTIONS,
     )
     begin = torch.arange(lists, dtype=torch.int32, device=device) * tiles
     return TileLists(begin, count, full, listed, sink, reach)

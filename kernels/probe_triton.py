@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .attend import load_rows, readable, widen
+from .launch_table import OPTIONS
 from .operands import Operands
 from .probe import Bound, ProbeKeys, ProbeRows
 from .tiles import KeyOrder
@@ -219,6 +220,7 @@ def mass_kernel(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     REGIONS: tl.constexpr,
+    BLOCK_REGIONS: tl.constexpr,
     FAR: tl.constexpr,
     FP8_BITS: tl.constexpr,
 ):
@@ -238,13 +240,15 @@ def mass_kernel(
     p_q = p_query + (b_batch_row * stride_query_row + b_head * stride_query_head)[:, None] + o_d[None, :]
     b_query = tl.load(p_q, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
     p_key += i_kv.to(tl.int64) * stride_key_head
-    p_mass += b_index * tiles
-    region_stride = heads.to(tl.int64) * probe_rows * tiles
+    o_region = tl.arange(0, BLOCK_REGIONS)[None, :]
+    p_masses = p_mass + (o_region * heads.to(tl.int64) * probe_rows + b_index[:, None]) * tiles
+    m_masses = m_row[:, None] & (o_region < REGIONS)
 
     count = tl.load(p_count).to(tl.int32)
     per_split = tl.cdiv(count, tl.num_programs(2))
     for i_entry in tl.range(i_split * per_split, tl.minimum((i_split + 1) * per_split, count)):
         i_tile = tl.load(p_present + i_entry).to(tl.int64)
+        b_mass = tl.zeros([BLOCK_M, BLOCK_REGIONS], tl.float32)
         for i_part in tl.static_range(PARTS):
             key_first = (i_tile * PARTS + i_part) * BLOCK_N
             b_score, _ = scores(
@@ -256,17 +260,15 @@ def mass_kernel(
                 b_sink = tl.load(p_sink + i_region * heads + b_head, mask=m_row, other=0)[:, None]
                 b_reach = tl.load(p_reach + i_region * heads + b_head, mask=m_row, other=0)[:, None]
                 m_near = (b_key_pos < b_sink) | (b_key_pos > b_pos - b_reach)
-                b_mass = tl.sum(tl.where(m_near != FAR, b_weight, 0.0), 1)
-                p_tile = p_mass + i_region * region_stride + i_tile
-                if i_part > 0:
-                    b_mass += tl.load(p_tile, mask=m_row, other=0.0)
-                tl.store(p_tile, b_mass, mask=m_row)
+                b_part = tl.sum(tl.where(m_near != FAR, b_weight, 0.0), 1)
+                b_mass += tl.where(o_region == i_region, b_part[:, None], 0.0)
+        # Once per tile: what other threads stored could not be read back without a barrier.
+        tl.store(p_masses + i_tile, b_mass, mask=m_masses)
     per_split = tl.cdiv(tiles - count, tl.num_programs(2))
     first = count + i_split * per_split
     for i_entry in tl.range(first, tl.minimum(first + per_split, tiles)):
         i_tile = tl.load(p_present + i_entry).to(tl.int64)
-        for i_region in tl.static_range(REGIONS):
-            tl.store(p_mass + i_region * region_stride + i_tile, tl.zeros([BLOCK_M], tl.float32), mask=m_row)
+        tl.store(p_masses + i_tile, tl.zeros([BLOCK_M, BLOCK_REGIONS], tl.float32), mask=m_masses)
 
 
 class ProbeLaunch(NamedTuple):
@@ -294,7 +296,8 @@ def mass_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunch
     """That of :func:`mass_kernel`."""
     if element_size == 4:
         return ProbeLaunch(16, min(16, tile_keys), 4, 2)
-    return ProbeLaunch(64, min(64 if head_dim <= 64 else 32, tile_keys), 4, 2)
+    # Heads beyond 128 would spill in four warps.
+    return ProbeLaunch(64, min(64 if head_dim <= 64 else 32, tile_keys), 4 if head_dim <= 128 else 8, 2)
 
 
 def constants_for(
@@ -334,7 +337,7 @@ class _Shared:
         """Compile-time arguments that both kernels have, and those of the launch."""
         group, head_dim = self.operands.group, self.operands.query.shape[2]
         constants = constants_for(launch, tile_keys, group=group, head_dim=head_dim, fp8_bits=self.fp8_bits)
-        return {**constants, "num_warps": launch.warps, "num_stages": launch.stages}
+        return {**constants, **OPTIONS, "num_warps": launch.warps, "num_stages": launch.stages}
 
 
 @dataclass(frozen=True)
@@ -392,6 +395,7 @@ class FusedProbe:
             key_pool.stride(0),
             key_pool.stride(1),
             REGIONS=len(regions),
+            BLOCK_REGIONS=triton.next_power_of_2(len(regions)),
             FAR=far,
             **shared.options(launch, order.tile_keys),
         )
@@ -461,5 +465,6 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         BLOCK_DV=block_dv,
         BLOCK_SPLITS=PROGRAMS,
         BLOCK_TILES=BLOCK_TILES,
+        **OPTIONS,
     )
     return FusedProbe(rows, out, mass, lse, keys, shared, launch)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import search
 from .choice import SLACK, CellTiles, CellView, Limits, SlashTiles
+from .launch_table import OPTIONS
 from .search import Found
 
 ALWAYS = tl.constexpr(search.ALWAYS)
@@ -25,6 +26,8 @@ WORTH = tl.constexpr(search.WORTH)
 THRESHOLDS = tl.constexpr(search.LEVELS + 1)
 NUMBERS = ["rows", "query_tiles", "tiles", "candidates", "bands", "always", "margin", "worth"]
 """Arguments that change from chunk to chunk; specialised on, they would have kernels compiled while serving."""
+PARTS_OF_A_BATCH = ["p_low", "p_high"]
+"""Arguments that begin anywhere in memory, as a request's query tiles do in a batch's; the same holds for alignment."""
 BLOCK = 256
 """Key tiles at a time."""
 BLOCK_BANDS = 512
@@ -57,7 +60,7 @@ def level_of(b_mass, b_cost, causal, min_gain):
     return tl.where(b_mass > 0, b_level, -1.0).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS_OF_A_BATCH)
 def rows_kernel(
     p_mass,
     p_low,
@@ -88,7 +91,7 @@ def rows_kernel(
         tl.store(p_beside + i_index, tl.sum(b_beside, 0))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS_OF_A_BATCH)
 def candidates_kernel(
     p_mass,
     p_low,
@@ -170,7 +173,7 @@ def tile_levels(p_levels, o_tile, tiles, low, high, width, margin, band, bands, 
     return tl.where((o_tile < always) | ((o_tile >= low) & (o_tile < high)), ALWAYS, b_level)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS_OF_A_BATCH)
 def reached_kernel(
     p_mass,
     p_low,
@@ -207,7 +210,7 @@ def reached_kernel(
     tl.store(p_reached + i_index * THRESHOLDS + o_threshold, start + tl.sum(b_reached, 0))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS_OF_A_BATCH)
 def tiles_kernel(
     p_low,
     p_high,
@@ -387,7 +390,7 @@ def _search(
     loose = empty(rows)
     beside = empty(rows) if is_lines else loose
     tables = mass, low, high, row_tiles
-    rows_kernel[rows, heads](*tables, loose, beside, tiles, always, margin, LINES=is_lines, BLOCK=BLOCK)
+    rows_kernel[rows, heads](*tables, loose, beside, tiles, always, margin, LINES=is_lines, BLOCK=BLOCK, **OPTIONS)
     levels = empty(candidates, dtype=torch.int8)
     candidates_kernel[triton.cdiv(tiles, BLOCK) + is_lines, heads](
         *tables,
@@ -409,18 +412,19 @@ def _search(
         LINES=is_lines,
         BLOCK=BLOCK,
         BLOCK_BANDS=max(BLOCK_BANDS, triton.next_power_of_2(num_bands + 1)) if is_lines else 1,
+        **OPTIONS,
     )
     if min_lines:
         search.take_lines(levels[:, :tiles], min_lines)
     reached = empty(rows, thresholds)
     numbers = tiles, candidates, num_bands, always, margin
     reached_kernel[rows, heads](
-        *tables, band_of_row, loose, levels, reached, *numbers, LINES=is_lines, BLOCK=BLOCK_COUNTED
+        *tables, band_of_row, loose, levels, reached, *numbers, LINES=is_lines, BLOCK=BLOCK_COUNTED, **OPTIONS
     )
     tile_level = empty(query_tiles, tiles, dtype=torch.int8)
     counts = empty(query_tiles, thresholds, dtype=torch.int32)
     tiles_kernel[query_tiles, heads](
-        low, high, bands, visible, levels, tile_level, counts, *numbers, LINES=is_lines, BLOCK=BLOCK_COUNTED
+        low, high, bands, visible, levels, tile_level, counts, *numbers, LINES=is_lines, BLOCK=BLOCK_COUNTED, **OPTIONS
     )
     threshold, coverage, missing = empty(dtype=torch.int32), empty(), empty()
     count = empty(dtype=torch.int64)
@@ -441,5 +445,6 @@ def _search(
         search.WORTH if limits.min_gain else 0,
         LINES=is_lines,
         BLOCK=BLOCK_COUNTED,
+        **OPTIONS,
     )
     return Found(tile_level, threshold, coverage, missing, count)

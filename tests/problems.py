@@ -115,10 +115,12 @@ def make(
     cell_size: int = 0,
     page_size: int = 1,
     seed: int = 0,
+    poisoned: bool = False,
 ) -> Problem:
     """A problem with random operands, request after request in the batch, pages of the pool in random order.
 
-    Unused slots of the pool hold NaN, but for the padding slot 0: whoever reads a future token is found out.
+    Unused slots of the pool hold NaN: whoever reads a future token is found out. With ``poisoned`` the padding slot 0
+    does too, to which keys point that are not there yet.
     """
     generator = torch.Generator().manual_seed(seed)
     pages_of = [-(-request.length // page_size) for request in requests]
@@ -142,7 +144,7 @@ def make(
     )
     sparse, row = [], 0
     written = torch.zeros(slots, dtype=torch.bool)
-    written[0] = True
+    written[0] = not poisoned
     for index, request in enumerate(requests):
         written[req_to_token[index, : request.prefix + request.chunk].long()] = True
         layout = _core.Layout(

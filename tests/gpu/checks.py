@@ -64,6 +64,7 @@ class Setting:
             page_size=self.page_size,
             dtype=self.dtype,
             seed=seed,
+            poisoned=True,
         )
 
 

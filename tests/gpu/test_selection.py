@@ -12,6 +12,7 @@ import torch
 
 import checks
 import problems
+from mminference_sgl.kernels import probe, probe_triton
 from mminference_sgl.kernels.launch_table import HEAD_DIMS
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
@@ -42,6 +43,26 @@ def test_selection_on_other_shapes(heads: tuple[int, int], tiles: tuple[int, int
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_selection_on_fp8_pools(head_dim: int, seed: int) -> None:
     checks.check_selection(checks.Setting(head_dim, torch.bfloat16, 1, fp8=True), DEVICE, seed)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_masses_are_the_same_every_time(head_dim: int, fp8: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles in parts and one region: what is stored must not be read back before it is there."""
+    setting = checks.Setting(head_dim, torch.bfloat16, 1)
+    problem = checks.moved(setting.problem(seed), DEVICE)
+    operands = problems.in_fp8(problem.operands, 0.75, 1.5)[0] if fp8 else problem.operands
+    group = max(problem.plan.groups, key=lambda group: group.keys.sequence.slots.shape[0])
+    probed = probe_triton.run(operands, group.keys, group.probe_rows)
+
+    def poisoned(like: torch.Tensor, *shape: int) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=like.dtype, device=like.device)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    first = probed.near(8, 64)
+    checks.close(first, probe.run(operands, group.keys, group.probe_rows).near(8, 64), 1e-4, f"near mass, seed {seed}")
+    for repetition in range(1000):
+        assert torch.equal(probed.near(8, 64), first), f"repetition {repetition}, seed {seed}"
 
 
 @pytest.mark.parametrize("spec", [HeadSpec(), HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")], ids=str)

@@ -31,6 +31,7 @@ from mminference_sgl.kernels.launch_table import (
     ARCHITECTURES,
     HEAD_DIMS,
     NATIVE_FP8,
+    OPTIONS,
     PAGE_TABLE,
     Launch,
     fitted,
@@ -192,7 +193,7 @@ def compile_job(job: Job) -> Compiled:
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", job.arch, 32),
-        options={"num_warps": job.launch.warps, "num_stages": job.launch.stages},
+        options={**OPTIONS, "num_warps": job.launch.warps, "num_stages": job.launch.stages},
     )
     usage, ptx = resources(compiled.asm["cubin"]), compiled.asm["ptx"]
     matrix = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "fma")

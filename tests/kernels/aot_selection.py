@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from triton.compiler import ASTSource
 
 from aot import compile_all, resources
 from mminference_sgl.kernels import lists_triton, probe_triton, search_triton
-from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8
+from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8, OPTIONS
 
 ARCHS = (80, 90, 100, 120)
 """sm_86 and sm_89 run sm_80's code but for fp8, and have as much shared memory as sm_120."""
@@ -39,18 +40,23 @@ FLOATS = ("scale_log2", "value_scale", "target", "slack", "min_gain", "max_densi
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile; ``head_dim`` 0 where it has none."""
+    """One kernel to compile; ``head_dim`` 0 where it has none. ``near``: the mass in one near region, or two far."""
 
     arch: int
     kernel: str
     dtype: str
     head_dim: int
     lines: bool
+    near: bool = False
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Registers and bytes of stack per thread, bytes of shared memory per block."""
+    """Registers and bytes of stack per thread, bytes of shared memory per block.
+
+    ``read_and_written``: arguments through which it loads and stores. Triton puts no barrier between the two, so they
+    are right only where each thread loads what it stored itself.
+    """
 
     arch: int
     kernel: str
@@ -61,6 +67,7 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    read_and_written: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
@@ -76,6 +83,7 @@ def jobs() -> list[Job]:
         for kernel in ("probe", "mass"):
             result += [Job(arch, kernel, "bf16", head_dim, lines=False) for head_dim in HEADS]
             result += [Job(arch, kernel, "fp8", 128, lines=False)]
+        result += [Job(arch, "mass", "bf16", head_dim, lines=False, near=True) for head_dim in HEADS]
         result += [Job(arch, "combine", "fp32", 128, lines=False), Job(arch, "lists", "int32", 0, lines=False)]
         for kernel in ("rows", "candidates", "reached", "tiles", "decide"):
             result += [Job(arch, kernel, "fp32", 0, lines) for lines in (False, True)]
@@ -93,7 +101,9 @@ def compile_job(job: Job) -> Compiled:
     if job.kernel in {"probe", "mass"}:
         launch = getattr(probe_triton, f"{job.kernel}_launch")(job.head_dim, 2, TILE_KEYS)
         constants = probe_triton.constants_for(launch, TILE_KEYS, group=7, head_dim=job.head_dim, fp8_bits=bits)
-        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "REGIONS": 2, "FAR": True}
+        regions = 1 if job.near else 2
+        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "FAR": not job.near}
+        constants |= {"REGIONS": regions, "BLOCK_REGIONS": regions}
         options, warps = {"num_warps": launch.warps, "num_stages": launch.stages}, launch.warps
     else:
         block = search_triton.BLOCK_COUNTED if job.kernel in {"reached", "tiles", "decide"} else search_triton.BLOCK
@@ -114,7 +124,8 @@ def compile_job(job: Job) -> Compiled:
             signature[name] = "constexpr"
         elif name.startswith("p_"):
             signature[name] = "*" + pointers.get(name, "i32")
-            attributes[index,] = [["tt.divisibility", 16]]
+            if name not in kernel.do_not_specialize_on_alignment:
+                attributes[index,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
             if name.startswith("stride_"):
@@ -122,12 +133,39 @@ def compile_job(job: Job) -> Compiled:
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", job.arch, 32),
-        options=options,
+        options={**OPTIONS, **options},
     )
     usage = resources(compiled.asm["cubin"])
-    variant = ("lines" if job.lines else "slash") if "LINES" in kernel.arg_names else ""
-    shared = compiled.metadata.shared
-    return Compiled(job.arch, job.kernel, job.dtype, job.head_dim, variant, warps, usage["REG"], usage["STACK"], shared)
+    variant = ("lines" if job.lines else "slash") if "LINES" in kernel.arg_names else "near" if job.near else ""
+    names = [name for name in kernel.arg_names if signature[name] != "constexpr"]
+    return Compiled(
+        *(job.arch, job.kernel, job.dtype, job.head_dim, variant, warps),
+        *(usage["REG"], usage["STACK"], compiled.metadata.shared),
+        read_and_written(compiled.asm["ttir"], names),
+    )
+
+
+def read_and_written(ttir: str, names: list[str]) -> tuple[str, ...]:
+    """Which of a kernel's arguments it loads through and stores through, from what the front end made of it.
+
+    A value is derived from an argument if some value is that it is computed from; what is loaded is not.
+    """
+    head, _, body = ttir.partition("tt.func public")[2].partition("{\n")
+    derived = {value: {name} for value, name in zip(re.findall(r"(%\w+): ", head), names, strict=True)}
+    loaded: set[str] = set()
+    stored: set[str] = set()
+    for line in body.splitlines():
+        results, _, operation = line.strip().rpartition(" = ") if re.match(r"\s*%[^=]* = ", line) else ("", "", line)
+        used = re.findall(r"%[\w#]+", operation)
+        sources = set().union(*(derived.get(value.partition("#")[0], set()) for value in used))
+        if "tt.load" in operation:
+            loaded |= derived.get(used[0], set())
+        elif "tt.store" in operation:
+            stored |= derived.get(used[0], set())
+        else:
+            for result in re.findall(r"%\w+", results):
+                derived[result] = derived.get(result, set()) | sources
+    return tuple(sorted(name for name in loaded & stored if name.startswith("p_")))
 
 
 def table(results: Iterable[Compiled]) -> list[str]:

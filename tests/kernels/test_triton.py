@@ -93,7 +93,7 @@ def test_interpreted_lists_are_of_every_kind() -> None:
 
 def test_checks_of_the_gpu_tests_run_without_one() -> None:
     """What `make test-gpu` and compute-sanitizer run, on their smallest shapes in the interpreter."""
-    lines = output("gpu/checks.py", "--device", "cpu", TRITON_INTERPRET="1").splitlines()
+    lines = output("../gpu/checks.py", "--device", "cpu", TRITON_INTERPRET="1").splitlines()
     assert len(lines) == 6
     assert all(line.startswith("ok") for line in lines)
 

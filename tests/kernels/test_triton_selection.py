@@ -77,8 +77,19 @@ def test_layers_are_the_same() -> None:
     assert any(density < 0.5 for line in lines for density in line["density"])
 
 
+@cache
+def compiled() -> list[aot_selection.Compiled]:
+    return [aot_selection.Compiled(**line) for line in run("aot_selection.py", "--json")]
+
+
+def test_no_kernel_loads_what_another_thread_may_have_stored() -> None:
+    """Nothing orders a load behind another thread's store; each thread turns into shares what it loaded itself."""
+    found = {(result.kernel, name) for result in compiled() for name in result.read_and_written}
+    assert found == {("combine", "p_mass")}
+
+
 def test_kernels_compile_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
-    results = [aot_selection.Compiled(**line) for line in run("aot_selection.py", "--json")]
+    results = compiled()
     with capsys.disabled():
         print()
         print("\n".join(aot_selection.table(results)))
@@ -111,6 +122,26 @@ def test_no_stage_of_a_layer_waits_for_the_device(specs: list[HeadSpec], monkeyp
         monkeypatch.setattr(prefill, "stages_of", lambda _name: waiting)
         with pytest.raises(DynamicOutputShapeException):
             prefill.run_layer(*given, torch.empty_like(problem.query), "triton")
+
+
+def test_requests_of_a_batch_are_launched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pointer lies by 16 bytes is specialised on: a kernel would be compiled while serving.
+
+    Nothing is left to Triton's defaults that decides about bits.
+    """
+    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *given, **named: launches.append((kernel, given, named)))
+    problem = problems.make(problems.MIXED, tile_queries=32, tile_keys=16)
+    with FakeTensorMode() as mode:
+        problem = without_values(problem, mode)
+        specs = [AUTO, AUTO, BOUNDARY, BOUNDARY]
+        prefill.run_layer(problem.operands, problem.plan, specs, Config(), torch.empty_like(problem.query), "triton")
+    assert len({kernel.__name__ for kernel, _, _ in launches}) == 10
+    for kernel, given, named in launches:
+        assert named["enable_fp_fusion"] is True, kernel.__name__
+        for name, value in zip(kernel.arg_names, given, strict=False):
+            if isinstance(value, torch.Tensor) and name not in kernel.do_not_specialize_on_alignment:
+                assert value.storage_offset() * value.element_size() % 16 == 0, (kernel.__name__, name)
 
 
 def without_values(value: Any, mode: FakeTensorMode) -> Any:
