@@ -3,8 +3,8 @@
 FlashInfer has no element masks. It computes each list's full tiles, non-causally, into buffers in the order of the
 pass's rows; these are written or merged into the output by their LSE, and the Triton kernel goes on from there with the
 tiles that compare positions. Lists go to FlashInfer as work items that :mod:`.flashinfer_work` fills on the device,
-past FlashInfer's ``plan()``, which would plan on the host. That is an internal interface: it is used with the versions
-in :data:`CHECKED_VERSIONS` only, whose sources were read, and the start-up check runs it in a process of its own first.
+past FlashInfer's ``plan()``, which would plan on the host. That is an internal interface: it is used where the sources
+are those that were read (:mod:`.flashinfer_sources`), and the start-up check runs it in a process of its own first.
 
 Nothing waits for the device. Memory beyond the operands: the pass's rows of the query, output and LSE once more; page
 indices of what the pass's lists can hold, 4 bytes per key, or per tile where tiles are whole pages, at most 256 MiB and
@@ -21,19 +21,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from importlib import metadata
 
 import torch
 
 from . import attend as triton_tiles
+from . import flashinfer_sources
 from . import flashinfer_work as work_items
 from .operands import Operands
 from .ops import ImplementationUnavailableError
 from .tiles import TileLists, TilePass
-
-CHECKED_VERSIONS = ("0.7.2",)
-"""Versions of flashinfer-python whose sources the work items were read from. 0.6.15.post1 has the same interface, but
-marks keys beyond the end with -5e4 and the LSE of no keys too, instead of -inf."""
 
 CTA_ROWS = {64: 192, 128: 128, 256: 128}
 """Query rows of an item by head size."""
@@ -53,14 +49,7 @@ def unavailable(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability != _CAPABILITY:
         return f"it needs compute capability 9.0 (H100, H200), this device has {capability[0]}.{capability[1]}"
-    wanted = " or ".join(CHECKED_VERSIONS)
-    try:
-        found = metadata.version("flashinfer-python")
-    except metadata.PackageNotFoundError:
-        return f"flashinfer-python is not installed; pip install flashinfer-python=={CHECKED_VERSIONS[-1]}"
-    if found not in CHECKED_VERSIONS:
-        return f"it relies on internals of flashinfer-python {wanted}, {found} is installed"
-    return ""
+    return flashinfer_sources.problem()
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = None) -> str:

@@ -1,7 +1,8 @@
 """Work items of FlashInfer's persistent FA3 paged prefill kernel, filled on the device from tile lists.
 
 Pure functions from a pass and its lists to the arrays that the kernel reads; nothing here waits for the device or needs
-FlashInfer. What the arrays mean was read in the sources of flashinfer-python 0.7.2, under ``flashinfer/data``:
+FlashInfer. What the arrays mean was read in the sources of flashinfer-python 0.7.2, under ``flashinfer/data``
+(:mod:`.flashinfer_sources` tells whether others are the same):
 
 - ``include/flashinfer/attention/scheduler.cuh``, ``PrefillPlanSM90Info``: a plan is nine integers, the byte offsets of
   eight int32 arrays in the int workspace, in the order of :data:`FIELDS`, and whether all heads share one schedule.

@@ -5,9 +5,9 @@ The kernel's part is played by a few lines of PyTorch with the signature of Flas
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
+import shutil
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,14 @@ from triton.compiler import ASTSource
 
 import problems
 from mminference_sgl.backend import selfcheck
-from mminference_sgl.kernels import flashinfer_fill, flashinfer_tiles, flashinfer_work, ops, reference
+from mminference_sgl.kernels import (
+    flashinfer_fill,
+    flashinfer_sources,
+    flashinfer_tiles,
+    flashinfer_work,
+    ops,
+    reference,
+)
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass
 from test_attention import assert_as_exact_as, random_lists
@@ -362,6 +369,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str |
 
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(metadata, "version", find)
+        monkeypatch.setattr(flashinfer_sources, "folder", lambda: None)
 
     return pretend
 
@@ -371,9 +379,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str |
     [
         ((8, 0), "0.7.2", "needs compute capability 9.0 .* this device has 8.0"),
         ((10, 0), "0.7.2", "this device has 10.0"),
-        ((9, 0), None, "is not installed; pip install flashinfer-python==0.7.2"),
-        ((9, 0), "0.6.15.post1", "internals of flashinfer-python 0.7.2, 0.6.15.post1 is installed"),
-        ((9, 0), "0.7.3", "0.7.3 is installed"),
+        ((9, 0), None, r"is not installed; pip install 'mminference-sgl\[flashinfer\]'"),
+        ((9, 0), "0.7.3", r"internals of flashinfer-python 0.7.1 to 0.7.2.post1; 0.7.3 has others \(its package is"),
     ],
 )
 def test_other_machines_are_told_why(machine, capability: tuple[int, int], version: str | None, reason: str) -> None:
@@ -383,8 +390,10 @@ def test_other_machines_are_told_why(machine, capability: tuple[int, int], versi
     assert "use one of reference, torch, triton or 'auto'" in str(error.value)
 
 
-def test_it_is_used_by_name_only(machine) -> None:
-    machine((9, 0), flashinfer_tiles.CHECKED_VERSIONS[-1])
+def test_it_is_used_by_name_only(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine((9, 0), "0.7.2.post1")
+    monkeypatch.setattr(flashinfer_sources, "folder", lambda: Path("anywhere"))
+    monkeypatch.setattr(flashinfer_sources, "changed", lambda root: [])
     assert ops.resolve("flashinfer", CUDA) == "flashinfer"
     assert ops.resolve("auto", CUDA) == "triton"
     with pytest.raises(ops.ImplementationUnavailableError, match=r"needs a CUDA device of compute capability 9\.0"):
@@ -425,17 +434,44 @@ def test_the_check_finds_wrong_gathers_and_pages(monkeypatch: pytest.MonkeyPatch
     assert seen == [False, True]
 
 
-# -- FlashInfer's sources, where a version that was checked is installed -----------------------------------------------
+# -- FlashInfer's sources, where those that were read are installed ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sources() -> Path:
     """The folder of FlashInfer's sources; nothing of it is imported."""
-    found = importlib.util.find_spec("flashinfer")
-    if found is None or metadata.version("flashinfer-python") not in flashinfer_tiles.CHECKED_VERSIONS:
-        pytest.skip("needs a checked version of flashinfer-python")
-    assert found.origin is not None
-    return Path(found.origin).parent / "data"
+    reason = flashinfer_sources.problem()
+    if reason:
+        pytest.skip(reason)
+    root = flashinfer_sources.folder()
+    assert root is not None
+    return root / "data"
+
+
+def test_sources_are_known_by_what_they_are(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version with the same parts is taken, and one with others refused with their names."""
+    copied = tmp_path / "flashinfer"
+    scheduler, modules = "data/include/flashinfer/attention/scheduler.cuh", "jit/attention/modules.py"
+    launcher = [f"data/csrc/{name}" for name in (*flashinfer_sources._BINDING, *flashinfer_sources._TEMPLATES)]
+    headers = (sources.parent / flashinfer_sources._HOPPER).glob("*.cuh")
+    kernel = [path.relative_to(sources.parent) for path in headers]
+    for name in (scheduler, modules, *launcher, *kernel):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sources.parent / name, copied / name)
+    monkeypatch.setattr(flashinfer_sources, "folder", lambda: copied)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.8.0")
+    assert flashinfer_sources.problem() == ""
+    (copied / scheduler).write_text((copied / scheduler).read_text() + "struct Other {};\n")
+    assert flashinfer_sources.problem() == "", "nothing of that was read"
+    for name, edited in (("plan", scheduler), ("kernel", f"{flashinfer_sources._HOPPER}/epilogue.cuh")):
+        text = (copied / edited).read_text()
+        (copied / edited).write_text(text.replace("int64_t", "int32_t"))
+        assert f"0.8.0 has others ({name})" in flashinfer_sources.problem()
+        (copied / edited).write_text(text)
+    (copied / edited).unlink()
+    assert "0.8.0 has others (kernel)" in flashinfer_sources.problem()
+    (copied / scheduler).unlink()
+    assert "scheduler.cuh cannot be read" in flashinfer_sources.problem()
 
 
 def test_the_plan_has_our_fields(sources: Path) -> None:
