@@ -160,8 +160,11 @@ def test_a_layer_equals_the_reference(
     assert float((outputs[1] - outputs[0]).abs().max()) <= 3 * band, f"seed {seed}"
 
 
-def test_selfcheck_passes() -> None:
-    assert selfcheck.check("triton", DEVICE) == "ok"
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_selfcheck_passes(head_dim: int, pool_dtype: torch.dtype) -> None:
+    served = selfcheck.Served(28, 4, head_dim, torch.bfloat16, pool_dtype)
+    assert selfcheck.check("triton", DEVICE, served) == "ok"
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])

@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda")
 
 @cache
 def state(dtype: torch.dtype, head_dim: int) -> str:
-    return selfcheck.check("flashinfer", DEVICE, dtype, head_dim)
+    return selfcheck.check("flashinfer", DEVICE, selfcheck.Served(28, 4, head_dim, dtype, dtype))
 
 
 @pytest.fixture(autouse=True)

@@ -403,19 +403,20 @@ def test_it_is_used_by_name_only(machine, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_check_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(selfcheck, "_in_a_process", lambda arguments, seconds: asked.append(arguments) or "ok")
-    assert selfcheck.check("flashinfer", torch.device("cuda:3"), torch.float16, 128) == "ok"
-    rest = ["flashinfer", "cuda:3", "float16", "128"]
+    served = selfcheck.Served(28, 4, 128, torch.float16, torch.float16)
+    assert selfcheck.check("flashinfer", torch.device("cuda:3"), served) == "ok"
+    rest = ["flashinfer", "cuda:3", served.text]
     assert asked == [["build", *rest], ["run", *rest]]
 
 
 def test_the_check_says_how_its_process_ended() -> None:
-    cpu = problems.CPU
-    assert selfcheck.isolated("torch", cpu, torch.float32, 64) == "ok"
-    slow = selfcheck.isolated("torch", cpu, torch.float32, 64, build_seconds=0.1)
+    cpu, served = problems.CPU, selfcheck.Served.usual(problems.CPU)
+    assert selfcheck.isolated("torch", cpu, served) == "ok"
+    slow = selfcheck.isolated("torch", cpu, served, build_seconds=0.1)
     assert slow == "was not done after 0.1 s (build on cpu); use 'triton' or 'auto'"
-    refused = selfcheck.isolated("flashinfer", cpu, torch.float32, 64)
+    refused = selfcheck.isolated("flashinfer", cpu, served)
     assert refused.startswith("does not take this model: it computes in fp16 and bf16, not in torch.float32 (build")
-    crashed = selfcheck.isolated("torch", cpu, "no dtype", 64)
+    crashed = selfcheck.isolated("torch", cpu, replace(served, dtype="no dtype"))
     assert crashed.startswith("ended with status 1: AttributeError")
 
 
@@ -430,7 +431,7 @@ def test_the_check_finds_wrong_gathers_and_pages(monkeypatch: pytest.MonkeyPatch
         return lse
 
     monkeypatch.setattr(ops, "sparse_prefill", wrong)
-    assert "computes wrong" in selfcheck.main(["run", "torch", "cpu", "float32", "64"])
+    assert "computes wrong" in selfcheck.main(["run", "torch", "cpu", selfcheck.Served.usual(problems.CPU).text])
     assert seen == [False, True]
 
 

@@ -1,4 +1,7 @@
-"""A tiny problem for each attention implementation, to see on a machine whether it runs and computes.
+"""A small problem for an attention implementation, to see on a machine whether it runs and computes what is served.
+
+What is served is a layer's shape on this rank (:class:`Served`): the kernels that a request would run are those that
+are checked, on gathered keys and on whole pages. They are compiled for it, so that no request waits for that.
 
 ``python -m mminference_sgl.backend.selfcheck`` is what :func:`check` starts for implementations that must prove
 themselves in a process of their own.
@@ -7,6 +10,7 @@ themselves in a process of their own.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -14,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -29,12 +34,45 @@ from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest
 ISOLATED = ("flashinfer",)
 """Implementations on internal interfaces of others: a mistake could hang or corrupt the process that tries them."""
 
-_HEADS, _KV_HEADS, _HEAD_DIM, _TILE = 4, 2, 64, 64
 _TOKENS, _ISOLATED_TOKENS = 400, 1000
+_KEY_SCALE, _VALUE_SCALE = 0.5, 2.0
 _PROBE_ROWS = 32
+_BOUNDARIES = HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")
 _BUILD_SECONDS, _RUN_SECONDS = 1800.0, 180.0
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Served:
+    """One layer of a server: heads of this rank, dtypes of query and KV pool, tiles of the plan."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    pool_dtype: torch.dtype
+    tile_queries: int = 128
+    tile_keys: int = 64
+
+    @classmethod
+    def usual(cls, device: torch.device) -> Served:
+        """What stands for all models where none is served: bf16 on CUDA, fp32 elsewhere."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return cls(4, 2, 128, dtype, dtype)
+
+    @property
+    def text(self) -> str:
+        """As one argument of a command."""
+        return json.dumps([str(value).removeprefix("torch.") for value in astuple(self)])
+
+    @classmethod
+    def parse(cls, text: str) -> Served:
+        """Back from :attr:`text`."""
+        *shape, dtype, pool_dtype, tile_queries, tile_keys = json.loads(text)
+        heads, kv_heads, head_dim = map(int, shape)
+        dtypes = getattr(torch, dtype), getattr(torch, pool_dtype)
+        return cls(heads, kv_heads, head_dim, *dtypes, int(tile_queries), int(tile_keys))
 
 
 def check_implementations() -> dict[str, str]:
@@ -46,37 +84,31 @@ def check_implementations() -> dict[str, str]:
     }
 
 
-def check(
-    implementation: str, device: torch.device, dtype: torch.dtype | None = None, head_dim: int = _HEAD_DIM
-) -> str:
-    """`ok`, or what is wrong with an available implementation on a device.
+def check(implementation: str, device: torch.device, served: Served | None = None) -> str:
+    """`ok`, or what is wrong with an available implementation on a device; ``served`` None takes the usual shape.
 
-    ``dtype`` defaults to bf16 on CUDA and fp32 elsewhere. Those of :data:`ISOLATED` run in a process of their own with
-    a time limit; what they compile for ``dtype`` and ``head_dim`` is then there for this process too.
+    Triton's kernels are compiled here, some seconds each the first time on a machine. Those of :data:`ISOLATED` run in
+    a process of their own with a time limit; what they compile is then there for this process too.
     """
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    served = served or Served.usual(device)
     if implementation in ISOLATED:
-        return isolated(implementation, device, dtype, head_dim)
-    return _check_here(implementation, device, dtype, head_dim, _TOKENS, contiguous=False)
+        return isolated(implementation, device, served)
+    return _check_both(implementation, device, served, _TOKENS)
 
 
 def isolated(
     implementation: str,
     device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
+    served: Served,
     build_seconds: float = _BUILD_SECONDS,
     run_seconds: float = _RUN_SECONDS,
 ) -> str:
     """As :func:`check`, in processes of their own, one that compiles and one that runs, each with a time limit."""
     logger.info(
-        "mminference: %s is compiled for %s and head size %d, which takes minutes the first time, and checked",
-        implementation,
-        dtype,
-        head_dim,
+        "mminference: %s is compiled for %s, which takes minutes the first time, and checked", implementation, served
     )
     for stage, seconds in (("build", build_seconds), ("run", run_seconds)):
-        arguments = [stage, implementation, str(device), str(dtype).removeprefix("torch."), str(head_dim)]
+        arguments = [stage, implementation, str(device), served.text]
         verdict = _in_a_process(arguments, seconds)
         if verdict != "ok":
             return f"{verdict} ({stage} on {device}); use 'triton' or 'auto'"
@@ -84,17 +116,12 @@ def isolated(
 
 
 def main(arguments: Sequence[str]) -> str:
-    """One stage of :func:`isolated`: builds the implementation, or checks it on gathered keys and on whole pages."""
-    stage, implementation, device_name, dtype_name, size = arguments
-    device, dtype, head_dim = torch.device(device_name), getattr(torch, dtype_name), int(size)
+    """One stage of :func:`isolated`: builds the implementation, or checks it."""
+    stage, implementation, device, text = arguments
+    served = Served.parse(text)
     if stage == "build":
-        return _build(implementation, dtype, head_dim)
-    verdict = "ok"
-    for contiguous in (False, True):
-        if verdict == "ok":
-            tokens = _ISOLATED_TOKENS
-            verdict = _check_here(implementation, device, dtype, head_dim, tokens, contiguous=contiguous)
-    return verdict
+        return _build(implementation, served.pool_dtype, served.head_dim)
+    return _check_both(implementation, torch.device(device), served, _ISOLATED_TOKENS)
 
 
 def _build(implementation: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -132,30 +159,36 @@ def _in_a_process(arguments: Sequence[str], seconds: float) -> str:
     return "".join(said) if status == 0 else f"ended with status {status}: {''.join(said)}"
 
 
-def _check_here(
-    implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, *, contiguous: bool
-) -> str:
+def _check_both(implementation: str, device: torch.device, served: Served, tokens: int) -> str:
+    """`ok`, or what is wrong with gathered keys or with whole pages."""
+    for contiguous in (False, True):
+        verdict = _check_here(implementation, device, served, tokens, contiguous=contiguous)
+        if verdict != "ok":
+            return verdict
+    return "ok"
+
+
+def _check_here(implementation: str, device: torch.device, served: Served, tokens: int, *, contiguous: bool) -> str:
     """A layer of one request, text around a video, in both passes, and what selection says of it."""
-    tiles = -(-tokens // _TILE)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(rows, heads, head_dim, generator=generator).to(device, dtype)
-        for rows, heads in ((tokens, _HEADS), *(((tiles * _TILE + 1), _KV_HEADS),) * 2)
-    )
-    slots = torch.arange(1, tokens + 1, device=device)
+    tile = served.tile_keys
+    pages = -(-tokens // tile) + 1
+    # Page 0 is the pool's padding.
+    slots = torch.arange(tile, tile + tokens, device=device)
     if not contiguous:
         slots = slots.flip(0)
-    out = torch.full_like(query, torch.nan)
+    # The guard would mend what is wrong.
+    exact, sparse = (Config(coverage=coverage, error_ceiling=1e9) for coverage in (1.0, 0.9))
+    grid = [HeadSpec(media_text="grid", media_media="grid")] * served.heads
+    # Boundaries between text and media are measured in another way than heads that have none.
+    mixed = [(HeadSpec(), _BOUNDARIES)[head % 2] for head in range(served.heads)]
     try:
-        plan = _plan(slots, contiguous=contiguous)
-        # The guard would mend what is wrong.
-        exact, sparse = (Config(coverage=coverage, error_ceiling=1e9) for coverage in (1.0, 0.9))
-        grid, auto = [HeadSpec(media_text="grid", media_media="grid")] * _HEADS, [HeadSpec()] * _HEADS
-        operands = Operands(query, key, value, head_dim**-0.5)
+        operands = _operands(served, tokens, pages * tile, device)
+        out = torch.full_like(operands.query, torch.nan)
+        plan = _plan(slots, served, page_size=tile if contiguous else 1)
         prefill.run_layer(operands, plan, grid, exact, out, implementation)
-        error = (out.double() - _dense(query, key[slots], value[slots])).abs().max().item()
+        error = (out.double() - _dense(operands, slots)).abs().max().item()
         kept, expected = (
-            prefill.select_layer(operands, plan, auto, sparse, name)[1][0].coverage.item()
+            prefill.select_layer(operands, plan, mixed, sparse, name)[1][0].coverage.item()
             for name in (implementation, "torch")
         )
     except Exception as problem:  # noqa: BLE001 - the caller reports it
@@ -167,30 +200,50 @@ def _check_here(
     return "ok" if abs(kept - expected) < 0.05 else f"selects wrong on {device}: {kept:.3f} kept, not {expected:.3f}"
 
 
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _operands(served: Served, tokens: int, slots: int, device: torch.device) -> Operands:
+    """Random operands of one layer; what an fp8 pool stands for is as large as what others hold."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(rows, heads, served.head_dim, generator=generator).to(device)
+        for rows, heads in ((tokens, served.heads), (slots, served.kv_heads), (slots, served.kv_heads))
+    )
+    scales = (_KEY_SCALE, _VALUE_SCALE) if served.pool_dtype.itemsize == 1 else (1.0, 1.0)
+    keys, values = ((pool / scale).to(served.pool_dtype) for pool, scale in zip((key, value), scales, strict=True))
+    return Operands(query.to(served.dtype), keys, values, served.head_dim**-0.5, *scales)
+
+
+def _dense(operands: Operands, slots: torch.Tensor) -> torch.Tensor:
     """Causal attention in fp64: [tokens, heads, head_dim]."""
-    group = _HEADS // _KV_HEADS
     q, k, v = (
         x.double().repeat_interleave(times, 1).transpose(0, 1)
-        for x, times in ((query, 1), (key, group), (value, group))
+        for x, times in (
+            (operands.query, 1),
+            (operands.key_pool[slots], operands.group),
+            (operands.value_pool[slots], operands.group),
+        )
     )
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=query.device).triu(1)
-    weights = (q @ k.mT * query.shape[2] ** -0.5).masked_fill(future, -torch.inf).softmax(-1)
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=slots.device).triu(1)
+    scores = q @ k.mT * (operands.scale * operands.key_scale)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1) * operands.value_scale
     out: torch.Tensor = (weights @ v).transpose(0, 1)
     return out
 
 
-def _plan(slots: torch.Tensor, *, contiguous: bool) -> ForwardPlan:
+def _plan(slots: torch.Tensor, served: Served, *, page_size: int) -> ForwardPlan:
     """One request in one chunk, token i in slot ``slots[i]``: a video of 3 x 6 places, and words before and behind."""
     device, tokens = slots.device, slots.numel()
     words, places = 3, 3 * 6
     frames = (tokens - 2 * words) // places
     item = (VIDEO, [(words, words + frames * places - 1)], (frames, 3, 6))
-    layout = _core.Layout(tokens, [item], chunk_tokens=0, tile_queries=_TILE)
-    request = SparseRequest(DeviceLayout(layout, _TILE, device), 0, tokens, torch.zeros(1, dtype=torch.int64), 0)
-    pages = _TILE if contiguous else 1
+    layout = _core.Layout(tokens, [item], chunk_tokens=0, tile_queries=served.tile_queries)
+    on_device = DeviceLayout(layout, served.tile_keys, device)
     return build(
-        [request], slots[None].int(), tile_queries=_TILE, tile_keys=_TILE, probe_rows=_PROBE_ROWS, page_size=pages
+        [SparseRequest(on_device, 0, tokens, torch.zeros(1, dtype=torch.int64), 0)],
+        slots[None].int(),
+        tile_queries=served.tile_queries,
+        tile_keys=served.tile_keys,
+        probe_rows=_PROBE_ROWS,
+        page_size=page_size,
     )
 
 

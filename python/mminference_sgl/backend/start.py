@@ -54,11 +54,11 @@ class Start:
             ops.ImplementationUnavailableError: one was named, and it cannot run or computes wrong on some rank.
         """
         device = torch.device(runner.device)
-        config, pattern, implementation = _agreed(partial(_load, runner, device), partial(_try, runner, device))
-        tokens = chunk_tokens(runner)
-        config = config.for_chunks(tokens, _SMALLEST_QUERY_TILE.get(device.type, 64))
+        load_own, try_own = partial(_load, runner, device), partial(_try, runner, device, survey)
+        config, pattern, implementation = _agreed(load_own, try_own)
         modalities = _sparse_modalities(pattern, runner)
-        start = cls(config, pattern, implementation, modalities, config.min_tokens or 0, tokens, page_size(runner))
+        sizes = chunk_tokens(runner), page_size(runner)
+        start = cls(config, pattern, implementation, modalities, config.min_tokens or 0, *sizes)
         if config.min_tokens is None and config.active and modalities and survey.example is not None:
             start = dataclasses.replace(start, min_tokens=_crossover(start, runner, survey))
         return start
@@ -80,7 +80,7 @@ def load_config(hf_config: object) -> tuple[Config, PatternFile]:
 _Settings = tuple[Config, PatternFile, str]
 
 
-def _agreed(load_own: Callable[[], _Settings], try_own: Callable[[str], str]) -> _Settings:
+def _agreed(load_own: Callable[[], _Settings], try_own: Callable[[Config, str], str]) -> _Settings:
     """Settings and implementation of all ranks, which act on nothing before they know of one another.
 
     A rank that went dense or stopped by itself would leave the others waiting in their next collective.
@@ -90,7 +90,7 @@ def _agreed(load_own: Callable[[], _Settings], try_own: Callable[[str], str]) ->
     try:
         settings = load_own()
         if settings[0].active:
-            state = try_own(settings[2])
+            state = try_own(settings[0], settings[2])
     except (ConfigError, ops.ImplementationUnavailableError) as error:
         problem = str(error)
     ranks = of_all_ranks((settings, state, problem))
@@ -128,20 +128,28 @@ def _by_rank(problems: Sequence[str]) -> str:
 
 def _load(runner: ModelRunner, device: torch.device) -> _Settings:
     config, pattern = load_config(runner.model_config.hf_config)
+    config = config.for_chunks(chunk_tokens(runner), _SMALLEST_QUERY_TILE.get(device.type, 64))
     implementation = ops.resolve(config.implementation, device)
     # Resolves every head once, so that a pattern that cannot be run stops the server and not a request.
     _sparse_modalities(pattern, runner)
     return config, pattern, implementation
 
 
-def _try(runner: ModelRunner, device: torch.device, implementation: str) -> str:
+def _try(runner: ModelRunner, device: torch.device, survey: Survey, config: Config, implementation: str) -> str:
     """`ok`, or what is wrong with an implementation where it was compiled for this very machine.
 
-    One that is proven in a process of its own is compiled for this model there.
+    What it compiles for the model's shape is then there for requests.
     """
-    if implementation in selfcheck.ISOLATED:
-        return selfcheck.check(implementation, device, runner.kv_cache_dtype, int(runner.model_config.head_dim))
-    return selfcheck.check(implementation, device) if device.type == "cuda" else "ok"
+    if device.type != "cuda" and implementation not in selfcheck.ISOLATED:
+        return "ok"
+    layer = survey.example
+    if layer is None:
+        return selfcheck.check(implementation, device)
+    shape = layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim
+    dtypes = runner.model_config.dtype, runner.kv_cache_dtype
+    return selfcheck.check(
+        implementation, device, selfcheck.Served(*shape, *dtypes, config.tile_queries, config.tile_keys)
+    )
 
 
 def _sparse_modalities(pattern: PatternFile, runner: ModelRunner) -> frozenset[str]:
