@@ -95,6 +95,7 @@ def start(
     *,
     overlap_schedule: bool = False,
     warm: bool = True,
+    prepare: Sequence[Callable[[], None]] = (),
     **env: str | None,
 ) -> Server:
     """A server in float32 with a small pool and the backend's log at its most talkative."""
@@ -106,6 +107,7 @@ def start(
         max_total_tokens=16384,
         overlap_schedule=overlap_schedule,
         warm=warm,
+        prepare=prepare,
         args=["--dtype", "float32", "--context-length", "8192", *args],
         env=environment,
     )
@@ -115,11 +117,11 @@ def ask(server: Server, message: Message, tokens: int = NEW_TOKENS, **options: A
     return server.chat([message], tokens, ignore_eos=True, **options)
 
 
-def ask_together(server: Server, asked: Messages, **options: Any) -> dict[str, Answer]:
-    """Four different requests at the same time."""
-    with ThreadPoolExecutor(len(TOGETHER)) as pool:
-        answers = pool.map(lambda name: ask(server, asked[name], **options), TOGETHER)
-        return dict(zip(TOGETHER, answers, strict=True))
+def ask_together(server: Server, asked: Messages, names: Sequence[str] = TOGETHER, **options: Any) -> dict[str, Answer]:
+    """Different requests at the same time."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = pool.map(lambda name: ask(server, asked[name], **options), names)
+        return dict(zip(names, answers, strict=True))
 
 
 def ask_in_turn(server: Server, asked: Messages, run: Run, tokens: int = NEW_TOKENS) -> None:

@@ -152,3 +152,8 @@ def test_environment(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(testing.ServerError), server:
         pytest.fail("it cannot be ready")
     assert "['portable_cpu', '7', None, None, 'x']" in server.log()
+
+
+def test_only_warm_servers_can_be_prepared():
+    with pytest.raises(ValueError, match="only a warm server"):
+        testing.Server("none", prepare=(print,))

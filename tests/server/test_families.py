@@ -3,6 +3,9 @@
 Each request is asked twice, of an empty radix cache and behind its first words in the cache, which moves every chunk's
 bounds: chunks of 509 tokens cut frames in two ways. The tolerance for log-probabilities is twice what that changes on
 the dense server, by rounding alone, and a band of eight roundings of a logit.
+
+Models with layers that are never sparse are served on a dense backend that refuses what it was not prepared for, and
+are also asked everything at once, so that batches of every mix come to it.
 """
 
 from __future__ import annotations
@@ -15,25 +18,43 @@ from pathlib import Path
 import pytest
 
 import serving
-from mminference_sgl.testing import Message, fallbacks, png_url, user_message, write_mp4
+import strict_dense
+from mminference_sgl.testing import (
+    Message,
+    Server,
+    fallbacks,
+    png_url,
+    prefills,
+    start_lines,
+    user_message,
+    write_mp4,
+)
 from serving import NEW_TOKENS, ModelPath, Run, difference, rounding_band, squares, words
+from tiny_models import kimi
 
 pytestmark = pytest.mark.server
 
 CHUNK = 509
 EMPTY, CACHED = ROUNDS = ("empty cache", "first words cached")
+AT_ONCE = "at once"
 SIZES = ((13, 19), (9, 31))
 """Of the two images, in squares of 28 pixels; the video has 24 frames of 8 x 16."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """``layouts``: by scenario, the items as they must be laid out."""
+    """``layouts``: by scenario, the items as they must be laid out.
+
+    ``mixed``: some layers are dense; ``dense``: what the log says where all are.
+    """
 
     layouts: dict[str, tuple[str, ...]]
     args: tuple[str, ...] = ()
     dtype: str = "float32"
     new_tokens: int = NEW_TOKENS
+    prepare: tuple[Callable[[], None], ...] = ()
+    mixed: bool = False
+    dense: str = ""
 
     @property
     def scenarios(self) -> tuple[str, ...]:
@@ -66,10 +87,26 @@ FAMILIES = {
         new_tokens=2,
     ),
 }
+IMAGES = {"image": ("image:opaque",), "two images": ("image:opaque",) * 2, "five images": ("image:opaque",) * 5}
+FAMILIES |= {
+    "gemma3": Family(IMAGES, args=("--enable-multimodal",), prepare=(strict_dense.install,), mixed=True),
+    "kimi_vl": Family(
+        IMAGES,
+        prepare=(strict_dense.install, kimi.register),
+        mixed=True,
+        dense="prefill is dense: MLA models have no layer with keys and values per head",
+    ),
+}
 CASES = [(name, scenario) for name, family in FAMILIES.items() for scenario in family.scenarios]
 
+SPARSE_CASES = [(name, scenario) for name, scenario in CASES if not FAMILIES[name].dense]
+
 families = pytest.mark.parametrize("name", FAMILIES)
-cases = pytest.mark.parametrize(("name", "scenario"), CASES, ids=[f"{name}-{scenario}" for name, scenario in CASES])
+mixed_families = pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.mixed])
+cases, sparse_cases = (
+    pytest.mark.parametrize(("name", "scenario"), some, ids=["-".join(case) for case in some])
+    for some in (CASES, SPARSE_CASES)
+)
 
 FamilyRun = Callable[[str, str | None], dict[str, Run]]
 
@@ -82,6 +119,13 @@ def requests(name: str, folder: Path) -> dict[str, Message]:
         parts = {"image": ("image", images[:1]), "two images": ("multi-images", images)}
         parts["video"] = ("video", [png_url(frame) for frame in frames])
         return {scenario: in_parts(scenario, *part) for scenario, part in parts.items()}
+    if name in {"gemma3", "kimi_vl"}:
+        counts = dict(zip(IMAGES, (1, 2, 5), strict=True))
+        several = (images * 3)[: max(counts.values())]
+        return {
+            scenario: user_message(words(9, 20), before=first_words(scenario), images=several[:count])
+            for scenario, count in counts.items()
+        }
     clip = [str(write_mp4(folder / "clip.mp4", frames))]
     media: dict[str, dict[str, list[str]]] = {"image": {"images": images[:1]}, "two images": {"images": images}}
     media |= {"video": {"videos": clip}, "images and video": {"images": images, "videos": clip}}
@@ -115,16 +159,26 @@ def run_of(model_path: ModelPath, tmp_path_factory: pytest.TempPathFactory) -> F
     def run_of(name: str, backend: str | None) -> dict[str, Run]:
         asked = asked_of(name)
         family, rounds = FAMILIES[name], {EMPTY: Run(), CACHED: Run()}
-        with serving.start(model_path(name), CHUNK, backend, family.args) as server:
+        with serving.start(model_path(name), CHUNK, backend, family.args, prepare=family.prepare) as server:
             for scenario, message in asked.items():
                 for when, run in rounds.items():
                     server.flush_cache()
                     if when == CACHED:
                         serving.ask(server, user_message(first_words(scenario)))
                     serving.ask_in_turn(server, {scenario: message}, run, family.new_tokens)
+            if family.mixed:
+                server.flush_cache()
+                rounds[AT_ONCE] = at_once(server, {"text": user_message(words(7, 300)), **asked}, family.new_tokens)
         return rounds
 
     return run_of
+
+
+def at_once(server: Server, asked: dict[str, Message], tokens: int) -> Run:
+    mark = len(server.log())
+    answers = serving.ask_together(server, asked, tuple(asked), tokens=tokens)
+    log = server.log()
+    return Run(answers, dict.fromkeys(asked, prefills(log[mark:])), log=log)
 
 
 def tolerance(run_of: FamilyRun, name: str) -> float:
@@ -151,19 +205,43 @@ def test_answers_equal_the_dense_servers(name: str, scenario: str, when: str, ru
     assert difference(ours, dense) <= tolerance(run_of, name)
 
 
-@cases
+@mixed_families
+def test_answers_given_at_once_equal_the_dense_servers(name: str, run_of: FamilyRun):
+    ours, dense = (run_of(name, backend)[AT_ONCE].answers for backend in ("mminference", None))
+    for scenario, answer in ours.items():
+        assert answer.token_ids == dense[scenario].token_ids
+        assert difference(answer, dense[scenario]) <= tolerance(run_of, name)
+
+
+@sparse_cases
 def test_tokens_lie_as_the_media_say(name: str, scenario: str, run_of: FamilyRun):
     """Without M-RoPE a prompt's length shows chunk by chunk, so there may be several layouts, all with these items."""
-    for run in run_of(name, "mminference").values():
+    for when in ROUNDS:
+        run = run_of(name, "mminference")[when]
         assert set(run.layouts[scenario]) == {FAMILIES[name].layouts[scenario]}
 
 
-@cases
+@sparse_cases
 def test_requests_went_sparse(name: str, scenario: str, run_of: FamilyRun):
-    for run in run_of(name, "mminference").values():
+    for when in ROUNDS:
+        run = run_of(name, "mminference")[when]
         answer, lines = run.answers[scenario], run.prefills[scenario]
         assert sum(line.chunk for line in lines) > 0.9 * (answer.prompt_tokens - answer.cached_tokens)
         assert all(line.coverage >= 0.999 and line.layers == 2 for line in lines)
+
+
+@mixed_families
+def test_layers_stay_dense(name: str, run_of: FamilyRun):
+    run = run_of(name, "mminference")[AT_ONCE]
+    lines = run.prefills["text"]
+    if FAMILIES[name].dense:
+        assert start_lines(run.log) == [FAMILIES[name].dense]
+        assert not lines
+    else:
+        assert "dense_layers={'sliding window': 2}" in start_lines(run.log)[0]
+        assert "dense=StrictDenseAttnBackend" in start_lines(run.log)[0]
+        assert any(line.request != "0" for line in lines), "several sparse requests in a batch"
+        assert len({line.prefix for line in lines}) > 3
 
 
 @families

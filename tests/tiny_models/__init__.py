@@ -1,10 +1,10 @@
-"""Tiny random checkpoints of six families that SGLang serves.
+"""Tiny random checkpoints of eight families that SGLang serves.
 
-All have 2 layers, 4 query heads, 2 KV heads of size 32 and a byte-level tokenizer. Their weights are random, but
-scaled so that they are fit for comparing servers: attention is peaked (scores have a standard deviation of about 3),
-so what a sparse backend drops shows; and logits are spread (standard deviation of about 4), so that greedy tokens do
-not hang on rounding. They are stored in float32 and should be served in it, but for LLaVA: SGLang loads its vision
-tower in float16, so all of it is.
+All have 2 layers (Gemma 3 two sliding ones more), 4 query heads, 2 KV heads of size 32 (Kimi-VL latent ones) and a
+byte-level tokenizer. Their weights are random, but scaled so that they are fit for comparing servers: attention is
+peaked (scores have a standard deviation of about 3), so what a sparse backend drops shows; and logits are spread
+(standard deviation of about 4), so that greedy tokens do not hang on rounding. They are stored in float32 and should be
+served in it, but for LLaVA: SGLang loads its vision tower in float16, so all of it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_models import glm, internvl, llava, qwen
+from tiny_models import gemma, glm, internvl, kimi, llava, qwen
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": qwen.build_qwen2_vl,
@@ -24,6 +24,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "glm4v": glm.build,
     "internvl": internvl.build,
     "llava_onevision": llava.build,
+    "gemma3": gemma.build,
+    "kimi_vl": kimi.build,
 }
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,10 @@ class Server:
         log_path: where the log goes; by default a temporary file that goes away with the server.
         start_timeout: seconds the server may take to be ready.
         warm: fork the server from a process that has imported SGLang, see `mminference_sgl.testing.warm`.
+        prepare: functions of modules that a warm server calls before it starts, for what tests put in SGLang's place.
+
+    Raises:
+        ValueError: `prepare` without `warm`.
     """
 
     def __init__(
@@ -113,7 +117,10 @@ class Server:
         log_path: str | Path | None = None,
         start_timeout: float = 300.0,
         warm: bool = False,
+        prepare: Sequence[Callable[[], None]] = (),
     ) -> None:
+        if prepare and not warm:
+            raise ValueError("only a warm server can be prepared")
         self.port = _free_port()
         self.url = f"http://{_LOOPBACK}:{self.port}"
         self.start_seconds = 0.0
@@ -136,7 +143,7 @@ class Server:
         if metrics:
             self.command += ["--enable-metrics"]
         self.command += args
-        self._warm = warm
+        self._warm, self._prepare = warm, prepare
         self._process: subprocess.Popen[bytes] | WarmProcess | None = None
         self._signals = _ExitOnSignals()
         self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(600.0, connect=5.0), trust_env=False)
@@ -162,7 +169,7 @@ class Server:
         began = time.monotonic()
         if self._warm:
             self._log_path.write_bytes(b"")
-            self._process = WarmProcess(self.command[3:], self._env, self._log_path)
+            self._process = WarmProcess(self.command[3:], self._env, self._log_path, self._prepare)
         else:
             with self._log_path.open("wb") as log:
                 self._process = subprocess.Popen(

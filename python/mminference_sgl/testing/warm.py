@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,8 +22,12 @@ _forked_from: dict[str, str | None] = {}
 class WarmProcess:
     """A forked launcher; what `Server` uses of ``subprocess.Popen``."""
 
-    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], env: Mapping[str, str], log: Path, prepare: Sequence[Callable[[], None]] = ()
+    ) -> None:
         """Fork one; the first call imports SGLang in the process that all are forked from.
+
+        Functions of modules in `prepare` are called in the launcher, before it reads its arguments.
 
         Raises:
             ValueError: `env` differs from the first call's in what SGLang reads when it is imported.
@@ -34,7 +38,8 @@ class WarmProcess:
         _forked_from.update(read)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mminference_sgl.testing.warm_imports"])
-        self._process: Any = context.Process(target=_serve, args=(list(arguments), dict(env), str(log)))
+        arguments_of_serve = (list(arguments), dict(env), str(log), tuple(prepare))
+        self._process: Any = context.Process(target=_serve, args=arguments_of_serve)
         with mock.patch.dict(os.environ, env, clear=True):
             self._process.start()
         self.pid: int = self._process.pid or 0
@@ -60,7 +65,7 @@ class WarmProcess:
         return self.poll()
 
 
-def _serve(arguments: list[str], env: dict[str, str], log: str) -> None:
+def _serve(arguments: list[str], env: dict[str, str], log: str, prepare: tuple[Callable[[], None], ...]) -> None:
     """``python -m sglang.launch_server`` in a forked process: own session, own log, own environment."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -76,6 +81,8 @@ def _serve(arguments: list[str], env: dict[str, str], log: str) -> None:
     set_start_method = engine.mp.set_start_method
     engine.mp.set_start_method = lambda *_, **__: set_start_method("fork", force=True)
     load_plugins()
+    for function in prepare:
+        function()
     try:
         run_server(prepare_server_args(arguments))
     finally:
