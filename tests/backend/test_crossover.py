@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 
 from mminference_sgl.backend import crossover
 from mminference_sgl.backend.crossover import LENGTHS, MARGIN, Shape
+from mminference_sgl.method import prefill
+from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
 
 
@@ -99,3 +104,74 @@ def test_both_sides_are_really_timed(chunk_tokens: int) -> None:
     sparse, dense = crossover._times(shape(chunk_tokens), 1024)
     assert 0 < sparse < 60
     assert 0 < dense < 60
+
+
+def test_on_cuda_sparse_computes_the_stated_density() -> None:
+    """Random operands need next to no tiles, but a budget that all of the mass is wanted for is used up."""
+    given = dataclasses.replace(shape(1024), config=Config().for_chunks(1024, 32))
+    operands, plan = crossover._problem(given, 4096)
+    settings = dataclasses.replace(given, device=torch.device("cuda")).settings
+    (report,) = prefill.run_layer(operands, plan, [HeadSpec()] * 4, settings, torch.empty_like(operands.query), "torch")
+    assert 0.5 < float(report.tiles / report.causal) / crossover.DENSITY < 1.1
+    assert given.settings == dataclasses.replace(given.config, error_ceiling=torch.inf), "as ever on a CPU"
+
+
+def test_layers_run_behind_one_another_and_the_fastest_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def refuses() -> None:
+        ran.append("refuses")
+        raise RuntimeError("No available kernel.")
+
+    runs = [refuses, lambda: ran.append("slow"), lambda: ran.append("fast")]
+    monkeypatch.setattr(crossover, "_seconds", lambda run, device: (run(), {"slow": 2.0, "fast": 1.0}[ran[-1]])[1])
+    cuda = dataclasses.replace(shape(), device=torch.device("cuda"))
+    assert crossover._fastest(runs, cuda) == 1.0
+    assert ran == ["refuses"] + ["slow"] * crossover.LAYERS + ["fast"] * crossover.LAYERS
+    ran.clear()
+    assert crossover._fastest(runs[1:], shape()) == 1.0
+    assert ran == ["slow", "fast"]
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        crossover._fastest([refuses], cuda)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 512])
+def test_dense_kernels_compute_the_same_chunk(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FA3, played here, gets rows and keys that end together; PyTorch's two calls see the same pairs."""
+    operands, _ = crossover._problem(shape(chunk_tokens), 1024)
+    seen: list[int] = []
+
+    def played(q, k, v, bounds_q, bounds_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, causal) -> torch.Tensor:
+        assert bounds_q.tolist() == [0, max_seqlen_q]
+        assert bounds_k.tolist() == [0, max_seqlen_k]
+        assert causal
+        future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        seen.append(int((~future).sum()))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (k, v))
+        scores = (q.transpose(0, 1) @ k.mT * softmax_scale).masked_fill(future, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(0, 1)
+
+    monkeypatch.setitem(sys.modules, "sgl_kernel", types.ModuleType("sgl_kernel"))
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", types.SimpleNamespace(flash_attn_varlen_func=played))
+    run = crossover._fa3(operands.query, operands.key_pool[1:], operands.value_pool[1:], operands.scale)
+    assert run is not None
+    rows = chunk_tokens or 1024
+    assert run().shape == operands.query.shape
+    pairs: list[int] = []
+
+    def counted(q, k, v, *, is_causal=False, scale) -> None:
+        pairs.append(q.shape[2] * (q.shape[2] + 1) // 2 if is_causal else q.shape[2] * k.shape[2])
+
+    monkeypatch.setattr(crossover.functional, "scaled_dot_product_attention", counted)
+    (pytorch,) = crossover._dense_runs(operands)
+    pytorch()
+    assert sum(pairs) == seen[0] == rows * (1024 - rows) + rows * (rows + 1) // 2
+
+
+def test_what_the_measurement_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    cuda = dataclasses.replace(shape(), device=torch.device("cuda"))
+    before = cuda.key
+    monkeypatch.setattr(crossover, "_fa3_version", lambda: "another")
+    assert before != cuda.key
+    assert "FA3" not in shape().key

@@ -1,13 +1,19 @@
 """From how many tokens on sparse prefill pays on this machine: measured once at start, and remembered.
 
-One layer of the model's shape is prefilled sparse and dense at growing lengths, on random operands, until sparse wins.
-Dense is PyTorch's fused attention over contiguous keys, at least as fast as a paged backend.
+Layers of the model's shape are prefilled sparse and dense at growing lengths, on random operands, until sparse wins.
+Dense is attention over contiguous keys by the fastest kernel that is here: PyTorch's, and on CUDA cuDNN's and the FA3
+that SGLang brings, which PyTorch would not choose by itself.
+
+On CUDA some layers run behind one another, as in a model: a layer alone would wait for its launches, which others hide.
+There sparse has a budget of tiles that it uses up, since random operands need next to none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
 import json
 import logging
 import math
@@ -15,25 +21,32 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
-from mminference_sgl.method.plan import DeviceLayout, SparseRequest, build
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SECONDS = 4.0
 """After this much time no further length is tried."""
 MARGIN = 1.25
 """Sparse must be this much faster: random operands need fewer tiles than a video."""
+DENSITY = 0.2
+"""Share of the causal tiles up to which sparse computes on CUDA."""
+LAYERS = 4
+"""Layers that are timed together on CUDA."""
 _LONG = 0.5
 """Seconds of a run that is not repeated."""
 _SIDE = 16
@@ -70,7 +83,21 @@ class Shape:
             self.head_dim,
         )
         tiles = (self.dtype, self.chunk_tokens, self.implementation, self.config.tile_queries, self.config.tile_keys)
-        return " ".join(str(part) for part in (*parts, *tiles))
+        cuda = (f"density {DENSITY}", f"FA3 {_fa3_version()}") if self.device.type == "cuda" else ()
+        return " ".join(str(part) for part in (*parts, *tiles, *cuda))
+
+    @property
+    def layers(self) -> int:
+        """How many are timed together: on a CPU nothing is hidden behind another layer."""
+        return LAYERS if self.device.type == "cuda" else 1
+
+    @property
+    def settings(self) -> Config:
+        """What sparse is timed with. Attention to random keys averages to nothing, so any error is large against it."""
+        config = dataclasses.replace(self.config, error_ceiling=math.inf)
+        if self.device.type == "cuda":
+            return dataclasses.replace(config, coverage=1 - 1e-6, max_density=DENSITY, min_gain=0.0)
+        return config
 
 
 def _processor() -> str:
@@ -120,7 +147,18 @@ def measured(times: Callable[[int], tuple[float, float]]) -> int:
 
 
 def _times(shape: Shape, length: int) -> tuple[float, float]:
-    """Seconds of one layer for the last chunk of a video of ``length`` tokens, sparse and dense."""
+    """Seconds of :attr:`Shape.layers` for the last chunk of a video of ``length`` tokens, sparse and dense."""
+    operands, plan = _problem(shape, length)
+    out, specs, config = torch.empty_like(operands.query), [HeadSpec()] * shape.heads, shape.settings
+
+    def sparse() -> None:
+        prefill.run_layer(operands, plan, specs, config, out, shape.implementation)
+
+    return _fastest([sparse], shape), _fastest(_dense_runs(operands), shape)
+
+
+def _problem(shape: Shape, length: int) -> tuple[Operands, ForwardPlan]:
+    """Random operands of a video of ``length`` tokens, token i in slot i + 1, and the plan of its last chunk."""
     rows = min(length, shape.chunk_tokens or length)
     generator = torch.Generator(shape.device).manual_seed(0)
 
@@ -129,8 +167,6 @@ def _times(shape: Shape, length: int) -> tuple[float, float]:
 
     query = random(rows, shape.heads, shape.head_dim)
     key_pool, value_pool = (random(length + 1, shape.kv_heads, shape.head_dim) for _ in range(2))
-    operands = Operands(query, key_pool, value_pool, shape.head_dim**-0.5)
-    out = torch.empty_like(query)
     req_to_token = torch.arange(1, length + 1, dtype=torch.int32, device=shape.device)[None]
     frames = length // _SIDE**2
     layout = _core.Layout(
@@ -150,23 +186,84 @@ def _times(shape: Shape, length: int) -> tuple[float, float]:
         tile_keys=shape.config.tile_keys,
         probe_rows=shape.config.probe_rows,
     )
-    specs = [HeadSpec()] * shape.heads
-    # Attention to random keys averages to nothing, so that any error is large against it.
-    config = dataclasses.replace(shape.config, error_ceiling=math.inf)
+    return Operands(query, key_pool, value_pool, shape.head_dim**-0.5), plan
 
-    def sparse() -> None:
-        prefill.run_layer(operands, plan, specs, config, out, shape.implementation)
 
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key_pool[1:], value_pool[1:]))
-    k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, 1) for x in (k, v))
+def _dense_runs(operands: Operands) -> list[Callable[[], object]]:
+    """Dense causal attention of the query to its own and all earlier keys, by each kernel that may be the fastest."""
+    rows, length = operands.query.shape[0], operands.key_pool.shape[0] - 1
+    pools = operands.key_pool[1:], operands.value_pool[1:]
+    q = operands.query.transpose(0, 1)[None]
+    k, v = (x.transpose(0, 1)[None].repeat_interleave(operands.group, 1) for x in pools)
 
-    def dense() -> None:
+    def pytorch() -> None:
         own = slice(length - rows, length)
         functional.scaled_dot_product_attention(q, k[:, :, own], v[:, :, own], is_causal=True, scale=operands.scale)
         if length > rows:
             functional.scaled_dot_product_attention(q, k[:, :, :-rows], v[:, :, :-rows], scale=operands.scale)
 
-    return _seconds(sparse, shape.device), _seconds(dense, shape.device)
+    def cudnn() -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            pytorch()
+
+    if q.device.type != "cuda":
+        return [pytorch]
+    fa3 = _fa3(operands.query, *pools, operands.scale)
+    return [pytorch, cudnn] + ([fa3] if fa3 is not None else [])
+
+
+def _fa3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Callable[[], object] | None:
+    """FA3 of SGLang's kernels, None where they cannot be imported; its causality is aligned at the last row and key."""
+    try:
+        kernels = importlib.import_module("sgl_kernel.flash_attn")
+    except ImportError:
+        return None
+    bounds = [torch.tensor([0, len(x)], dtype=torch.int32, device=x.device) for x in (query, key)]
+    return functools.partial(
+        kernels.flash_attn_varlen_func,
+        query,
+        key,
+        value,
+        *bounds,
+        max_seqlen_q=len(query),
+        max_seqlen_k=len(key),
+        softmax_scale=scale,
+        causal=True,
+    )
+
+
+def _fa3_version() -> str:
+    try:
+        return metadata.version("sglang-kernel")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _fastest(runs: Sequence[Callable[[], object]], shape: Shape) -> float:
+    """Seconds of the fastest of some ways to compute a layer, :attr:`Shape.layers` times behind one another.
+
+    Of several ways, those that do not take these operands or this device are left out.
+
+    Raises:
+        Exception: of the last way, where none works.
+    """
+    best, problem = math.inf, None
+    for run in runs:
+
+        def layers(run: Callable[[], object] = run) -> None:
+            for _ in range(shape.layers):
+                run()
+
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                best = min(best, _seconds(layers, shape.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            problem = error
+    if math.isinf(best) and problem is not None:
+        raise problem
+    return best
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -179,6 +276,9 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
+    if device.type == "cuda":
+        # What is compiled or looked up the first time is not what a layer takes.
+        timed()
     first = timed()
     return first if first > _LONG else min(timed(), timed())
 
