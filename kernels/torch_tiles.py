@@ -47,7 +47,7 @@ def attend(
         group=operands.group,
         scale=operands.scale * operands.key_scale,
     )
-    part = query.new_zeros(heads * tile_pass.rows.numel(), operands.value_pool.shape[-1], dtype=dtype)
+    part = query.new_zeros(heads * tile_pass.rows.numel() + 1, operands.value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
     lengths = lists.count.long()
     row_counts = tile_pass.indptr.diff().long().repeat(heads)
@@ -56,6 +56,7 @@ def attend(
     work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
     for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys):
         _attend_batch(problem, batch, tiles, part, part_lse)
+    part, part_lse = part[:-1], part_lse[:-1]
     if operands.value_scale != 1:
         part *= operands.value_scale
     part = part.view(heads, -1, part.shape[1]).transpose(0, 1)
@@ -123,7 +124,7 @@ def _batches(work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor
 
 
 def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Attention of some lists, given as ``head * tiles + query tile``, into ``out`` and ``lse``."""
+    """Attention of some lists, each ``head * tiles + query tile``; the last row of ``out`` and ``lse`` is spare."""
     tile_pass, lists, keys = problem.tile_pass, problem.lists, problem.tile_pass.keys
     device = work.device
     head, tile = work // tiles, work % tiles
@@ -157,10 +158,14 @@ def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.
     q = problem.query.index_select(0, row_index.flatten()).view(len(work), 1, row_index.shape[1], -1)
     part, part_lse = _attention(q, gather(problem.keys), gather(problem.values), mask, problem.scale)
     part, part_lse = part[:, 0], part_lse[:, 0]
-    sees_key = part_lse > _NO_KEY_LSE
-    target = row_index[row_valid]
-    out[target] = torch.where(sees_key[..., None], part, 0)[row_valid]
-    lse[target] = torch.where(sees_key, part_lse, float("-inf"))[row_valid]
+    if mask is not None:
+        no_key = part_lse <= _NO_KEY_LSE
+        part.masked_fill_(no_key[..., None], 0)
+        part_lse.masked_fill_(no_key, float("-inf"))
+    # The last row of the outputs is nobody's; leaving rows out costs more than writing them there.
+    target = torch.where(row_valid, row_index, out.shape[0] - 1).flatten()
+    out.index_copy_(0, target, part.flatten(0, 1))
+    lse.index_copy_(0, target, part_lse.flatten())
 
 
 def _mask(
