@@ -39,7 +39,7 @@ def wait_briefly(environment: MutableMapping[str, str]) -> None:
 
     By default they spin for 300,000 rounds, up to 15 ms. Sparse prefill is thousands of small parallel operations, and
     where a core is shared with something else, a spinning thread keeps from it the one that it waits for: 2 cores
-    with a load of 8 took 20 s for what takes 4 s with short waits and 1 s when idle. What the user set stays.
+    with a load of 8 took 20 s for what took 4 s with short waits. What the user set stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
