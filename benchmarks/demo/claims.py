@@ -19,7 +19,7 @@ CONTROL_CEILING = 0.5
 MIN_QUESTIONS = 24
 MIN_TOKENS = 16384
 BUSY = 1.25
-"""Slowest over quickest of several equal prefills, from which on the machine counts as busy with other things."""
+"""Slowest over quickest of equal pieces of work, from which on the machine counts as busy with other things."""
 
 
 @dataclass
@@ -105,11 +105,13 @@ def judge(runs: Sequence[Run], scene: Scene) -> Verdict:
 def why_slow(dense: Timing, sparse: Timing) -> str:
     """What keeps the sparse prefill from its share of the dense one, as far as the times tell."""
     was, now = dense.parts, sparse.parts
-    busy = {name: max(x.prefill) / min(x.prefill) for name, x in (("dense", dense), ("mminference", sparse))}
+    equal = {f"{name} prefills": x.prefill for name, x in (("dense", dense), ("mminference", sparse))}
+    equal["linear layers of the two"] = [was["linear"], now["linear"]]
+    spread = {name: max(seconds) / min(seconds) for name, seconds in equal.items()}
     other = dense.median - was["attention"]
-    if max(busy.values()) > BUSY:
-        spread = ", ".join(f"{name} {value:.2f}x" for name, value in busy.items())
-        reason = f"the machine was busy with other things, equal prefills differ ({spread})"
+    if max(spread.values()) > BUSY:
+        told = ", ".join(f"{name} {value:.2f}x" for name, value in spread.items())
+        reason = f"the machine was busy with other things, equal work took unequal time ({told})"
     elif other > RATIO_CEILING * dense.median:
         share = was["attention"] / dense.median
         reason = f"attention is only {share:.0%} of the dense prefill here, and nothing else gets sparse"

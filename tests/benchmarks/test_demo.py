@@ -68,10 +68,11 @@ def test_answers_and_control_always_fail(found: list[Run], words: str) -> None:
     ("dense", "sparse", "reason"),
     [
         (timing(1.0, 3.0, 0.4, density=1.0), timing(0.1, 3.0, 0.4), "attention is only 23% of the dense prefill"),
-        (DENSE, replace(SLOW, prefill=[2.0, 3.5, 5.5]), "busy with other things, equal prefills differ (dense 1.00x"),
+        (DENSE, replace(SLOW, prefill=[2.0, 3.5, 5.5]), "busy with other things, equal work took unequal time (dense"),
+        (DENSE, timing(1.5, 0.4, 0.6), "linear layers of the two 1.33x)"),
         (DENSE, SLOW, "attention takes 0.74 of the dense one, all else 1.00"),
     ],
-    ids=["not attention", "busy", "attention"],
+    ids=["not attention", "busy at times", "busy with one server", "attention"],
 )
 def test_missed_speed_is_told_with_its_reason(dense: Timing, sparse: Timing, reason: str) -> None:
     found = verdict(runs(dense, sparse))
