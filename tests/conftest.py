@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
+
+from mminference_sgl.portable.cpu import wait_briefly
+
+# Before PyTorch is imported: OpenMP looks once.
+wait_briefly(os.environ)
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Before anything imports SGLang, which looks once.
