@@ -396,11 +396,23 @@ def test_probe_rows_are_rows_of_their_group_and_know_their_tiles(case: Case) -> 
             assert position in far[tile]
 
 
-def test_text_probes_are_the_last_text_rows(case: Case) -> None:
+def test_text_probes_spread_over_the_text(case: Case) -> None:
     for group in case.plan.groups:
         if group.modality == "text":
-            count = min(case.probe_rows, rows_to_probe(case.requests[group.request].chunk))
-            assert probed(group) == chunk_rows(case, group.request, TEXT_KIND)[-count:]
+            rows = chunk_rows(case, group.request, TEXT_KIND)
+            count = min(case.probe_rows, rows_to_probe(case.requests[group.request].chunk), len(rows))
+            picked = [rows.index(row) for row in probed(group)]
+            assert len(picked) == count
+            for part, place in enumerate(picked):
+                assert part * len(rows) // count <= place < (part + 1) * len(rows) // count
+            assert picked[-1] == len(rows) - 1, "the row that answers"
+
+
+def test_text_probes_lie_at_all_places_of_their_tiles() -> None:
+    case = make([Request(4096, [], 0, 4096)], tile_queries=32, tile_keys=64, probe_rows=64)
+    (group,) = case.plan.groups
+    places = np.bincount(np.array([position for _, position in probed(group)]) % 64 // 16, minlength=4)
+    assert places.min() >= 12, places
 
 
 def test_media_probes_stand_for_bands(case: Case) -> None:

@@ -288,18 +288,23 @@ class _ProbeRows:
 
 
 def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int) -> _ProbeRows:
-    """Chooses the rows to probe: for media spread over the chunk's places and times, for text the last rows.
+    """Chooses the rows to probe: for media spread over the chunk's places and times, for text over its length.
 
-    The cell pass is cut into as many bands of consecutive query tiles as rows are wanted. The rows that stand for a
-    band are taken from all its rows alike, at another moment in each band: what the probe rows hold on average is then
-    what the chunk's rows hold.
+    Rows of text lie at another place of each of as many equal parts, the last row of all among them: the last rows
+    alone stand for nothing but themselves. Media: the cell pass is cut into as many bands of consecutive query tiles as
+    rows are wanted. The rows that stand for a band are taken from all its rows alike, at another moment in each band:
+    what the probe rows hold on average is then what the chunk's rows hold.
     """
     tiles = far.stop - far.start
     near_indptr = on_host("seq.row_indptr")
     first, end = int(near_indptr[near.start]), int(near_indptr[near.stop])
     nothing = np.zeros(0, dtype=np.int64)
     if tiles == 0:
-        slots = np.arange(max(first, end - count), end)
+        count = min(count, end - first)
+        bounds = first + np.arange(count + 1) * (end - first) // count
+        place = np.arange(count) * _GOLDEN % 1
+        slots = bounds[:-1] + (place * np.diff(bounds)).astype(np.int64)
+        slots[-1] = end - 1
         rows, positions = on_host("seq.rows")[slots], on_host("seq.positions")[slots]
         far_tiles = bands = band_of_row = nothing
         num_bands = 0
