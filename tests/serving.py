@@ -88,7 +88,7 @@ def squares(seed: int, count: int, rows: int, columns: int) -> np.ndarray:
 
 def start(
     model: Path,
-    chunk: int,
+    chunk: int | None,
     backend: str | None,
     args: Sequence[str] = (),
     config: Any = None,

@@ -9,6 +9,7 @@ logit.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -132,6 +133,19 @@ def test_mixed_chunks_and_overlapping_schedule(run_of: RunOf, model_path: ModelP
     assert "'enable_mixed_chunk': True" in log
     assert fallbacks(log) == []
     assert "Traceback" not in log
+
+
+def test_sizes_that_nobody_gave_are_the_resolved_ones(model_path: ModelPath, messages: Messages, run_of: RunOf):
+    """The record of the command line has neither; SGLang decides on both later."""
+    with serving.start(model_path(MODEL), None, "mminference") as server:
+        answer = serving.ask(server, messages["video"])
+        log = server.log()
+    (line,) = start_lines(log)
+    resolved = re.search(r"chunked_prefill_size=(\d+)", log.partition("max_total_num_tokens=")[2])
+    assert resolved is not None
+    assert int(resolved[1]) > 0
+    assert f"chunk_tokens={resolved[1]} page_size=1 " in line
+    assert answer.token_ids == run_of(MODEL, ONE_CHUNK, None).answers["video"].token_ids
 
 
 @pytest.mark.parametrize(
