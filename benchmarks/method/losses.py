@@ -35,7 +35,7 @@ def kept_keys(passes: Sequence[tuple[TilePass, TileLists]], head: int, row: int,
 
 def losses(one: Forward, truth: Truth, passes: Sequence[tuple[TilePass, TileLists]], weight: np.ndarray) -> str:
     """Lost mass by what it was planted as and by the rows' place in the chunk; means over the sampled rows."""
-    problem, heads = one.problem, one.query.shape[1]
+    problem, heads = one.problem, one.operands.heads
     own = np.flatnonzero((truth.positions >= one.start) & (truth.positions < one.end) & (weight > 0))
     by_name: dict[str, float] = {}
     by_part = np.zeros((PARTS, 2))
