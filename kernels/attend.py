@@ -26,7 +26,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_table import NATIVE_FP8, OPTIONS, Launch, device_architecture, fitted, lookup, lookup_pages
 from .operands import Operands
-from .tiles import Region, TileLists, TilePass
+from .tiles import ABSENT, Region, TileLists, TilePass
+
+NO_TOKEN = tl.constexpr(ABSENT)
 
 ALIGNMENT = 16
 """Bytes to which descriptors (TMA) want memory and strides aligned."""
@@ -127,7 +129,6 @@ def attend_tiles(
     DTYPE: tl.constexpr = b_query.dtype
     o_n = tl.arange(0, BLOCK_N)
     b_far_edge = b_pos - reach
-    last_pos = tl.max(b_pos, 0)
     for step in tl.range(0, count * PARTS):
         key_first = (tile_first + tl.load(p_tiles + step // PARTS)) * TILE_KEYS + (step % PARTS) * BLOCK_N
         if DESCRIPTORS:
@@ -139,9 +140,9 @@ def attend_tiles(
         m_slot = None
         if MASKED:
             b_key_pos = tl.load(p_key_pos + key_first + o_n)
-            # What no row sees may be anything, behind the last key of a page and in the pool's row 0, to which absent
-            # keys point: 0 * NaN is no 0.
-            m_slot = b_key_pos <= last_pos
+            if CONTIGUOUS:
+                # Behind a request's last key a page may hold anything, and 0 * NaN is no 0.
+                m_slot = b_key_pos != NO_TOKEN
         # keys x head size
         b_key = load_pool(
             p_key, b_slot, None, i_kv, stride_key_slot, 0, BLOCK_D, HEAD_DIM, DESCRIPTORS, FP8_BITS, DTYPE

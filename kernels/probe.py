@@ -45,13 +45,13 @@ class ProbeKeys:
 
     def __init__(self, sequence: KeyOrder, cell: KeyOrder | None, last: int) -> None:
         self.sequence, self.cell = sequence, cell
-        self.last = last
+        self._last = last
         self._present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def present(self, order: KeyOrder) -> tuple[torch.Tensor, torch.Tensor]:
         """An order's tiles, those that hold keys by now first: int32 [n], and how many these are, int64 0-d."""
         if id(order) not in self._present:
-            future = order.tile_min > self.last
+            future = order.tile_min > self._last
             tiles = future.byte().argsort(stable=True).int()
             self._present[id(order)] = tiles, (~future).sum()
         return self._present[id(order)]
@@ -163,8 +163,6 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
     slots = keys.sequence.slots
     k = operands.key_pool.index_select(0, slots.flatten()).permute(1, 2, 0).float()
     v = operands.value_pool.index_select(0, slots.flatten()).transpose(0, 1).float()
-    # Behind the last key memory may hold anything, and 0 * NaN is no 0.
-    v[:, keys.last + 1 :] = 0
     q = operands.query[rows.rows].float() * (operands.scale * operands.key_scale)
     heads, kv_heads = q.shape[1], k.shape[0]
     grouped = q.view(-1, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)

@@ -296,8 +296,9 @@ def mass_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunch
     """That of :func:`mass_kernel`."""
     if element_size == 4:
         return ProbeLaunch(16, min(16, tile_keys), 4, 2)
-    # Heads beyond 128 would spill in four warps.
-    return ProbeLaunch(64, min(64 if head_dim <= 64 else 32, tile_keys), 4 if head_dim <= 128 else 8, 2)
+    if head_dim <= 128:
+        return ProbeLaunch(64, min(64 if head_dim <= 64 else 32, tile_keys), 4, 2)
+    return ProbeLaunch(64, min(16, tile_keys), 8, 2)
 
 
 def constants_for(

@@ -38,8 +38,6 @@ def attend(
             )
             k = operands.key_pool[slots, head // operands.group].to(compute) * operands.key_scale
             v = operands.value_pool[slots, head // operands.group].to(compute) * operands.value_scale
-            # Keys that no row sees may be anything, and 0 * NaN is no 0.
-            v = v.masked_fill(~visible.any(0)[:, None], 0)
             scores = query[tile_pass.rows[rows], head].to(compute) @ k.T * operands.scale
             scores = scores.masked_fill(~visible, float("-inf"))
             part_lse = torch.logsumexp(scores, dim=1)

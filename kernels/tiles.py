@@ -35,7 +35,8 @@ class Region(Enum):
 class KeyOrder:
     """Keys of every sparse request of one forward in one token order, tile after tile, request after request.
 
-    ``slots`` int64 [n, tile_keys]: rows of the KV pool; 0, the pool's padding row, for tokens that are not there (yet).
+    ``slots`` int64 [n, tile_keys]: rows of the KV pool. Tokens that are not there (yet) have that of one that is:
+    they weigh 0, but 0 * NaN is no 0, and others' memory may hold anything.
     ``positions`` int32 [n, tile_keys]: token positions, :data:`ABSENT` where a tile is short.
     ``tile_min``, ``tile_max`` int32 [n]: smallest and largest position in each key tile (a short tile's is ABSENT).
     ``tile_indptr`` int32 [R + 1]: where a request's key tiles begin; ``widest``: most key tiles of any request.

@@ -115,12 +115,10 @@ def make(
     cell_size: int = 0,
     page_size: int = 1,
     seed: int = 0,
-    poisoned: bool = False,
 ) -> Problem:
     """A problem with random operands, request after request in the batch, pages of the pool in random order.
 
-    Unused slots of the pool hold NaN: whoever reads a future token is found out. With ``poisoned`` the padding slot 0
-    does too, to which keys point that are not there yet.
+    Unused slots of the pool hold NaN, the padding slot 0 too: whoever reads a future token is found out.
     """
     generator = torch.Generator().manual_seed(seed)
     pages_of = [-(-request.length // page_size) for request in requests]
@@ -144,7 +142,6 @@ def make(
     )
     sparse, row = [], 0
     written = torch.zeros(slots, dtype=torch.bool)
-    written[0] = not poisoned
     for index, request in enumerate(requests):
         written[req_to_token[index, : request.prefix + request.chunk].long()] = True
         layout = _core.Layout(

@@ -55,7 +55,6 @@ def forward(
     pools = []
     for operand in (problem.key, problem.value):
         pool = torch.full((scene.length + 1, *operand.shape[1:]), torch.nan)
-        pool[0] = 0
         pool[slots[:end]] = operand[:end]
         pools.append(pool)
     layout = _core.Layout(

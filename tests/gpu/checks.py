@@ -64,7 +64,6 @@ class Setting:
             page_size=self.page_size,
             dtype=self.dtype,
             seed=seed,
-            poisoned=True,
         )
 
 

@@ -97,7 +97,6 @@ def run(case: Case, dtype: torch.dtype) -> None:
         kv_heads=case.kv_heads,
         page_size=case.page_size,
         dtype=dtype,
-        poisoned=True,
     )
     meant = replace(problem.operands, value_pool=problem.value_pool[..., : case.value_dim or case.head_dim])
     stored = meant

@@ -59,7 +59,6 @@ def run(case: Case, dtype: torch.dtype) -> None:
         kv_heads=case.kv_heads,
         page_size=case.page_size,
         dtype=dtype,
-        poisoned=True,
     )
     stored = problem.operands
     if case.fp8:

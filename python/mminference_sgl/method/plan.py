@@ -241,18 +241,18 @@ _Tiled = tuple[torch.Tensor, torch.Tensor]
 def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> _Tiled:
     padding = -slots.numel() % tile_keys
     return (
-        functional.pad(slots, (0, padding)).view(-1, tile_keys),
+        torch.cat([slots, slots[:1].expand(padding)]).view(-1, tile_keys),
         functional.pad(positions, (0, padding), value=ABSENT).view(-1, tile_keys),
     )
 
 
 def _cell_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> _Tiled:
-    """Keys in cell order; tokens that later chunks will bring have their place already and point to the padding row."""
+    """Keys in cell order; tokens that later chunks will bring have their place already and point to the first key."""
     if not request.layout.has_media:
         return _tiled(slots[:0], slots[:0].int(), tile_keys)
     tokens = request.layout.tokens
     present = tokens < request.num_keys
-    return _tiled(torch.where(present, slots[torch.where(present, tokens, 0)], 0), tokens, tile_keys)
+    return _tiled(slots[torch.where(present, tokens, 0)], tokens, tile_keys)
 
 
 def _key_order(requests: Sequence[_Tiled], *, contiguous: bool = False) -> KeyOrder:
