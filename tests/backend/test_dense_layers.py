@@ -263,3 +263,21 @@ def test_rows_of_no_request_are_zero(model_of, monkeypatch: pytest.MonkeyPatch, 
     assert out.isfinite().all()
     assert (out[-padding:] == 0).all()
     assert (out[:-padding] != 0).any(1).all()
+
+
+CHUNK_ENDS = [
+    *(1, 3, 4, 5, 31, 32, 33, 63, 64, 65, 94),  # text, the first frame's rows and its end
+    *(123, 124, 125, 307, 363, 364, 365, 573),  # between frames and inside
+    *(603, 604, 605, 630, 667, 670),  # the video's end, and few rows behind it
+]
+
+
+@pytest.mark.parametrize("end", CHUNK_ENDS)
+def test_chunks_may_end_anywhere(model_of, end: int):
+    """Around every kind of border: the rows of each chunk are those of plain attention over what lies before."""
+    model = model_of(671)
+    with torch.no_grad():
+        model.run({0: end}, {0: video(10)})
+        model.run({0: 671 - end}, {0: video(10)})
+    assert model.done == [671]
+    assert model.counters["sparse"] == (end >= 64) + (671 - end >= 32)
