@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,31 @@ def run(script: str, *arguments: str, **environment: str) -> list[dict[str, Any]
     return [json.loads(line) for line in output(script, *arguments, **environment).splitlines()]
 
 
+_CORES = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+
+def interpret_side_by_side(*commands: tuple[str, ...]) -> list[Future[list[dict[str, Any]]]]:
+    """What scripts print that run in the interpreter, each on a core: what the first test waits for serves the others.
+
+    All cases of a script in one process: starting it takes longer than most of them.
+    """
+    return [_CORES.submit(run, *command, TRITON_INTERPRET="1") for command in commands]
+
+
+DTYPES = ("float32", "float16")
+
+
 @cache
+def _interpreted() -> dict[str, Future[list[dict[str, Any]]]]:
+    return dict(zip(DTYPES, interpret_side_by_side(*(("interpret.py", dtype) for dtype in DTYPES)), strict=True))
+
+
 def interpreted(dtype: str) -> list[dict[str, Any]]:
-    """All cases in one process: starting it takes longer than most of them."""
-    return run("interpret.py", dtype, TRITON_INTERPRET="1")
+    return _interpreted()[dtype].result()
 
 
 @pytest.mark.parametrize("case", interpret.CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attend_equals_reference_in_the_interpreter(dtype: str, case: interpret.Case) -> None:
     """bf16 is not tested: the interpreter computes it wrong without a word."""
     lines = [line for line in interpreted(dtype) if line["case"] == case.name]
@@ -68,7 +86,7 @@ def test_attend_equals_reference_in_the_interpreter(dtype: str, case: interpret.
         assert line["lse_error"] <= 2 * line["plain_lse_error"] + 1e-5, line
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_descriptors_give_the_same_bits_as_pointers(dtype: str) -> None:
     """Whole pages only: the far pass in between gathers. Page tails and pages of nobody hold NaN."""
     cases = {case.name for case in interpret.CASES if case.launch is not None and case.launch.descriptors}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import enum
+from concurrent.futures import Future
 from functools import cache
 from typing import Any
 
@@ -23,21 +24,25 @@ from mminference_sgl.kernels.stages import stages_of
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
-from test_triton import run
+from test_triton import DTYPES, interpret_side_by_side, run
 
 
 @cache
+def _interpreted() -> dict[str, Future[list[dict[str, Any]]]]:
+    commands = (("interpret_select.py",), *(("interpret_probe.py", dtype) for dtype in DTYPES))
+    return dict(zip(("selections", *DTYPES), interpret_side_by_side(*commands), strict=True))
+
+
 def probes(dtype: str) -> list[dict[str, Any]]:
-    return run("interpret_probe.py", dtype, TRITON_INTERPRET="1")
+    return _interpreted()[dtype].result()
 
 
-@cache
 def selections() -> list[dict[str, Any]]:
-    return run("interpret_select.py", TRITON_INTERPRET="1")
+    return _interpreted()["selections"].result()
 
 
 @pytest.mark.parametrize("case", interpret_probe.CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_probe_equals_the_portable_one(dtype: str, case: interpret_probe.Case) -> None:
     """Masses are sums of fp32 exponentials either way; output is rounded where weights meet values in fp16."""
     lines = [line for line in probes(dtype) if line["case"] == case.name]
