@@ -6,33 +6,17 @@ the cell pass. Nothing here looks at single heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 
+from .levels import ALWAYS, FAIR, LEVELS, PER_OCTAVE, TINY, Curves
 from .tiles import UNBOUNDED, Region, tile_visibility
 
-EXACT = 1.0
-"""Coverage at which every causal tile is selected and budgets do not count: the result is dense attention."""
 LOYALTY = 0.1
-"""Share of its tiles by which a pattern counts as cheaper to a head that ran it in the chunk before."""
-SLACK = 0.005
-"""Mass that rows below the target may lack of it, on average over all rows, where a head counts as reaching it."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the configuration allows.
-
-    ``coverage``: target share of each row's mass; ``max_density``: computed tiles over causal tiles; ``min_gain``: mass
-    per tile, in units of an average causal tile's, that makes a tile worth computing for a head that cannot reach the
-    target.
-    """
-
-    coverage: float
-    max_density: float
-    min_gain: float
+"""Share of its price by which a pattern counts as cheaper to a head that ran it in the chunk before."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +173,6 @@ class View:
     _near: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     _near_counts: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     _slash: dict[tuple[int, int], SlashTiles] = field(default_factory=dict, repr=False)
-    made: dict[tuple[int, int, int], Choice] = field(default_factory=dict, repr=False)
-    """(heads, sink, reach) -> :func:`within`."""
 
     @property
     def causal_tiles(self) -> torch.Tensor:
@@ -227,14 +209,36 @@ class View:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """A pattern's tiles for all heads by level: those of at least a head's threshold are read.
+
+    ``near`` int8 [H, t, n] in sequence order and ``far`` int8 [H, t', n'] in cell order, [1, ...] where all heads have
+    the same; ``far`` is None where nothing is read there. ``sink``, ``reach``: the near region of the sequence pass.
+    """
+
+    near: torch.Tensor
+    far: torch.Tensor | None
+    sink: int
+    reach: int
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A pattern's tiles, and what each threshold costs. ``searched``: whether the threshold makes a difference."""
+
+    levels: Levels
+    curves: Curves
+    searched: bool
+
+
+@dataclass(frozen=True)
 class Choice:
     """Tiles for all heads.
 
     ``near`` bool [H, t, n] in sequence order, ``far`` bool [H, t', n'] in cell order or None;
     ``sink``, ``reach`` int32 [H]: the near region of the sequence pass, the far region of the cell pass is the rest.
-    ``coverage`` fp32 [H]: share of the probe rows' mass that is kept.
-    ``missing`` fp32 [H]: mass that the rows below the target lack of it, on average over all rows.
-    ``tiles`` int64 [H]: computed tiles.
+    ``coverage`` fp32 [H]: share of the probe rows' mass that is kept. ``error`` fp32 [H]: energy that the probe rows'
+    output loses, mean over the rows. ``tiles`` int64 [H]: computed tiles.
     """
 
     near: torch.Tensor
@@ -242,129 +246,164 @@ class Choice:
     sink: torch.Tensor
     reach: torch.Tensor
     coverage: torch.Tensor
-    missing: torch.Tensor
+    error: torch.Tensor
     tiles: torch.Tensor
 
 
 def dense(view: View, heads: int) -> Choice:
     """All causal tiles in the sequence pass."""
-    return within(view, heads, 0, UNBOUNDED)
+    device = view.keys.min_pos.device
+    far = None
+    if view.cell is not None:
+        shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
+        far = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
+    return Choice(
+        near=view.near_tiles(0, UNBOUNDED).expand(heads, -1, -1),
+        far=far,
+        sink=torch.zeros(heads, dtype=torch.int32, device=device),
+        reach=torch.full((heads,), UNBOUNDED, dtype=torch.int32, device=device),
+        coverage=torch.ones(heads, device=device),
+        error=torch.zeros(heads, device=device),
+        tiles=view.causal_tiles.expand(heads),
+    )
 
 
-def within(view: View, heads: int, sink: int, reach: int) -> Choice:
-    """All near tiles of a sink and a reach, and no others; its coverage is yet to be measured unless that is all."""
-    if (heads, sink, reach) not in view.made:
-        device = view.keys.min_pos.device
-        far = None
-        if view.cell is not None:
-            shape = (heads, view.cell.queries.min_pos.numel(), view.cell.keys.min_pos.numel())
-            far = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
-        coverage = torch.ones(heads, device=device)
-        view.made[heads, sink, reach] = Choice(
-            near=view.near_tiles(sink, reach).expand(heads, -1, -1),
-            far=far,
-            sink=torch.full((heads,), sink, dtype=torch.int32, device=device),
-            reach=torch.full((heads,), reach, dtype=torch.int32, device=device),
-            coverage=coverage,
-            missing=torch.zeros_like(coverage),
-            tiles=view.count_near(sink, reach).expand(heads),
-        )
-    return view.made[heads, sink, reach]
+@dataclass(frozen=True)
+class Budget:
+    """What the heads of a layer may lose together.
+
+    ``energy`` fp32 [H]: that of each head's dense output, mean over the probe rows. ``bound``: the largest error of the
+    heads' output together, relative to it; 0 leaves nothing out. ``max_density``: tiles that are computed over causal
+    ones, whatever the bound, over all heads; what is always read is not counted.
+    """
+
+    energy: torch.Tensor
+    bound: float
+    max_density: float = 1.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing may be left out."""
+        return self.bound == 0.0
+
+    @property
+    def allowed(self) -> torch.Tensor:
+        """What each head would be allowed to lose by itself: energy per row, fp32 [H]."""
+        return (self.energy * self.bound**2).clamp_min(TINY)
 
 
-def cheapest(
-    view: View, choices: list[Choice], limits: Limits, previous: torch.Tensor | None = None
+PRICES = 64
+"""Prices that are tried, a third of an octave apart."""
+
+
+def decide(
+    view: View, proposals: Sequence[Proposal], wanted: torch.Tensor, budget: Budget, previous: torch.Tensor
 ) -> tuple[Choice, torch.Tensor]:
-    """Per head the choice that reaches the target with the fewest tiles.
+    """One proposal and one threshold for each head, so that together they stay within the budget with few tiles.
 
-    Where none does, the one whose mass is worth its tiles most, at the price of ``min_gain``. ``previous`` int64 [H]:
-    each head's pick in the chunk before, -1 for none; another one must be cheaper by more than :data:`LOYALTY`, so that
-    heads between two patterns do not change with every chunk. Returns the merged choice and the index of each head's
-    pick, int64 [H]. Earlier choices win ties.
+    At a price per tile, each head has that proposal and threshold, or dense attention, whose error and price together
+    are least. The highest price at which the heads stay within the budget is the one, so a head gets tiles where they
+    help the layer's output most; what is left of the budget goes to heads that the next higher price would have sooner.
+    Heads with one proposal and nothing to search have that, and neither draw on the budget nor add to it.
+
+    Args:
+        wanted: which heads may have which proposal, bool [proposals, H]; heads without any run dense.
+        previous: each head's proposal in the chunk before, int64 [H], -1 for none; another one must be cheaper by more
+            than :data:`LOYALTY`, so that heads between two patterns do not change with every chunk.
+
+    Returns:
+        The choice, and the index of each head's proposal, int64 [H], -1 for dense attention.
     """
-    tiles = torch.stack([choice.tiles for choice in choices]).double()
-    if previous is not None:
-        kept = previous == torch.arange(len(choices), device=previous.device)[:, None]
-        tiles = torch.where(kept, tiles * (1 - LOYALTY), tiles)
-    reached = torch.stack([choice.missing for choice in choices]) <= SLACK
-    coverage = torch.stack([choice.coverage for choice in choices]).double()
-    worth = coverage - limits.min_gain * tiles / view.causal_tiles
-    pick = torch.where(reached, 2.0 + 1.0 / (1.0 + tiles), worth).argmax(0)
-    merged = choices[0]
-    for index, choice in enumerate(choices[1:], start=1):
-        merged = where(pick == index, choice, merged)
-    return merged, pick
+    heads, device = wanted.shape[1], wanted.device
+    fixed = (wanted & ~mask_of(tuple(proposal.searched for proposal in proposals), device)[:, None]).any(0)
+    energy = budget.energy.masked_fill(fixed, 0.0)
+    mean = energy.mean().clamp_min(TINY)
+    step = torch.arange(PRICES, device=device)
+    price = torch.exp2((step - FAIR) / PER_OCTAVE)
+    price *= mean * budget.bound**2 / view.causal_tiles
+    if budget.exact:
+        price = torch.ones_like(price)
+
+    def every(name: str, when_dense: torch.Tensor) -> torch.Tensor:
+        """What each proposal has at each threshold, and dense attention behind them: [H, options]."""
+        curves = torch.cat([getattr(proposal.curves, name) for proposal in proposals], dim=1)
+        return torch.cat([curves, when_dense.expand(heads, 1)], dim=1)
+
+    thresholds = LEVELS + 1
+    error, coverage = every("error", price.new_zeros(1)), every("coverage", price.new_ones(1))
+    tiles = every("tiles", view.causal_tiles)
+    bound_to = wanted.any(0) if budget.exact else fixed
+    barred = torch.cat([~wanted.T.repeat_interleave(thresholds, dim=1), bound_to[:, None]], dim=1)
+    loyal = (previous[:, None] == torch.arange(len(proposals), device=device)).repeat_interleave(thresholds, dim=1)
+    favour = torch.nn.functional.pad(1 - LOYALTY * loyal, (0, 1), value=1.0)
+    paid = (error * favour).masked_fill(barred, torch.inf)[..., None] + (tiles * favour)[..., None] * price
+    option = paid.argmin(1)
+    lost = error.gather(1, option).masked_fill(fixed[:, None], 0.0)
+    allowed = budget.bound**2 * energy.sum()
+    best = ((lost.sum(0) <= allowed) * (step + 1)).amax().sub_(1).clamp_min_(0)
+    if budget.max_density < 1.0:
+        too_many = tiles.gather(1, option).sum(0) > budget.max_density * heads * view.causal_tiles
+        best = torch.maximum(best, too_many.sum().clamp_max(PRICES - 1))
+    option = _fill(option, lost, tiles, best, allowed)
+    pick = torch.div(option, thresholds, rounding_mode="floor")
+    pick = torch.where(pick == len(proposals), -1, pick)
+    threshold = option % thresholds
+
+    everything, is_dense = dense(view, heads), pick < 0
+    near, far = everything.near & is_dense[:, None, None], everything.far
+    sink, reach = everything.sink, everything.reach
+    for index, proposal in enumerate(proposals):
+        own, levels = pick == index, proposal.levels
+        # No level is as high as the threshold of heads that have something else.
+        least = torch.where(own, threshold, LEVELS + 1).to(torch.int8)[:, None, None]
+        near |= levels.near >= least
+        if levels.far is not None and far is not None:
+            far = far | (levels.far >= least)
+        sink, reach = torch.where(own, levels.sink, sink), torch.where(own, levels.reach, reach)
+    coverage, error, tiles = (every.gather(1, option[:, None])[:, 0] for every in (coverage, error, tiles))
+    return Choice(near, far, sink.int(), reach.int(), coverage, error, tiles), pick
 
 
-def never_beyond_dense(view: View, choice: Choice) -> Choice:
-    """Heads whose tiles would be as many as dense attention computes run dense."""
-    beyond = choice.tiles >= view.causal_tiles
-    return where(beyond, dense(view, beyond.numel()), choice)
+def _fill(
+    option: torch.Tensor, lost: torch.Tensor, tiles: torch.Tensor, best: torch.Tensor, allowed: torch.Tensor
+) -> torch.Tensor:
+    """Options at the best price, or at the next higher one for those heads that gain most by it, int64 [H].
 
-
-def concatenate(parts: list[Choice]) -> Choice:
-    """Choices for consecutive blocks of heads as one for all of them."""
-    if len(parts) == 1:
-        return parts[0]
-    far = [part.far for part in parts if part.far is not None]
-    return Choice(
-        torch.cat([part.near for part in parts]),
-        torch.cat(far) if far else None,
-        torch.cat([part.sink for part in parts]),
-        torch.cat([part.reach for part in parts]),
-        torch.cat([part.coverage for part in parts]),
-        torch.cat([part.missing for part in parts]),
-        torch.cat([part.tiles for part in parts]),
-    )
-
-
-def where(heads: torch.Tensor, chosen: Choice, other: Choice) -> Choice:
-    """``chosen`` for the heads where the bool [H] mask holds, ``other`` elsewhere."""
-    wide = heads[:, None, None]
-    far = other.far if chosen.far is None else chosen.far
-    if chosen.far is not None and other.far is not None:
-        far = torch.where(wide, chosen.far, other.far)
-    return Choice(
-        torch.where(wide, chosen.near, other.near),
-        far,
-        torch.where(heads, chosen.sink, other.sink),
-        torch.where(heads, chosen.reach, other.reach),
-        torch.where(heads, chosen.coverage, other.coverage),
-        torch.where(heads, chosen.missing, other.missing),
-        torch.where(heads, chosen.tiles, other.tiles),
-    )
-
-
-def combine(view: View, on_text: Choice, on_media: Choice, *, text_pattern: str, media_pattern: str) -> Choice:
-    """One choice out of a pattern for text keys and another for media keys (the paper's K- and 2D-boundary).
-
-    With a grid on the media, text keys behind the window are read in the cell pass, where they are tiles of their own:
-    all of them for ``dense``, none for ``a_shape``, by mass otherwise. Without one, each key tile of the sequence pass
-    is read if the pattern of a modality it holds asks for it, and a row sees what either pattern's region admits.
-    The result's coverage and tiles are yet to be measured.
+    ``option``, ``lost`` [H, prices]; ``tiles`` [H, options]; ``best``, ``allowed`` 0-d.
     """
-    if media_pattern == "grid":
-        assert view.cell is not None
-        assert on_media.far is not None
-        text_tiles = view.cell.keys.has_text
-        if text_pattern == "a_shape":
-            return replace(on_media, far=on_media.far & ~(text_tiles & ~view.cell.keys.has_media))
-        if text_pattern == "dense":
-            queries, keys = view.cell.queries, view.cell.keys
-            bounds = queries.min_pos, queries.max_pos, keys.min_pos, keys.max_pos
-            visible = tile_visibility(Region.FAR, *bounds, on_media.sink[:, None], on_media.reach[:, None])
-            return replace(on_media, far=on_media.far | (visible & text_tiles))
-        return on_media
-    near = (on_text.near & view.keys.has_text) | (on_media.near & view.keys.has_media)
-    return Choice(
-        near,
-        on_media.far,
-        torch.maximum(on_text.sink, on_media.sink),
-        torch.maximum(on_text.reach, on_media.reach),
-        torch.minimum(on_text.coverage, on_media.coverage),
-        torch.maximum(on_text.missing, on_media.missing),
-        torch.maximum(on_text.tiles, on_media.tiles),
+    index = torch.stack([best, (best + 1).clamp_max(PRICES - 1)]).expand(option.shape[0], 2)
+    option, lost = option.gather(1, index), lost.gather(1, index)
+    more, fewer = lost[:, 1] - lost[:, 0], -tiles.gather(1, option).diff(dim=1)[:, 0]
+    order = (more / fewer.clamp_min(1)).argsort()
+    affordable = lost[:, 0].sum() + more[order].cumsum(0) <= allowed
+    dearer = torch.zeros_like(affordable).scatter_(0, order, affordable)
+    return torch.where(dearer, option[:, 1], option[:, 0])
+
+
+def concatenate(blocks: Sequence[Proposal]) -> Proposal:
+    """A pattern's proposals for consecutive blocks of heads as one for all of them."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first = blocks[0]
+    far = None
+    if first.levels.far is not None:
+        far = _shared_or_all([block.levels.far for block in blocks if block.levels.far is not None])
+    near = _shared_or_all([block.levels.near for block in blocks])
+    error, coverage, tiles = (
+        torch.cat([getattr(block.curves, name) for block in blocks]) for name in ("error", "coverage", "tiles")
     )
+    levels = Levels(near, far, first.levels.sink, first.levels.reach)
+    return Proposal(levels, Curves(error, coverage, tiles), first.searched)
+
+
+def _shared_or_all(levels: Sequence[torch.Tensor]) -> torch.Tensor:
+    return levels[0] if levels[0].shape[0] == 1 else torch.cat(list(levels))
+
+
+@cache
+def mask_of(flags: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    """Flags as a bool tensor; kept, since bringing it to a device would wait for what runs there."""
+    return torch.tensor(flags, device=device)
 
 
 def _visible(region: Region, queries: QueryTiles, keys: KeyTiles, sink: int, reach: int) -> torch.Tensor:

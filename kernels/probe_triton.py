@@ -1,14 +1,14 @@
-"""The probe in Triton: output and mass by key tile of the probe rows, and never a weight per row and key.
+"""The probe in Triton: output of the probe rows and what their key tiles hold, and never a weight per row and key.
 
 The rows of all heads that share a KV head are one block of rows, so keys are read once for the group. Programs split
-the key tiles among them. :func:`probe_kernel` runs an online softmax over the sequence order and leaves, by tile, the
-logarithm of its sum; :func:`combine_kernel` joins the splits and turns the logarithms into shares of the row.
-:func:`mass_kernel` scores the keys of an order once more against the known logarithm of the row's sum, and adds up what
-lies in some regions.
+the key tiles among them. :func:`parts_kernel` projects every value; :func:`probe_kernel` runs an online softmax over
+the sequence order and :func:`combine_kernel` joins its splits. :func:`held_kernel` scores the keys of an order once
+more against the known logarithm of the row's sum, and adds up by tile what lies in some regions.
 
 Floor for ``P`` rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the softmax and ``2 * H * P * N * D`` for
-the mass by cell; keys twice and values once from the pool; 4 bytes per (row, key tile) and region. docs/kernels.md has
-the figures. Numbers that change from chunk to chunk are not specialised on, or kernels would be compiled while serving.
+what the tiles of an order hold; keys three times and values twice from the pool, and 32 bytes per key and KV head of projected values in 16-bit
+pools; ``4 * HELD`` bytes per (row, key tile) and region. docs/kernels.md has the figures. Numbers that change from
+chunk to chunk are not specialised on, or kernels would be compiled while serving.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,15 +26,21 @@ import triton.language as tl
 from .attend import load_rows, readable, widen
 from .launch_table import OPTIONS
 from .operands import Operands
-from .probe import Bound, ProbeKeys, ProbeRows
-from .tiles import KeyOrder
+from .probe import HELD, ProbeKeys, ProbeRows, Reach, signs
+from .tiles import UNBOUNDED, KeyOrder
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 512
 """Programs that a launch is split into, a few per processor; fewer where a split would have less than MIN_TILES."""
 MIN_TILES = 8
-BLOCK_TILES = 1024
-"""Key tiles at a time where their logarithms become shares."""
+PARTS_KEYS = 64
+"""Keys at a time whose values are projected."""
+MAX_REGIONS = 2
+"""Regions that one pass over the keys adds up."""
+CHANNELS = 16
+"""What a tile holds and room beside it: the fewest columns that matrix instructions have."""
+CHANNELS_HELD = tl.constexpr(HELD)
+CHANNELS_ALL = tl.constexpr(CHANNELS)
 
 
 @triton.jit
@@ -64,6 +71,56 @@ def scores(
     return tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2, b_slot
 
 
+@triton.jit(do_not_specialize=["keys"])
+def parts_kernel(
+    p_value,
+    p_slots,
+    p_signs,
+    p_parts,
+    value_scale,
+    keys,
+    stride_value_slot,
+    stride_value_head,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+):
+    """1 and the projected value of some keys of one KV head: ``p_parts`` [KV heads, keys, CHANNELS].
+
+    ``p_signs`` [Dv, CHANNELS]: the projections in columns 1 to SKETCH, 0 in the others.
+    """
+    i_block, i_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_key = o_key < keys
+    b_slot = tl.load(p_slots + o_key, mask=m_key, other=0).to(tl.int64)
+    p_value += i_kv * stride_value_head
+    o_d, o_c = tl.arange(0, BLOCK_DV), tl.arange(0, CHANNELS_ALL)
+    p_sign = p_signs + o_d[:, None] * CHANNELS_ALL + o_c[None, :]
+    b_sign = tl.load(p_sign, mask=(o_d < HEAD_DIM_V)[:, None], other=0.0)
+    b_value = load_rows(p_value, b_slot, m_key, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V)
+    b_value = widen(b_value, b_sign.dtype, FP8_BITS)
+    b_part = tl.dot(b_value, b_sign, input_precision="ieee") * value_scale
+    b_part = tl.where(o_c[None, :] == 0, 1.0, b_part)
+    p_part = p_parts + (i_kv * keys + o_key[:, None]) * CHANNELS_ALL + o_c[None, :]
+    tl.store(p_part, b_part.to(p_parts.dtype.element_ty), mask=m_key[:, None])
+
+
+@triton.jit
+def load_parts(p_parts, o_key, m_key):
+    """Parts of some keys, [keys, CHANNELS]; 0 where the mask is."""
+    o_c = tl.arange(0, CHANNELS_ALL)
+    p_part = p_parts + o_key.to(tl.int64)[:, None] * CHANNELS_ALL + o_c[None, :]
+    return tl.load(p_part, mask=m_key[:, None], other=0.0)
+
+
+@triton.jit
+def column(b_held, i_column):
+    """One column of [rows, CHANNELS]."""
+    o_c = tl.arange(0, CHANNELS_ALL)[None, :]
+    return tl.sum(tl.where(o_c == i_column, b_held, 0.0), 1)
+
+
 @triton.jit(do_not_specialize=["probe_rows", "tiles", "tiles_per_split"])
 def probe_kernel(
     p_query,
@@ -72,7 +129,6 @@ def probe_kernel(
     p_rows,
     p_row_pos,
     p_slots,
-    p_mass,
     p_part,
     p_part_lse,
     scale_log2,
@@ -97,8 +153,8 @@ def probe_kernel(
 ):
     """One block of rows of one KV head over one split of the sequence order's key tiles.
 
-    ``p_mass`` [H, P, tiles]: base-2 logarithm of each tile's sum of exponentials. ``p_part`` [splits, H, P, Dv] and
-    ``p_part_lse`` [splits, H, P]: output and base-2 logarithm of the sum over the split.
+    ``p_part`` [splits, H, P, Dv] and ``p_part_lse`` [splits, H, P]: output and base-2 logarithm of the sum over the
+    split.
     """
     i_kv, i_split = tl.program_id(1), tl.program_id(2)
     b_head, b_probe, m_row = rows_of_group(tl.program_id(0), i_kv, probe_rows, GROUP, BLOCK_M)
@@ -112,7 +168,6 @@ def probe_kernel(
     p_value += i_kv.to(tl.int64) * stride_value_head
     heads = tl.num_programs(1) * GROUP
     b_index = b_head * probe_rows + b_probe
-    p_mass += b_index * tiles
 
     b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -122,7 +177,6 @@ def probe_kernel(
     last_pos = tl.max(b_pos, 0)
     tile_seen = tl.minimum(last_pos // (PARTS * BLOCK_N) + 1, tile_end)
     for i_tile in tl.range(tile_first, tile_seen):
-        b_tile = tl.zeros([BLOCK_M], tl.float32)
         for i_part in tl.static_range(PARTS):
             key_first = (i_tile * PARTS + i_part) * BLOCK_N
             b_score, b_slot = scores(
@@ -134,18 +188,13 @@ def probe_kernel(
             b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
             b_weight = tl.exp2(b_score - b_shift[:, None])
             b_decay = tl.exp2(b_max - b_shift)
-            b_part = tl.sum(b_weight, 1)
-            b_tile = b_tile * b_decay + b_part
-            b_sum = b_sum * b_decay + b_part
+            b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
             b_max = b_new_max
             # What is behind a request's last key may be anything, and 0 * NaN is no 0.
             m_slot = o_key <= last_pos
             b_value = load_rows(p_value, b_slot, m_slot, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V)
             b_value = widen(b_value, b_query.dtype, FP8_BITS)
             b_acc = tl.dot(b_weight.to(b_query.dtype), b_value, b_acc * b_decay[:, None], input_precision="ieee")
-        tl.store(p_mass + i_tile, b_max + tl.log2(b_tile), mask=m_row)
-    for i_tile in tl.range(tl.maximum(tile_first, tile_seen), tile_end):
-        tl.store(p_mass + i_tile, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
 
     m_seen = b_sum > 0
     b_sum = tl.where(m_seen, b_sum, 1.0)
@@ -156,44 +205,62 @@ def probe_kernel(
     tl.store(p_out, b_acc / b_sum[:, None], mask=m_row[:, None] & (o_d < HEAD_DIM_V)[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     p_part,
     p_part_lse,
+    p_signs,
     p_out,
     p_lse,
-    p_mass,
+    p_projected,
     value_scale,
-    tiles,
     splits,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
 ):
-    """Joins the splits of one (head, probe row): ``p_out`` [H, P, Dv], ``p_lse`` [H, P], and shares in ``p_mass``."""
+    """Joins the splits of one (head, probe row): ``p_out`` [H, P, Dv], ``p_lse`` [H, P].
+
+    ``p_projected`` [H, P, CHANNELS]: the projected output.
+    """
     i_row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     o_split = tl.arange(0, BLOCK_SPLITS)
     b_lse = tl.load(p_part_lse + o_split * rows + i_row, mask=o_split < splits, other=-float("inf"))
     top = tl.max(b_lse, 0)
     lse = top + tl.log2(tl.sum(tl.exp2(b_lse - top), 0))
     tl.store(p_lse + i_row, lse)
-    o_d = tl.arange(0, BLOCK_DV)
+    o_d, o_c = tl.arange(0, BLOCK_DV), tl.arange(0, CHANNELS_ALL)
     m_d = o_d < HEAD_DIM_V
     b_out = tl.zeros([BLOCK_DV], tl.float32)
     for i_split in tl.range(0, splits):
         share = tl.exp2(tl.load(p_part_lse + i_split * rows + i_row) - lse)
         b_out += share * tl.load(p_part + (i_split * rows + i_row) * HEAD_DIM_V + o_d, mask=m_d, other=0.0)
-    tl.store(p_out + i_row * HEAD_DIM_V + o_d, b_out * value_scale, mask=m_d)
-    p_mass += i_row * tiles
-    for first in tl.range(0, tiles, BLOCK_TILES):
-        o_tile = first + tl.arange(0, BLOCK_TILES)
-        b_mass = tl.load(p_mass + o_tile, mask=o_tile < tiles, other=-float("inf"))
-        tl.store(p_mass + o_tile, tl.exp2(b_mass - lse), mask=o_tile < tiles)
+    b_out *= value_scale
+    tl.store(p_out + i_row * HEAD_DIM_V + o_d, b_out, mask=m_d)
+    p_sign = p_signs + o_d[:, None] * CHANNELS_ALL + o_c[None, :]
+    b_sign = tl.load(p_sign, mask=m_d[:, None], other=0.0).to(tl.float32)
+    b_projected = tl.sum(b_out[:, None] * b_sign, 0)
+    tl.store(p_projected + i_row * CHANNELS_ALL + o_c, b_projected)
 
 
-@triton.jit(do_not_specialize=["probe_rows", "tiles"])
-def mass_kernel(
+@triton.jit
+def in_region(b_weight, b_part, b_held, p_bounds, o_key, b_pos, FAR: tl.constexpr):
+    """``b_held`` with the parts of the keys in a region, whose sink and reach are at ``p_bounds``."""
+    sink, reach = tl.load(p_bounds), tl.load(p_bounds + 1)
+    m_near = (o_key < sink) | (o_key > b_pos - reach)
+    b_weight = tl.where(m_near != FAR, b_weight, 0.0)
+    return tl.dot(b_weight.to(b_part.dtype), b_part, b_held, input_precision="ieee")
+
+
+@triton.jit
+def as_deviations(b_held, b_projected):
+    """Masses in column 0 as they are, projections as deviations from the projected output."""
+    o_c = tl.arange(0, CHANNELS_ALL)[None, :]
+    return tl.where(o_c == 0, b_held, b_held - column(b_held, 0)[:, None] * b_projected)
+
+
+@triton.jit(do_not_specialize=["probe_rows", "tiles", "keys"])
+def held_kernel(
     p_query,
     p_key,
     p_rows,
@@ -202,13 +269,15 @@ def mass_kernel(
     p_key_pos,
     p_present,
     p_count,
+    p_parts,
     p_lse,
-    p_sink,
-    p_reach,
-    p_mass,
+    p_projected,
+    p_bounds,
+    p_held,
     scale_log2,
     probe_rows,
     tiles,
+    keys,
     stride_query_row,
     stride_query_head,
     stride_key_slot,
@@ -220,14 +289,14 @@ def mass_kernel(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     REGIONS: tl.constexpr,
-    BLOCK_REGIONS: tl.constexpr,
     FAR: tl.constexpr,
     FP8_BITS: tl.constexpr,
 ):
     """One block of rows of one KV head over one split of an order's key tiles.
 
-    ``p_present`` [tiles]: the order's tiles, the ``p_count`` that are not all in the future first.
-    ``p_sink``, ``p_reach`` [REGIONS, H]; ``p_mass`` [REGIONS, H, P, tiles]: mass in each region by tile.
+    ``p_present`` [tiles]: the order's tiles, the ``p_count`` that are not all in the future first. ``p_parts``
+    [KV heads, keys, CHANNELS] by token position. ``p_bounds`` [REGIONS, 2]: sink and reach. ``p_held`` [REGIONS, HELD,
+    H, P, tiles]: what each tile holds in each region.
     """
     i_kv, i_split = tl.program_id(1), tl.program_id(2)
     b_head, b_probe, m_row = rows_of_group(tl.program_id(0), i_kv, probe_rows, GROUP, BLOCK_M)
@@ -236,39 +305,46 @@ def mass_kernel(
     heads = tl.num_programs(1) * GROUP
     b_index = b_head * probe_rows + b_probe
     b_lse = tl.load(p_lse + b_index, mask=m_row, other=0.0)[:, None]
-    o_d = tl.arange(0, BLOCK_D)
+    o_d, o_c = tl.arange(0, BLOCK_D), tl.arange(0, CHANNELS_ALL)[None, :]
+    b_projected = tl.load(p_projected + b_index[:, None] * CHANNELS_ALL + o_c, mask=m_row[:, None], other=0.0)
     p_q = p_query + (b_batch_row * stride_query_row + b_head * stride_query_head)[:, None] + o_d[None, :]
     b_query = tl.load(p_q, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
     p_key += i_kv.to(tl.int64) * stride_key_head
-    o_region = tl.arange(0, BLOCK_REGIONS)[None, :]
-    p_masses = p_mass + (o_region * heads.to(tl.int64) * probe_rows + b_index[:, None]) * tiles
-    m_masses = m_row[:, None] & (o_region < REGIONS)
+    p_parts += i_kv.to(tl.int64) * keys * CHANNELS_ALL
+    channel = heads.to(tl.int64) * probe_rows * tiles
+    p_held_at = p_held + o_c * channel + b_index[:, None] * tiles
+    m_held = m_row[:, None] & (o_c < CHANNELS_HELD)
 
     count = tl.load(p_count).to(tl.int32)
     per_split = tl.cdiv(count, tl.num_programs(2))
     for i_entry in tl.range(i_split * per_split, tl.minimum((i_split + 1) * per_split, count)):
         i_tile = tl.load(p_present + i_entry).to(tl.int64)
-        b_mass = tl.zeros([BLOCK_M, BLOCK_REGIONS], tl.float32)
+        b_first = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
+        b_second = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
         for i_part in tl.static_range(PARTS):
             key_first = (i_tile * PARTS + i_part) * BLOCK_N
             b_score, _ = scores(
                 b_query, p_key, p_slots, key_first, stride_key_slot, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, FP8_BITS
             )
-            b_key_pos = tl.load(p_key_pos + key_first + tl.arange(0, BLOCK_N))[None, :]
-            b_weight = tl.where(b_key_pos <= b_pos, tl.exp2(b_score - b_lse), 0.0)
-            for i_region in tl.static_range(REGIONS):
-                b_sink = tl.load(p_sink + i_region * heads + b_head, mask=m_row, other=0)[:, None]
-                b_reach = tl.load(p_reach + i_region * heads + b_head, mask=m_row, other=0)[:, None]
-                m_near = (b_key_pos < b_sink) | (b_key_pos > b_pos - b_reach)
-                b_part = tl.sum(tl.where(m_near != FAR, b_weight, 0.0), 1)
-                b_mass += tl.where(o_region == i_region, b_part[:, None], 0.0)
+            b_key_pos = tl.load(p_key_pos + key_first + tl.arange(0, BLOCK_N))
+            b_part = load_parts(p_parts, b_key_pos, b_key_pos < keys)
+            o_key = b_key_pos[None, :]
+            b_weight = tl.where(o_key <= b_pos, tl.exp2(b_score - b_lse), 0.0)
+            b_first = in_region(b_weight, b_part, b_first, p_bounds, o_key, b_pos, FAR)
+            if REGIONS == 2:
+                b_second = in_region(b_weight, b_part, b_second, p_bounds + 2, o_key, b_pos, FAR)
         # Once per tile: what other threads stored could not be read back without a barrier.
-        tl.store(p_masses + i_tile, b_mass, mask=m_masses)
+        tl.store(p_held_at + i_tile, as_deviations(b_first, b_projected), mask=m_held)
+        if REGIONS == 2:
+            tl.store(p_held_at + CHANNELS_HELD * channel + i_tile, as_deviations(b_second, b_projected), mask=m_held)
     per_split = tl.cdiv(tiles - count, tl.num_programs(2))
     first = count + i_split * per_split
+    b_nothing = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
     for i_entry in tl.range(first, tl.minimum(first + per_split, tiles)):
         i_tile = tl.load(p_present + i_entry).to(tl.int64)
-        tl.store(p_masses + i_tile, tl.zeros([BLOCK_M, BLOCK_REGIONS], tl.float32), mask=m_masses)
+        tl.store(p_held_at + i_tile, b_nothing, mask=m_held)
+        if REGIONS == 2:
+            tl.store(p_held_at + CHANNELS_HELD * channel + i_tile, b_nothing, mask=m_held)
 
 
 class ProbeLaunch(NamedTuple):
@@ -292,19 +368,19 @@ def probe_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunc
     return ProbeLaunch(64 if head_dim <= 128 else 16, min(64, tile_keys), 8, 2)
 
 
-def mass_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunch:
-    """That of :func:`mass_kernel`."""
+def held_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunch:
+    """That of :func:`held_kernel`."""
     if element_size == 4:
         return ProbeLaunch(16, min(16, tile_keys), 4, 2)
     if head_dim <= 128:
-        return ProbeLaunch(64, min(64 if head_dim <= 64 else 32, tile_keys), 4, 2)
-    return ProbeLaunch(64, min(16, tile_keys), 8, 2)
+        return ProbeLaunch(64, min(64 if head_dim <= 64 else 32, tile_keys), 4 if head_dim <= 80 else 8, 2)
+    return ProbeLaunch(32, min(16, tile_keys), 8, 2)
 
 
 def constants_for(
     launch: ProbeLaunch, tile_keys: int, *, group: int, head_dim: int, fp8_bits: bool
 ) -> dict[str, int | bool]:
-    """Compile-time arguments that :func:`probe_kernel` and :func:`mass_kernel` have in common."""
+    """Compile-time arguments that :func:`probe_kernel` and :func:`held_kernel` have in common."""
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -343,39 +419,43 @@ class _Shared:
 
 @dataclass(frozen=True)
 class FusedProbe:
-    """A :class:`~.probe.Probe` that keeps the logarithm of each row's sum, and scores keys again for other masses.
+    """A :class:`~.probe.Probe` that keeps the logarithm of each row's sum, and scores keys again for regions.
 
-    ``lse`` fp32 [H, P]: base 2, of scaled logits.
+    ``lse`` fp32 [H, P]: base 2, of scaled logits. ``parts`` [KV heads, keys, CHANNELS] by token position, in the
+    query's dtype; ``projected`` fp32 [H, P, CHANNELS].
     """
 
     rows: ProbeRows
     output: torch.Tensor
-    tile_mass: torch.Tensor
     lse: torch.Tensor
+    parts: torch.Tensor
+    projected: torch.Tensor
     keys: ProbeKeys
     shared: _Shared
     launch: ProbeLaunch | None
 
-    def near(self, sink: Bound, reach: Bound) -> torch.Tensor:
+    @cached_property
+    def held(self) -> torch.Tensor:
         """See :class:`~.probe.Probe`."""
-        return self._mass(self.keys.sequence, [(sink, reach)], far=False)[0]
+        return self.near((0, UNBOUNDED))
 
-    def far(self, regions: Sequence[tuple[Bound, Bound]]) -> torch.Tensor:
+    def near(self, region: Reach) -> torch.Tensor:
+        """See :class:`~.probe.Probe`."""
+        return self._in_regions(self.keys.sequence, [region], far=False)[0]
+
+    def far(self, regions: Sequence[Reach]) -> list[torch.Tensor]:
         """See :class:`~.probe.Probe`."""
         assert self.keys.cell is not None
-        return self._mass(self.keys.cell, regions, far=True)
+        return self._in_regions(self.keys.cell, regions, far=True)
 
-    def _mass(self, order: KeyOrder, regions: Sequence[tuple[Bound, Bound]], *, far: bool) -> torch.Tensor:
+    def _in_regions(self, order: KeyOrder, regions: Sequence[Reach], *, far: bool) -> list[torch.Tensor]:
         heads, rows = self.lse.shape
-        sinks, reaches = (
-            torch.stack([_by_head(bound, heads, self.lse.device) for bound in bounds])
-            for bounds in zip(*regions, strict=True)
-        )
         present, count = self.keys.present(order)
-        mass = self.lse.new_empty(len(regions), heads, rows, present.numel())
+        bounds = _bounds(tuple(regions), self.lse.device)
+        held = self.lse.new_empty(len(regions), HELD, heads, rows, present.numel())
         shared, query, key_pool = self.shared, self.shared.operands.query, self.shared.operands.key_pool
-        launch = self.launch or mass_launch(query.shape[2], query.element_size(), order.tile_keys)
-        mass_kernel[shared.grid(launch, rows, present.numel())](
+        launch = self.launch or held_launch(query.shape[2], query.element_size(), order.tile_keys)
+        held_kernel[shared.grid(launch, rows, present.numel())](
             query,
             key_pool,
             self.rows.rows,
@@ -384,29 +464,39 @@ class FusedProbe:
             order.positions,
             present,
             count,
+            self.parts,
             self.lse,
-            sinks,
-            reaches,
-            mass,
+            self.projected,
+            bounds,
+            held,
             shared.scale_log2,
             rows,
             present.numel(),
+            self.parts.shape[1],
             query.stride(0),
             query.stride(1),
             key_pool.stride(0),
             key_pool.stride(1),
             REGIONS=len(regions),
-            BLOCK_REGIONS=triton.next_power_of_2(len(regions)),
             FAR=far,
             **shared.options(launch, order.tile_keys),
         )
-        return mass
+        return list(held)
 
 
-def _by_head(bound: Bound, heads: int, device: torch.device) -> torch.Tensor:
-    if isinstance(bound, torch.Tensor):
-        return bound
-    return torch.full((heads,), bound, dtype=torch.int32, device=device)
+@cache
+def _bounds(regions: tuple[Reach, ...], device: torch.device) -> torch.Tensor:
+    """Kept, since bringing it to a device would wait for what runs there: int32 [regions, 2]."""
+    if len(regions) > MAX_REGIONS:
+        raise ValueError(f"at most {MAX_REGIONS} regions at a time, got {len(regions)}")
+    return torch.tensor(regions, dtype=torch.int32, device=device)
+
+
+@cache
+def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """:func:`.probe.signs` in columns 1 to SKETCH of CHANNELS: [head_dim, CHANNELS]."""
+    padded = torch.nn.functional.pad(signs(head_dim, device), (1, CHANNELS - HELD))
+    return padded.to(dtype)
 
 
 def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLaunch | None = None) -> FusedProbe:
@@ -414,7 +504,7 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
     operands, fp8_bits = readable(operands)
     query, key_pool, value_pool = operands.query, operands.key_pool, operands.value_pool
     heads, head_dim = query.shape[1:]
-    head_dim_v = value_pool.shape[2]
+    kv_heads, head_dim_v = value_pool.shape[1:]
     tile_keys, tiles = keys.sequence.tile_keys, keys.sequence.slots.shape[0]
     shared = _Shared(operands, fp8_bits)
     own = launch or probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
@@ -423,12 +513,30 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
     per_split = triton.cdiv(tiles, grid[2])
     splits = triton.cdiv(tiles, per_split)
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=query.device)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=query.device)
 
-    mass, out, lse = empty(heads, count, tiles), empty(heads, count, head_dim_v), empty(heads, count)
-    part, part_lse = empty(splits, heads, count, head_dim_v), empty(splits, heads, count)
     block_dv = max(16, triton.next_power_of_2(head_dim_v))
+    parts = empty(kv_heads, tiles * tile_keys, CHANNELS, dtype=query.dtype)
+    project = _signs(head_dim_v, query.dtype, query.device)
+    parts_kernel[triton.cdiv(tiles * tile_keys, PARTS_KEYS), kv_heads](
+        value_pool,
+        keys.sequence.slots,
+        project,
+        parts,
+        operands.value_scale,
+        tiles * tile_keys,
+        value_pool.stride(0),
+        value_pool.stride(1),
+        HEAD_DIM_V=head_dim_v,
+        BLOCK_DV=block_dv,
+        BLOCK_N=PARTS_KEYS,
+        FP8_BITS=fp8_bits,
+        **OPTIONS,
+    )
+    out, lse = empty(heads, count, head_dim_v), empty(heads, count)
+    projected = empty(heads, count, CHANNELS)
+    part, part_lse = empty(splits, heads, count, head_dim_v), empty(splits, heads, count)
     probe_kernel[grid[0], grid[1], splits](
         query,
         key_pool,
@@ -436,7 +544,6 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         rows.rows,
         rows.positions,
         keys.sequence.slots,
-        mass,
         part,
         part_lse,
         shared.scale_log2,
@@ -456,16 +563,15 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
     combine_kernel[heads * count,](
         part,
         part_lse,
+        project,
         out,
         lse,
-        mass,
+        projected,
         operands.value_scale,
-        tiles,
         splits,
         HEAD_DIM_V=head_dim_v,
         BLOCK_DV=block_dv,
         BLOCK_SPLITS=PROGRAMS,
-        BLOCK_TILES=BLOCK_TILES,
         **OPTIONS,
     )
-    return FusedProbe(rows, out, mass, lse, keys, shared, launch)
+    return FusedProbe(rows, out, lse, parts, projected, keys, shared, launch)

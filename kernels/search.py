@@ -1,97 +1,62 @@
-"""Search for the fewest tiles that hold the mass: which candidates a head takes beyond what it always reads.
+"""Search for the fewest tiles whose loss costs the probe rows' output no more than a bound.
 
-A *candidate* is a set of tiles, such as a column or a diagonal. Its *level* is the logarithm of its useful mass per
-tile, in steps of a third of an octave; a tile's level is the highest of the candidates it is in. Candidates are taken
-from the highest level down to a threshold, so summing the mass of the probe rows' tiles by level tells once what every
-threshold reaches. This is the portable form and the specification of :mod:`.search_triton`.
+A *candidate* is a set of tiles, such as a column or a diagonal. Its *level* is the logarithm of the energy that each of
+its tiles costs when it alone is lost, in steps of a third of an octave; a tile's level is the highest of the candidates it is in.
+Tiles are taken from the highest level down to a threshold, so summing what the probe rows' tiles hold by level tells
+once what every threshold costs: :func:`curves`. This is the portable form and the specification of
+:mod:`.search_triton`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from .choice import SLACK, CellTiles, CellView, Limits, SlashTiles
+from .choice import CellTiles, CellView, SlashTiles
+from .levels import ALWAYS, FAIR, LEAST, LEVELS, PER_OCTAVE, TINY, Curves
 
-LEVELS = 63
-"""Levels of candidates, 0 to 62: 21 octaves of mass per tile."""
-ALWAYS = LEVELS
-"""Level of what is read in any case, the highest threshold."""
-PER_OCTAVE = 3
-WORTH = 18
-"""The level that begins at ``min_gain``. Six octaves below it is the last one, which takes all that is less."""
+def columns_and_diagonals(
+    held: torch.Tensor, size: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, allowed: torch.Tensor
+) -> torch.Tensor:
+    """Levels of the sequence pass's tiles by columns and diagonals: int8 [H, t, n], -1 for tiles without a key.
 
-
-@dataclass(frozen=True)
-class Found:
-    """Tiles for all heads of a block: those whose level is at least the head's threshold.
-
-    ``levels`` int8 [H, t, n], -1 for tiles that may not be read; ``threshold`` int32 [H].
-    ``coverage``, ``missing`` fp32 [H]: see :class:`~.choice.Choice`. ``count`` int64 [H]: tiles of the head, those of
-    the other pass among them.
+    Args:
+        held: by the probe rows' tiles, fp32 [HELD, H, P, n], see :mod:`.probe`.
+        size: squared length of the probe rows' output, fp32 [H, P].
+        causal: tiles of dense attention, 0-d int64.
+        allowed: energy per row that a head may lose, fp32 [H].
     """
-
-    levels: torch.Tensor
-    threshold: torch.Tensor
-    coverage: torch.Tensor
-    missing: torch.Tensor
-    count: torch.Tensor
-
-    @property
-    def tiles(self) -> torch.Tensor:
-        """The tiles to read, bool [H, t, n]."""
-        return self.levels >= self.threshold[:, None, None]
-
-
-def columns_and_diagonals(mass: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, limits: Limits) -> Found:
-    """Columns and diagonals of the sequence pass by the probe rows' mass, fp32 [H, P, n].
-
-    ``causal``: tiles of dense attention, 0-d int64.
-    """
-    loose = mass * ~slash.fixed_at_rows
-    start = 1 - loose.sum(-1)
-    useful = _useful(loose, limits.coverage - start)
-    levels = _levels(torch.cat([useful, _by_distance(useful, slash)], dim=2).mean(1), slash.cost, causal, limits)
-    columns, diagonals = levels.chunk(2, dim=1)
-    row_first, row_last = slash.first[slash.row_tiles], slash.last[slash.row_tiles]
-    at_rows = torch.maximum(columns[:, None], _on_diagonals(diagonals, row_first, row_last, slash.span))
-    on_tiles = torch.maximum(columns[:, None], _on_diagonals(diagonals, slash.first, slash.last, slash.span))
-    on_tiles = on_tiles.masked_fill_(slash.fixed, ALWAYS).masked_fill_(~slash.causal, -1)
-    return _found(on_tiles, _reached(start, loose, at_rows), _tiles(on_tiles), causal, limits)
+    energy = _loss(held, size) * ~slash.fixed_at_rows
+    by_candidate = torch.cat([energy, _by_distance(energy, slash)], dim=2).mean(1)
+    columns, diagonals = _levels(by_candidate, slash.cost, causal, allowed).chunk(2, dim=1)
+    levels = torch.maximum(columns[:, None], _on_diagonals(diagonals, slash.first, slash.last, slash.span))
+    return levels.masked_fill_(slash.fixed, ALWAYS).masked_fill_(~slash.causal, -1)
 
 
 def lines(
-    mass: torch.Tensor,
+    held: torch.Tensor,
+    size: torch.Tensor,
     cell: CellView,
     tiles: CellTiles,
-    near_count: torch.Tensor,
     causal: torch.Tensor,
-    limits: Limits,
+    allowed: torch.Tensor,
     *,
     min_lines: int,
-) -> Found:
-    """V-lines, h-lines and neighbours of the cell pass by the probe rows' mass in the far region, fp32 [H, P, n'].
+) -> torch.Tensor:
+    """Levels of the cell pass's tiles by v-lines, h-lines and neighbours: int8 [H, t', n'], -1 outside the region.
 
-    ``near_count``: tiles that the sequence pass reads, 0-d int64. At least ``min_lines`` v-lines are taken.
+    ``held``: in the far region, fp32 [HELD, H, P, n']. At least ``min_lines`` v-lines are taken. Otherwise as
+    :func:`columns_and_diagonals`.
     """
-    loose = mass * ~cell.own_at_rows
-    start = 1 - loose.sum(-1)
-    need = limits.coverage - start
-    by_line = _useful(loose, need).mean(1)
-    by_band = _useful(loose.sum(-1), need) @ cell.rows_in_band
-    neighbours = _useful((loose * cell.beside_at_rows).sum(-1), need).mean(-1, keepdim=True)
-    levels = _levels(torch.cat([by_line, by_band, neighbours], dim=1), tiles.cost, causal, limits)
+    energy = _loss(held, size) * ~cell.own_at_rows
+    by_band = energy.sum(-1) @ cell.rows_in_band
+    neighbours = (energy * cell.beside_at_rows).sum(-1).mean(-1, keepdim=True)
+    levels = _levels(torch.cat([energy.mean(1), by_band, neighbours], dim=1), tiles.cost, causal, allowed)
     if min_lines:
-        take_lines(levels[:, : by_line.shape[1]], min_lines)
-    line, band, wide = torch.split(levels, [by_line.shape[1], cell.num_bands, 1], dim=1)
-
-    at_rows = torch.maximum(line[:, None], band[:, cell.band_of_row, None])
-    at_rows = torch.where(cell.beside_at_rows, torch.maximum(at_rows, wide[..., None]), at_rows)
+        take_lines(levels[:, : energy.shape[2]], min_lines)
+    line, band, wide = torch.split(levels, [energy.shape[2], cell.num_bands, 1], dim=1)
     on_tiles = torch.maximum(line[:, None], band[:, cell.bands, None])
     on_tiles = torch.where(cell.beside, torch.maximum(on_tiles, wide[..., None]), on_tiles)
-    on_tiles = on_tiles.masked_fill_(cell.own, ALWAYS).masked_fill_(~tiles.visible, -1)
-    return _found(on_tiles, _reached(start, loose, at_rows), near_count + _tiles(on_tiles), causal, limits)
+    return on_tiles.masked_fill_(cell.own, ALWAYS).masked_fill_(~tiles.visible, -1)
 
 
 def take_lines(levels: torch.Tensor, count: int) -> None:
@@ -100,71 +65,51 @@ def take_lines(levels: torch.Tensor, count: int) -> None:
     levels.scatter_(1, best, ALWAYS)
 
 
-def missing_mass(by_row: torch.Tensor, target: float) -> torch.Tensor:
-    """Mass that the rows below the target lack of it, on average over all rows: fp32 [H, P, ...] -> [H, ...]."""
-    return (target - by_row).clamp_min(0).mean(1)
+def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor) -> Curves:
+    """What each threshold costs.
 
-
-def _found(
-    levels: torch.Tensor, reached: torch.Tensor, tiles: torch.Tensor, causal: torch.Tensor, limits: Limits
-) -> Found:
-    threshold = _threshold(reached, tiles, causal, limits)
-    by_row = reached.gather(2, threshold[:, None, None].expand(-1, reached.shape[1], 1))[..., 0]
-    count = tiles.gather(1, threshold[:, None])[:, 0]
-    return Found(levels, threshold.int(), by_row.mean(1), missing_mass(by_row, limits.coverage), count)
-
-
-def _useful(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
-    """Mass of rows [H, P, ...] up to what they lack to the target [H, P]: more is no use to the row."""
-    need = need.clamp_min(0).view(*need.shape, *[1] * (mass.dim() - 2))
-    return torch.minimum(mass, need)
-
-
-def _levels(mass: torch.Tensor, cost: torch.Tensor, causal: torch.Tensor, limits: Limits) -> torch.Tensor:
-    """Levels of candidates by mass, fp32 [H, m], and tiles, [m]: int8 [H, m], -1 for those without mass.
-
-    ``causal``: tiles of dense attention, 0-d, so that ``mass * causal / cost`` is in units of an average tile's mass.
+    Args:
+        held: what the pass's tiles hold in its region, fp32 [HELD, H, P, n]; what lies outside of it is kept anyhow.
+        size: squared length of the probe rows' output, fp32 [H, P].
+        levels: int8 [H, t, n].
+        row_tiles: the probe rows' query tile, int64 [P].
     """
-    gain = mass * (causal / cost / (limits.min_gain or 1.0))
-    level = gain.log2().mul_(PER_OCTAVE).floor_().add_(WORTH).clamp_(0, LEVELS - 1)
-    return torch.where(mass > 0, level, -1).to(torch.int8)
+    at_rows = levels[:, row_tiles].long() + 1
+    by_level = held.new_zeros(*held.shape[:3], LEVELS + 2)
+    by_level.scatter_add_(3, at_rows.expand(held.shape), held)
+    lost = by_level.cumsum_(3)[..., :-1]
+    return Curves(_loss(lost, size).mean(1), 1 - lost[0].mean(1), _tiles(levels))
 
 
-def _reached(start: torch.Tensor, mass: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """What each row has at every threshold: fp32 [H, P, LEVELS + 1].
+def _loss(held: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Squared length of what a row's output loses without keys that hold this: [HELD, H, P, n], [H, P] -> [H, P, n].
 
-    ``start`` [H, P]: what it has anyhow. ``mass``, ``level`` [H, P, n]: by tile.
+    Exact up to the projections, but where next to nothing is left: there it becomes the whole output.
     """
-    by_level = mass.new_zeros(*mass.shape[:2], LEVELS + 2).scatter_add_(2, level.long() + 1, mass)
-    return start[..., None] + _from_above(by_level)
+    energy = held[1].square()
+    for projection in held[2:]:
+        energy.addcmul_(projection, projection)
+    energy.addcmul_(held[0].square().square_(), size[..., None], value=LEAST**2)
+    return energy.div_((1 - held[0]).square_().add_(LEAST**2))
 
 
-def _tiles(level: torch.Tensor) -> torch.Tensor:
+def _levels(energy: torch.Tensor, cost: torch.Tensor, causal: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Levels of candidates by energy, fp32 [H, m], and tiles, [m]: int8 [H, m], -1 for those without energy.
+
+    ``causal``: tiles of dense attention, 0-d, so that ``energy * causal / cost`` is what dense attention would lose if
+    all its tiles were alike.
+    """
+    gain = energy * (causal / cost) / allowed[:, None]
+    level = gain.clamp_min(TINY).log2_().mul_(PER_OCTAVE).floor_().add_(FAIR).clamp_(0, LEVELS - 1)
+    return torch.where(energy > 0, level, -1).to(torch.int8)
+
+
+def _tiles(levels: torch.Tensor) -> torch.Tensor:
     """Number of tiles at every threshold: int8 [H, t, n] -> int64 [H, LEVELS + 1]."""
-    heads, bins = level.shape[0], LEVELS + 2
-    by_head = torch.arange(1, heads * bins, bins, device=level.device)[:, None]
-    counted = torch.bincount((level.flatten(1) + by_head).flatten(), minlength=heads * bins)
-    return _from_above(counted.view(heads, bins))
-
-
-def _from_above(by_level: torch.Tensor) -> torch.Tensor:
-    """Sums over all levels from each threshold up; the first entry, what is in no candidate, is dropped."""
-    return by_level.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-
-
-def _threshold(reached: torch.Tensor, tiles: torch.Tensor, causal: torch.Tensor, limits: Limits) -> torch.Tensor:
-    """The threshold of each head, int64 [H]: the highest that takes the rows to the target.
-
-    Rows below the target are not made up for by rows above it; over all rows :data:`~.choice.SLACK` may be missing. A
-    head that cannot get there within ``max_density`` is diffuse: much mass in many tiles, whose loss costs little
-    output. It gets those candidates that hold ``min_gain`` times the mass of an average causal tile, per tile, level by
-    level as far as that allows. By threshold: ``reached`` fp32 [H, P, LEVELS + 1] and ``tiles`` int64 [H, LEVELS + 1].
-    ``causal``: tiles of dense attention, 0-d.
-    """
-    enough = (missing_mass(reached, limits.coverage) <= SLACK).sum(1)
-    affordable = (tiles <= torch.maximum(limits.max_density * causal, tiles[:, -1:])).sum(1)
-    best, lowest = enough - 1, LEVELS + 1 - affordable
-    return torch.where(best >= lowest, best, lowest.clamp_min(WORTH if limits.min_gain else 0))
+    heads, bins = levels.shape[0], LEVELS + 2
+    by_head = torch.arange(1, heads * bins, bins, device=levels.device)[:, None]
+    counted = torch.bincount((levels.flatten(1) + by_head).flatten(), minlength=heads * bins)
+    return counted.view(heads, bins).flip(-1).cumsum(-1).flip(-1)[:, 1:]
 
 
 def _by_distance(mass: torch.Tensor, slash: SlashTiles) -> torch.Tensor:

@@ -1,117 +1,178 @@
-"""Selection: from the probe's attention mass to key tiles per (head, query tile), for one request and query modality.
+"""Selection: from what the probe rows' tiles hold to the tiles that each pattern proposes, for one request and modality.
 
-Every pattern proposes a :class:`~.choice.Choice` for all heads at once; what it adds to what it always reads is found
-by :mod:`.search`.
+Every pattern proposes :class:`~.choice.Levels` for all heads at once, found by :mod:`.search`; :func:`.choice.decide`
+then picks a pattern and a threshold for each head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from .choice import EXACT, CellTiles, CellView, Choice, Limits, SlashTiles, View, dense, within
-from .probe import Probe, WeightProbe
-from .search import Found, missing_mass
-from .tiles import Region, element_mask
+from .choice import Budget, CellTiles, CellView, Choice, Levels, Proposal, SlashTiles, View
+from .levels import ALWAYS, Curves
+from .probe import Probe, Reach, WeightProbe
+from .tiles import UNBOUNDED, Region, element_mask
 
 
 class Search(Protocol):
-    """The two searches, see :mod:`.search`; a device may have its own."""
+    """The search, see :mod:`.search`; a device may have its own."""
 
     def columns_and_diagonals(
-        self, mass: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, limits: Limits
-    ) -> Found:
-        """Columns and diagonals of the sequence pass."""
+        self, held: torch.Tensor, size: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, allowed: torch.Tensor
+    ) -> torch.Tensor:
+        """Levels by columns and diagonals of the sequence pass."""
         ...
 
     def lines(
         self,
-        mass: torch.Tensor,
+        held: torch.Tensor,
+        size: torch.Tensor,
         cell: CellView,
         tiles: CellTiles,
-        near_count: torch.Tensor,
         causal: torch.Tensor,
-        limits: Limits,
+        allowed: torch.Tensor,
         *,
         min_lines: int,
-    ) -> Found:
-        """V-lines, h-lines and neighbours of the cell pass."""
+    ) -> torch.Tensor:
+        """Levels by v-lines, h-lines and neighbours of the cell pass."""
+        ...
+
+    def curves(
+        self, held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor
+    ) -> Curves:
+        """What each threshold costs."""
         ...
 
 
-def a_shape(view: View, probe: Probe, limits: Limits, *, sink: int, window: int) -> Choice:
-    """Sink tokens and a local window of ``window`` keys, the row's own included (method: A-shape).
+@dataclass(frozen=True)
+class Selection:
+    """What patterns are proposed from: a request's rows of one modality, and some heads' probe of them."""
 
-    Nothing is searched, so the only coverage it heeds is the exact one.
-    """
-    heads = probe.output.shape[0]
-    if limits.coverage >= EXACT:
-        return dense(view, heads)
-    reach = max(window, 1)
-    return _covering(within(view, heads, sink, reach), probe.near(sink, reach).sum(-1), limits.coverage)
+    view: View
+    probe: Probe
+    budget: Budget
+    search: Search
 
+    def a_shape(self, *, sink: int, window: int) -> Proposal:
+        """Sink tokens and a local window of ``window`` keys, the row's own included (method: A-shape).
 
-def vertical_slash(view: View, probe: Probe, limits: Limits, search: Search, *, sink: int, window: int) -> Choice:
-    """Key tiles that all rows read (columns) and key tiles at fixed distances from the row's own (diagonals).
+        Nothing is searched; only where nothing may be left out, everything is read.
+        """
+        if self.budget.exact:
+            return self.proposal(self.vertical_slash(sink=sink, window=window))
+        region = sink, max(window, 1)
+        lost = (self.probe.held - self.probe.near(region)).sum(-1)
+        # One tile that is not read holds all that is lost.
+        never = torch.full((lost.shape[1], 1, 1), -1, dtype=torch.int8, device=lost.device)
+        rows = torch.zeros_like(self.view.row_tiles)
+        curves = self.search.curves(lost[..., None], self.size, never, rows)
+        tiles = self.view.count_near(*region).expand_as(curves.tiles)
+        return Proposal(self.window_levels(*region), replace(curves, tiles=tiles), searched=False)
 
-    The columns of the sink and the diagonals of the window are always read; the others by probed mass.
-    """
-    base = dense(view, probe.output.shape[0])
-    if limits.coverage >= EXACT:
-        return base
-    slash = view.slash_tiles(sink, window)
-    found = search.columns_and_diagonals(probe.tile_mass, slash, view.causal_tiles, limits)
-    return replace(base, near=found.tiles, coverage=found.coverage, missing=found.missing, tiles=found.count)
+    @cached_property
+    def size(self) -> torch.Tensor:
+        """Squared length of the probe rows' output: fp32 [H, P]."""
+        return self.probe.output.square().sum(2)
 
+    def window_levels(self, sink: int, reach: int) -> Levels:
+        """All near tiles of a sink and a reach, and no others."""
+        near = self.view.near_tiles(sink, reach)
+        return Levels(_always(near), None, sink, reach)
 
-def grid(
-    view: View, probe: Probe, limits: Limits, search: Search, *, sink: int, reaches: Sequence[int], min_lines: int
-) -> list[Choice]:
-    """Same place in all frames (slash), places that all rows see (v-lines), rows that see all (h-lines).
+    def dense_levels(self) -> Levels:
+        """All causal tiles."""
+        return self.window_levels(0, UNBOUNDED)
 
-    Always read are the sink, the last ``reach`` keys, the row's own included, and the query tile's own cells. By probed
-    mass come v-lines, which are key tiles of the cell order, text tiles and other items' among them; h-lines, which are
-    bands of query tiles that read everything; and neighbours, the cells before and behind a query tile's own. At least
-    ``min_lines`` v-lines are taken. Returns a choice for each reach.
-    """
-    cell = view.cell
-    if cell is None:
-        raise ValueError("the grid pattern needs a cell pass; these rows have none")
-    heads = probe.output.shape[0]
-    bases = [within(view, heads, sink, reach) for reach in reaches]
-    tiles = [cell.tiles(sink, reach) for reach in reaches]
-    if limits.coverage >= EXACT:
-        return [
-            replace(base, far=each.visible.expand(heads, -1, -1), tiles=base.tiles + each.visible.sum())
-            for base, each in zip(bases, tiles, strict=True)
-        ]
-    choices = []
-    masses = probe.far([(sink, reach) for reach in reaches])
-    for base, each, mass, reach in zip(bases, tiles, masses, reaches, strict=True):
-        near_count = view.count_near(sink, reach)
-        found = search.lines(mass, cell, each, near_count, view.causal_tiles, limits, min_lines=min_lines)
-        choices.append(
-            replace(base, far=found.tiles, coverage=found.coverage, missing=found.missing, tiles=found.count)
+    def vertical_slash(self, *, sink: int, window: int) -> Levels:
+        """Key tiles that all rows read (columns) and key tiles at fixed distances from the row's own (diagonals).
+
+        The columns of the sink and the diagonals of the window are always read.
+        """
+        if self.budget.exact:
+            return self.dense_levels()
+        view = self.view
+        slash = view.slash_tiles(sink, window)
+        levels = self.search.columns_and_diagonals(
+            self.probe.held, self.size, slash, view.causal_tiles, self.budget.allowed
         )
-    return choices
+        return Levels(levels, None, 0, UNBOUNDED)
+
+    def grid(self, *, sink: int, reaches: Sequence[int], min_lines: int) -> list[tuple[Levels, torch.Tensor]]:
+        """Same place in all frames (slash), places that all rows see (v-lines), rows that see all (h-lines).
+
+        Always read are the sink, the last ``reach`` keys, the row's own included, and the query tile's own cells. By
+        what their loss would cost come v-lines, which are key tiles of the cell order, text tiles and other items'
+        among them; h-lines, which are bands of query tiles that read everything; and neighbours, the cells before and
+        behind a query tile's own. At least ``min_lines`` v-lines are taken. Returns levels for each reach, with what
+        the far region's tiles hold.
+        """
+        view, cell = self.view, self.view.cell
+        if cell is None:
+            raise ValueError("the grid pattern needs a cell pass; these rows have none")
+        regions = [(sink, reach) for reach in reaches]
+        found = []
+        for region, held in zip(regions, self.probe.far(regions), strict=True):
+            tiles = cell.tiles(*region)
+            if self.budget.exact:
+                far = _always(tiles.visible)
+            else:
+                given = held, self.size, cell, tiles, view.causal_tiles, self.budget.allowed
+                far = self.search.lines(*given, min_lines=min_lines)
+            found.append((replace(self.window_levels(*region), far=far), held))
+        return found
+
+    def proposal(self, levels: Levels, far_held: torch.Tensor | None = None) -> Proposal:
+        """With what the thresholds cost; ``far_held``: what tiles of the far region hold, of levels that read some."""
+        if levels.far is None:
+            return Proposal(levels, self._curves(self.probe.held, levels.near, self.view.row_tiles), searched=True)
+        assert far_held is not None
+        assert self.view.cell is not None
+        curves = self._curves(far_held, levels.far, self.view.cell.row_tiles)
+        tiles = curves.tiles + self.view.count_near(levels.sink, levels.reach)
+        return Proposal(levels, replace(curves, tiles=tiles), searched=True)
+
+    def _curves(self, held: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor) -> Curves:
+        heads = self.probe.output.shape[0]
+        return self.search.curves(held, self.size, levels.expand(heads, -1, -1), row_tiles)
 
 
-def measured(view: View, probe: Probe, choice: Choice, limits: Limits) -> Choice:
-    """The choice with the coverage that it really keeps and its tiles; patterns by themselves know theirs."""
-    tiles = choice.near.sum((1, 2))
-    by_row = (probe.near(choice.sink, choice.reach) * choice.near[:, view.row_tiles]).sum(-1)
-    if choice.far is not None and view.cell is not None:
-        by_row += (probe.far([(choice.sink, choice.reach)])[0] * choice.far[:, view.cell.row_tiles]).sum(-1)
-        tiles = tiles + choice.far.sum((1, 2))
-    return replace(_covering(choice, by_row, limits.coverage), tiles=tiles)
+def on_text_keys(view: View, grid: Levels, pattern: str) -> Levels:
+    """A grid's levels with another pattern on text keys (the paper's K- and 2D-boundary).
+
+    Text keys behind the window are read in the cell pass, where they are tiles of their own: all of them for ``dense``,
+    none for ``a_shape``, by what their loss costs otherwise.
+    """
+    assert view.cell is not None
+    assert grid.far is not None
+    keys = view.cell.keys
+    if pattern == "a_shape":
+        return replace(grid, far=grid.far.masked_fill(keys.has_text & ~keys.has_media, -1))
+    if pattern == "dense":
+        visible = view.cell.tiles(grid.sink, grid.reach).visible
+        return replace(grid, far=grid.far.masked_fill(visible & keys.has_text, ALWAYS))
+    return grid
 
 
-def _covering(choice: Choice, by_row: torch.Tensor, target: float) -> Choice:
-    """The choice that keeps this mass of each probe row, fp32 [H, P]."""
-    return replace(choice, coverage=by_row.mean(-1), missing=missing_mass(by_row, target))
+def union(view: View, on_text: Levels, on_media: Levels) -> Levels:
+    """One pattern on text keys and another on media keys, both in the sequence pass.
+
+    Each key tile is read if the pattern of a modality it holds asks for it, and a row sees what either pattern's region
+    admits.
+    """
+    near = torch.maximum(
+        on_text.near.masked_fill(~view.keys.has_text, -1), on_media.near.masked_fill(~view.keys.has_media, -1)
+    )
+    return Levels(near, None, max(on_text.sink, on_media.sink), max(on_text.reach, on_media.reach))
+
+
+def _always(tiles: torch.Tensor) -> torch.Tensor:
+    """Tiles that are read in any case, bool [t, n], as levels [1, t, n]."""
+    return torch.where(tiles, ALWAYS, -1).to(torch.int8)[None]
 
 
 def kept(view: View, probe: WeightProbe, choice: Choice) -> torch.Tensor:

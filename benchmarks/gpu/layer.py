@@ -2,7 +2,7 @@
 
 One request: text, one video, one question, planted so that rows attend to the same place of all frames, to their own
 frame and to the first tokens. Each line is one shape (all tokens at once, or a chunk behind a prefix), page size and
-density; selection is what a server runs, with its tile budget set to the density and an unreachable coverage, so that
+density; selection is what a server runs, with its tile budget set to the density and an error that it cannot keep to, so that
 the budget is used up; at 100 % everything is listed.
 
 - *probe*, *select*, *attend*: milliseconds of the device; *select* includes making the lists.
@@ -272,8 +272,8 @@ def _memory(device: torch.device, *, reset: bool) -> int:
 def settings(density: float) -> Config:
     """A server's settings with its tile budget at ``density`` per cent; the guard would add tiles, so it is off."""
     if density >= 100:
-        return Config(coverage=1.0, tile_queries=TILE_QUERIES)
-    budget = {"coverage": 1 - 1e-6, "max_density": density / 100, "min_gain": 0.0, "error_ceiling": 1e9}
+        return Config(error=0.0, tile_queries=TILE_QUERIES)
+    budget = {"error": 1.0, "max_density": density / 100, "error_ceiling": 1e9}
     return Config(**budget, tile_queries=TILE_QUERIES)
 
 

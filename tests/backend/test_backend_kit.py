@@ -41,7 +41,7 @@ def backends(monkeypatch: pytest.MonkeyPatch):
 
 
 def configure(monkeypatch: pytest.MonkeyPatch, **settings) -> None:
-    monkeypatch.setenv("MMINFERENCE_CONFIG", json.dumps({"min_tokens": 256, "coverage": 1.0, **settings}))
+    monkeypatch.setenv("MMINFERENCE_CONFIG", json.dumps({"min_tokens": 256, "error": 0.0, **settings}))
 
 
 def run_case(kit, case, max_context_len: int = 4096) -> None:
@@ -200,7 +200,7 @@ def test_layouts_are_freed_with_their_request(kit, monkeypatch: pytest.MonkeyPat
     ("settings", "message"),
     [
         ({"covrage": 0.9}, "MMINFERENCE_CONFIG: unknown key 'covrage'"),
-        ({"coverage": 2}, "coverage must be a number of at least 0.0 and at most 1.0, got 2"),
+        ({"error": -2}, "error must be a number of at least 0.0 and at most 1000.0, got -2"),
         ({"implementation": "flashinfer"}, "implementation 'flashinfer' is not available"),
         ({"pattern": "nope"}, "no pattern 'nope'"),
     ],
@@ -208,7 +208,7 @@ def test_layouts_are_freed_with_their_request(kit, monkeypatch: pytest.MonkeyPat
 def test_bad_configuration_stops_the_server_with_one_line(
     kit, monkeypatch: pytest.MonkeyPatch, settings, message: str
 ) -> None:
-    configure(monkeypatch, **{"coverage": 1.0, **settings})
+    configure(monkeypatch, **{"error": 0.0, **settings})
     with pytest.raises(SystemExit, match=r"^mminference: ") as stopped:
         run_case(kit, long_case(kit, (0,), (300,)))
     assert message in str(stopped.value)
@@ -235,8 +235,8 @@ def test_the_dense_pattern_never_enters_the_sparse_path(kit, monkeypatch: pytest
 def test_server_json_configures_the_backend(kit, monkeypatch: pytest.MonkeyPatch) -> None:
     from mminference_sgl.backend.start import load_config
 
-    config, pattern = load_config(SimpleNamespace(mminference={"coverage": 0.9, "pattern": "grid"}))
-    assert (config.coverage, pattern.id) == (0.9, "grid")
+    config, pattern = load_config(SimpleNamespace(mminference={"error": 0.3, "pattern": "grid"}))
+    assert (config.error, pattern.id) == (0.3, "grid")
     monkeypatch.setenv("MMINFERENCE_PATTERN", "a_shape")
-    config, pattern = load_config(SimpleNamespace(mminference={"coverage": 0.9, "pattern": "grid"}))
-    assert (config.coverage, pattern.id) == (0.9, "a_shape"), "the environment is stronger"
+    config, pattern = load_config(SimpleNamespace(mminference={"error": 0.3, "pattern": "grid"}))
+    assert (config.error, pattern.id) == (0.3, "a_shape"), "the environment is stronger"

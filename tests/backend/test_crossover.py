@@ -113,7 +113,6 @@ def test_on_cuda_sparse_computes_the_stated_density() -> None:
     settings = dataclasses.replace(given, device=torch.device("cuda")).settings
     (report,) = prefill.run_layer(operands, plan, [HeadSpec()] * 4, settings, torch.empty_like(operands.query), "torch")
     assert 0.5 < float(report.tiles / report.causal) / crossover.DENSITY < 1.1
-    assert given.settings == dataclasses.replace(given.config, error_ceiling=torch.inf), "as ever on a CPU"
 
 
 def test_layers_run_behind_one_another_and_the_fastest_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def model_of(monkeypatch: pytest.MonkeyPatch):
     load_plugins()
     from sglang.test.kits.attention_unittest.attention_methods import dense_attention as kit
 
-    settings = {"min_tokens": 64, "coverage": 1.0, "pattern": "auto"}
+    settings = {"min_tokens": 64, "error": 0.0, "pattern": "auto"}
     monkeypatch.setenv("MMINFERENCE_CONFIG", json.dumps(settings))
     monkeypatch.setattr(strict_dense.dense, "create", strict_dense.StrictDenseAttnBackend)
 

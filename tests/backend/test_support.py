@@ -237,10 +237,10 @@ def test_one_rank_that_cannot_run_what_was_named_stops_all(runner, second_rank, 
 def test_settings_of_one_node_only_stop_all(runner, second_rank) -> None:
     def other(settings, state, problem):
         config, pattern, implementation = settings
-        return (replace(config, coverage=0.5), pattern, implementation), state, problem
+        return (replace(config, error=0.5), pattern, implementation), state, problem
 
     second_rank(other)
-    with pytest.raises(SystemExit, match=r"settings differ between tensor-parallel ranks: rank 1 .*coverage=0.5"):
+    with pytest.raises(SystemExit, match=r"settings differ between tensor-parallel ranks: rank 1 .*error=0.5"):
         create(runner(-1))
 
 

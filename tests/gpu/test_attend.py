@@ -140,15 +140,15 @@ def _behind(rows: int, operand: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pattern", ["auto", "grid", "vertical_slash", "a_shape"])
-@pytest.mark.parametrize("coverage", [1.0, 0.7])
+@pytest.mark.parametrize("error", [0.0, 0.7])
 def test_a_layer_equals_the_reference(
-    pattern: str, coverage: float, seed: int, monkeypatch: pytest.MonkeyPatch
+    pattern: str, error: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Probe, selection and attention on the device, against the reference implementation fed by the same selection."""
     problem = problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed)
     problem = checks.moved(problem, DEVICE)
     specs = load(pattern).specs(0, range(problem.query.shape[1]))
-    config = Config(coverage=coverage, max_density=0.3, error_ceiling=10.0)
+    config = Config(error=error, text_error=error, error_ceiling=10.0)
     outputs = []
     monkeypatch.setattr(prefill, "stages_of", lambda _name: stages_of("triton"))
     for implementation in ("reference", "triton"):

@@ -27,20 +27,20 @@ ARCHS = (80, 90, 100, 120)
 HEADS = (64, 80, 128, 256)
 TILE_KEYS = 64
 POINTERS = {
-    **dict.fromkeys(("p_rows", "p_slots", "p_row_own", "p_cost", "p_causal", "p_near_count", "p_count"), "i64"),
+    **dict.fromkeys(("p_rows", "p_slots", "p_row_own", "p_cost", "p_causal", "p_count"), "i64"),
     **dict.fromkeys(("p_row_tile", "p_bands", "p_band_of_row"), "i64"),
     **dict.fromkeys(("p_levels", "p_tile_levels"), "i8"),
     **dict.fromkeys(("p_visible", "p_selected"), "i1"),
-    **dict.fromkeys(("p_mass", "p_part", "p_part_lse", "p_lse", "p_out", "p_loose", "p_beside", "p_reached"), "fp32"),
-    **dict.fromkeys(("p_coverage", "p_missing"), "fp32"),
+    **dict.fromkeys(("p_held", "p_part", "p_part_lse", "p_lse", "p_out", "p_projected", "p_loose", "p_size"), "fp32"),
+    **dict.fromkeys(("p_beside", "p_allowed", "p_error", "p_kept"), "fp32"),
 }
 """Element types of pointers that are not int32; query and pools aside."""
-FLOATS = ("scale_log2", "value_scale", "target", "slack", "min_gain", "max_density")
+FLOATS = ("scale_log2", "value_scale")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile; ``head_dim`` 0 where it has none. ``near``: the mass in one near region, or two far."""
+    """One kernel to compile; ``head_dim`` 0 where it has none. ``near``: one near region, or two far."""
 
     arch: int
     kernel: str
@@ -80,41 +80,43 @@ def jobs() -> list[Job]:
     """Every kernel on every architecture; probes by head size and, at 128, fp8 pools; searches of both kinds."""
     result = []
     for arch in ARCHS:
-        for kernel in ("probe", "mass"):
+        for kernel in ("parts", "probe", "held"):
             result += [Job(arch, kernel, "bf16", head_dim, lines=False) for head_dim in HEADS]
             result += [Job(arch, kernel, "fp8", 128, lines=False)]
-        result += [Job(arch, "mass", "bf16", head_dim, lines=False, near=True) for head_dim in HEADS]
+        result += [Job(arch, "held", "bf16", head_dim, lines=False, near=True) for head_dim in HEADS]
         result += [Job(arch, "combine", "fp32", 128, lines=False), Job(arch, "lists", "int32", 0, lines=False)]
-        for kernel in ("rows", "candidates", "reached", "tiles", "decide"):
+        result += [Job(arch, kernel, "fp32", 0, lines=False) for kernel in ("rows", "lost", "counts")]
+        for kernel in ("candidates", "tiles"):
             result += [Job(arch, kernel, "fp32", 0, lines) for lines in (False, True)]
     return result
 
 
 def compile_job(job: Job) -> Compiled:
     """Compiles a kernel as it would be launched for query tiles and bands of a long chunk."""
-    module = {"probe": probe_triton, "mass": probe_triton, "combine": probe_triton, "lists": lists_triton}
+    module = dict.fromkeys(("parts", "probe", "held", "combine"), probe_triton) | {"lists": lists_triton}
     kernel = getattr(module.get(job.kernel, search_triton), f"{job.kernel}_kernel")
     bits = job.dtype == "fp8" and job.arch < NATIVE_FP8
     pool = {"fp8": "u8" if bits else "fp8e4nv"}.get(job.dtype, job.dtype)
     pointers = {**POINTERS, "p_query": "bf16", "p_key": pool, "p_value": pool}
+    pointers |= dict.fromkeys(("p_parts", "p_signs"), "bf16")
     options, warps = {}, 4
-    if job.kernel in {"probe", "mass"}:
+    if job.kernel in {"probe", "held"}:
         launch = getattr(probe_triton, f"{job.kernel}_launch")(job.head_dim, 2, TILE_KEYS)
         constants = probe_triton.constants_for(launch, TILE_KEYS, group=7, head_dim=job.head_dim, fp8_bits=bits)
-        regions = 1 if job.near else 2
         constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "FAR": not job.near}
-        constants |= {"REGIONS": regions, "BLOCK_REGIONS": regions}
+        constants |= {"REGIONS": 1 if job.near else 2}
         options, warps = {"num_warps": launch.warps, "num_stages": launch.stages}, launch.warps
     else:
-        block = search_triton.BLOCK_COUNTED if job.kernel in {"reached", "tiles", "decide"} else search_triton.BLOCK
+        block = search_triton.BLOCK_COUNTED if job.kernel in {"lost", "counts"} else search_triton.BLOCK
         constants = {
             "LINES": job.lines,
             "BLOCK": block,
             "BLOCK_BANDS": search_triton.BLOCK_BANDS if job.lines else 1,
             "FAR": True,
         }
-        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": job.head_dim, "BLOCK_SPLITS": probe_triton.PROGRAMS}
-        constants["BLOCK_TILES"] = probe_triton.BLOCK_TILES
+        block_dv = triton.next_power_of_2(job.head_dim)
+        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": block_dv, "BLOCK_SPLITS": probe_triton.PROGRAMS}
+        constants |= {"BLOCK_N": probe_triton.PARTS_KEYS, "FP8_BITS": bits}
         # What a search does not have is None to its kernels.
         constants |= dict.fromkeys(("p_row_own",) if job.lines else ("p_bands", "p_band_of_row"))
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

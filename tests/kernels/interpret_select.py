@@ -13,7 +13,7 @@ import torch
 import problems
 from interpret import BATCH, distance
 from mminference_sgl.kernels import lists_triton, probe, search, search_triton
-from mminference_sgl.kernels.choice import Limits
+from mminference_sgl.kernels.levels import Curves
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
@@ -25,16 +25,17 @@ STRADDLING = (
     problems.Request(97, [problems.timestamped_video(9, 6, 3, 3)], 20, 77),
 )
 """Query tiles of media rows that reach over text between two videos."""
-LIMITS = (Limits(0.9, 0.5, 3.0), Limits(0.99, 1.0, 0.0))
+ALLOWED = (0.05, 1e-4)
+"""Energy that heads may lose, as a share of their output's."""
 VIDEO = problems.Request(5 + 20 * 15 + 3, [problems.one_span_video(5, 20, 3, 5)], 5, 20 * 15 + 3)
 BUDGETS = PatternBudgets(AShapeBudget(16, 32), VerticalSlashBudget(16, 16), GridBudget(sink=8, window=8))
 LAYERS = (
-    (HeadSpec("auto", "auto", "auto", "auto"), 10.0, 0.4),
-    (HeadSpec("dense", "dense", "grid", "grid"), 0.8, 0.3),
-    (HeadSpec("dense", "dense", "auto", "auto"), 1.0, 1.0),
-    (HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid"), 10.0, 0.7),
+    (HeadSpec("auto", "auto", "auto", "auto"), 10.0, 0.9),
+    (HeadSpec("dense", "dense", "grid", "grid"), 0.6, 1.5),
+    (HeadSpec("dense", "dense", "grid", "grid"), 1.0, 0.0),
+    (HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid"), 10.0, 0.5),
 )
-"""Pattern of all heads, error ceiling and coverage."""
+"""Pattern of all heads, error ceiling and error."""
 CASES = ((BATCH, 32, 16), (STRADDLING, 64, 16))
 """Requests, and rows and keys of tiles."""
 
@@ -49,10 +50,10 @@ def main() -> None:
             compare_lists(tile_pass, *random_map(problem, tile_pass, seed))
 
 
-def compare_layers(spec: HeadSpec, ceiling: float, coverage: float) -> None:
+def compare_layers(spec: HeadSpec, ceiling: float, error: float) -> None:
     """A layer with every stage in Triton, and with the portable ones around the reference."""
     problem = problems.make([VIDEO], tile_queries=16, tile_keys=16, head_dim=16, heads=4, kv_heads=2)
-    config = Config(coverage=coverage, error_ceiling=ceiling, max_density=0.6, patterns=BUDGETS)
+    config = Config(error=error, text_error=error, error_ceiling=ceiling, patterns=BUDGETS)
     runs = {}
     for implementation in ("triton", "reference"):
         out = torch.full_like(problem.query, torch.nan)
@@ -82,33 +83,45 @@ def compare_searches(problem: problems.Problem) -> None:
     for group in problem.plan.groups:
         probed = probe.run(operands, group.keys, group.probe_rows)
         view, cell = group.view, group.view.cell
-        for index, limits in enumerate(LIMITS):
+        size = probed.output.square().sum(2)
+        energy = size.mean(1)
+        for index, share in enumerate(ALLOWED):
             slash = view.slash_tiles(20, 33)
-            ours, want = (
-                each.columns_and_diagonals(probed.tile_mass, slash, view.causal_tiles, limits)
-                for each in (search_triton, search)
-            )
-            report("columns and diagonals", index, ours, want)
+            given = probed.held, size, slash, view.causal_tiles, energy * share
+            report("columns and diagonals", probed.held, size, view.row_tiles, *(
+                each.columns_and_diagonals(*given) for each in (search_triton, search)
+            ))
             if cell is None:
                 continue
-            (mass,) = probed.far([(8, 17)])
-            given = mass, cell, cell.tiles(8, 17), view.count_near(8, 17), view.causal_tiles, limits
-            report("lines", index, *(each.lines(*given, min_lines=index % 2) for each in (search_triton, search)))
+            (held,) = probed.far([(8, 17)])
+            given = held, size, cell, cell.tiles(8, 17), view.causal_tiles, energy * share
+            ours, want = (each.lines(*given, min_lines=index % 2) for each in (search_triton, search))
+            report("lines", held, size, cell.row_tiles, ours, want)
 
 
-def report(name: str, limits: int, ours: search.Found, want: search.Found) -> None:
+def report(
+    name: str,
+    held: torch.Tensor,
+    size: torch.Tensor,
+    row_tiles: torch.Tensor,
+    ours: torch.Tensor,
+    want: torch.Tensor,
+) -> None:
+    """Levels by both, and the curves of the portable ones by both."""
+    curves: list[Curves] = [each.curves(held, size, want, row_tiles) for each in (search_triton, search)]
+    got, expected = curves
     print(
         json.dumps(
             {
                 "kernel": name,
-                "limits": limits,
-                "levels": int(want.levels.numel()),
-                "levels_differ": int((ours.levels != want.levels).sum()),
-                "thresholds": want.threshold.tolist(),
-                "thresholds_differ": int((ours.threshold != want.threshold).sum()),
-                "counts_differ": int((ours.count != want.count).sum()),
-                "coverage_error": float((ours.coverage - want.coverage).abs().max()),
-                "missing_error": float((ours.missing - want.missing).abs().max()),
+                "levels": int(want.numel()),
+                "values": want.unique().tolist(),
+                "levels_differ": int((ours != want).sum()),
+                "largest_difference": int((ours.int() - want.int()).abs().max()),
+                "counts_differ": int((got.tiles != expected.tiles).sum()),
+                "coverage_error": distance(got.coverage, expected.coverage),
+                "error_error": distance(got.error, expected.error),
+                "error_size": float(expected.error.max()),
             }
         ),
         flush=True,

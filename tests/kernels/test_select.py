@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 import problems
 from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import probe, reference, search, select
+from mminference_sgl.kernels.levels import Curves
 from mminference_sgl.kernels.stages import stages_of
 from mminference_sgl.kernels.tiles import Region, element_mask
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec, load
-from mminference_sgl.method.config import Config, GridBudget, PatternBudgets
+from mminference_sgl.method.config import AShapeBudget, Config, GridBudget, PatternBudgets
 
 PATTERNS = ("auto", "grid", "vertical_slash", "a_shape")
 VIDEO = problems.Request(5 + 24 * 48 + 9, [problems.one_span_video(5, 24, 6, 8)], 0, 5 + 24 * 48 + 9)
@@ -25,8 +29,16 @@ def probed(problem: problems.Problem, group) -> probe.WeightProbe:
 
 
 def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
-    proposals = prefill.Proposals(group.view, probed(problem, group), config, None)
-    return proposals.choose([(pattern, pattern)] * problem.query.shape[1])
+    rows, pairs = probed(problem, group), [(pattern, pattern)] * problem.query.shape[1]
+    budget = prefill.budget_of(rows.output, config.bound(group.modality), config)
+    blocks = [prefill.propose(select.Selection(group.view, rows, budget, search), config, pairs)]
+    nothing = torch.full((len(pairs),), -1)
+    return prefill.choose(group.view, blocks, pairs, budget, nothing)[0]
+
+
+def loose(error: float, **settings) -> Config:
+    """A configuration that allows the same error to text and media rows, and whose guard never acts."""
+    return Config(error=error, text_error=error, error_ceiling=100.0, **settings)
 
 
 def media_group(problem: problems.Problem):
@@ -56,15 +68,15 @@ def distances(request: problems.Request) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("request_", [VIDEO, TIMESTAMPS], ids=["one-span", "timestamps"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.Request, pattern: str) -> None:
-    """The LSE of the sparse and the dense softmax differ by exactly the log of the kept mass."""
-    problem = problems.make([request_], tile_queries=32, tile_keys=16, heads=4)
-    config = Config(coverage=0.8, max_density=0.4, error_ceiling=100.0)
-    group = media_group(problem)
-    rows = probed(problem, group)
-    choice = choose(problem, group, pattern, config)
-    measured = select.measured(group.view, rows, choice, choices.Limits(0.8, 0.4, 4.0)).coverage
+def test_reported_coverage_and_error_are_those_of_attention(request_: problems.Request, pattern: str) -> None:
+    """The LSE of the sparse and the dense softmax differ by exactly the log of the kept mass.
 
+    Errors are estimated by random projections: exact on average, so within a third over these rows.
+    """
+    problem = problems.make([request_], tile_queries=32, tile_keys=16, heads=4, head_dim=64)
+    group = media_group(problem)
+    narrow = PatternBudgets(a_shape=AShapeBudget(sink=16, window=48))
+    choice = choose(problem, group, pattern, loose(0.6, patterns=narrow))
     parts = []
     for tile_pass, tiles, selected in (
         (problem.plan.near, group.near, choice.near),
@@ -75,14 +87,17 @@ def test_reported_coverage_is_the_mass_that_attention_keeps(request_: problems.R
         whole = torch.zeros_like(problem.query), torch.full(problem.query.shape[:2], -torch.inf)
         reference.attend(problem.operands, tile_pass, lists.lists(), *whole, merge=False)
         parts.append([x[group.probe_rows.rows] for x in whole])
-    (_, near_lse), (_, far_lse) = parts
+    (near_out, near_lse), (far_out, far_lse) = parts
     lse = torch.logaddexp(near_lse, far_lse)
+    out = sum(x * (part - lse).exp()[..., None] for x, part in ((near_out, near_lse), (far_out, far_lse)))
     scores = torch.einsum("phd,hkd->phk", problem.query[group.probe_rows.rows], _keys(problem)) * problem.scale
     future = torch.arange(scores.shape[-1]) > group.probe_rows.positions[:, None, None]
     dense_lse = scores.masked_fill(future, -torch.inf).logsumexp(-1)
     truth = (lse - dense_lse).exp().mean(0)
     torch.testing.assert_close(choice.coverage, truth, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(measured, truth, atol=1e-5, rtol=1e-4)
+    error = (out - problem.dense(torch.float32)[group.probe_rows.rows]).square().sum(2).mean(0)
+    assert (error > 1e-3).any(), "something must have been left out"
+    torch.testing.assert_close(choice.error.sum(), error.sum(), atol=1e-5, rtol=0.33)
 
 
 def _keys(problem: problems.Problem) -> torch.Tensor:
@@ -92,10 +107,10 @@ def _keys(problem: problems.Problem) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("coverage", [0.5, 0.95, 1.0])
-def test_no_tile_is_wholly_in_the_future_and_every_near_key_is_listed(pattern: str, coverage: float) -> None:
+@pytest.mark.parametrize("error", [0.0, 0.1, 1.0])
+def test_no_tile_is_wholly_in_the_future_and_every_near_key_is_listed(pattern: str, error: float) -> None:
     problem = problems.make(tile_queries=32, tile_keys=16)
-    config = Config(coverage=coverage, max_density=0.3, error_ceiling=100.0)
+    config = loose(error)
     for group in problem.plan.groups:
         if group.modality == "text" and pattern in {"grid", "auto"}:
             continue
@@ -122,7 +137,7 @@ def test_no_tile_is_wholly_in_the_future_and_every_near_key_is_listed(pattern: s
 def test_every_row_sees_itself_the_sink_and_the_window(window: int, frames: int) -> None:
     problem = problems.make([TIMESTAMPS], tile_queries=32, tile_keys=16)
     budget = PatternBudgets(grid=GridBudget(sink=20, window=window, window_frames=frames))
-    config = Config(coverage=2.0 / 3, max_density=0.0, error_ceiling=100.0, patterns=budget)
+    config = loose(100.0, patterns=budget)
     group = media_group(problem)
     rows = probed(problem, group)
     choice = choose(problem, group, "grid", config)
@@ -142,12 +157,12 @@ def test_grid_finds_the_same_place_in_other_frames() -> None:
     same_place = ((query - key) % 48 == 0) & (key <= query) & (key >= 5)
     plant(problem, same_place)
     group = media_group(problem)
-    config = Config(coverage=0.9, max_density=0.3, patterns=PatternBudgets(grid=GridBudget(sink=16)))
+    config = loose(0.3, patterns=PatternBudgets(grid=GridBudget(sink=16)))
     rows = probed(problem, group)
     truth = (rows.weights[..., : key.numel()] * same_place[group.probe_rows.rows]).sum(-1).mean()
     assert truth > 0.85, "the plant must take"
     coverage = choose(problem, group, "grid", config).coverage
-    assert (coverage >= truth - 0.02).all()
+    assert (coverage >= truth - 0.1).all()
     auto = choose(problem, group, "auto", config)
     assert (auto.far.sum((1, 2)) > 0).all(), "auto must take the cell pass"
     assert (auto.tiles < 0.35 * group.view.causal_tiles).all()
@@ -159,32 +174,29 @@ def test_vertical_slash_finds_columns_and_diagonals() -> None:
     lines = ((key >= 300) & (key < 306)) | (query - key == 200)
     plant(problem, lines & (key <= query))
     group = media_group(problem)
-    config = Config(coverage=0.9, max_density=0.5)
     rows = probed(problem, group)
     truth = (rows.weights[..., : key.numel()] * (lines & (key <= query))[group.probe_rows.rows]).sum(-1).mean()
-    choice = choose(problem, group, "vertical_slash", config)
+    choice = choose(problem, group, "vertical_slash", loose(0.3))
     assert truth > 0.85, "the plant must take; the first rows have nothing to look at yet"
-    assert (choice.coverage >= config.coverage).all()
-    assert (choice.tiles < 0.5 * group.view.causal_tiles).all()
+    assert (choice.coverage >= 0.85).all()
+    assert choice.tiles.sum() < 0.5 * group.view.causal_tiles * len(choice.tiles)
 
 
-def test_density_stays_within_the_budget() -> None:
-    """Diffuse attention never reaches the coverage; the budget bounds what is spent beyond the fixed part."""
+@pytest.mark.parametrize("pattern", ["grid", "vertical_slash"])
+def test_density_stays_within_the_budget(pattern: str) -> None:
+    """Diffuse attention needs every tile; the budget bounds what is spent beyond the fixed part, whatever is lost."""
     problem = problems.make([VIDEO], tile_queries=16, tile_keys=16)
     problem.query.mul_(0.3)
     group = media_group(problem)
     causal = group.view.causal_tiles
-    for pattern in ("grid", "vertical_slash"):
-        fixed = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.0)).tiles
-        assert (fixed < 0.5 * causal).all()
-        for budget in (0.2, 0.5, 0.8):
-            spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=budget, min_gain=0.0)).tiles
-            assert (spent <= torch.maximum(fixed, budget * causal)).all()
-            assert (spent >= fixed).all()
-        spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=1.0, min_gain=0.0)).tiles
-        assert (spent > (0.9 * causal if pattern == "vertical_slash" else fixed)).all(), "it takes what it may"
-        spent = choose(problem, group, pattern, Config(coverage=0.95, max_density=0.8, min_gain=2.0)).tiles
-        assert (spent == fixed).all(), "no tile of a diffuse head holds twice what an average one holds"
+    fixed = choose(problem, group, pattern, loose(100.0)).tiles
+    assert (fixed < 0.5 * causal).all()
+    spent = [choose(problem, group, pattern, loose(0.1, max_density=budget)) for budget in (0.1, 0.5, 0.8, 1.0)]
+    for choice, budget in zip(spent, (0.1, 0.5, 0.8, 1.0), strict=True):
+        assert choice.tiles.sum() <= max(fixed.sum(), budget * causal * len(fixed))
+        assert (choice.tiles >= fixed).all()
+    assert spent[-1].tiles.sum() > 0.9 * causal * len(fixed), "every tile is needed"
+    assert all(more.error.sum() <= less.error.sum() for less, more in itertools.pairwise(spent))
 
 
 def cells(problem: problems.Problem) -> torch.Tensor:
@@ -195,26 +207,25 @@ def cells(problem: problems.Problem) -> torch.Tensor:
 
 
 def test_h_lines_read_everything() -> None:
-    """Rows of some cells look everywhere, the others at their own place: only the former's query tiles read it all."""
+    """Rows of some cells look anywhere, the others at their own place: only the former's query tiles read it all."""
     problem = problems.make([LONG_VIDEO], tile_queries=32, tile_keys=16, head_dim=256, cell_size=4)
     query, key = distances(LONG_VIDEO)
-    everywhere = torch.isin(cells(problem), torch.tensor([1, 7]))
+    anywhere = torch.isin(cells(problem), torch.tensor([1, 7]))
     same_place = ((query - key) % 96 == 0) & (key >= 5) & (key <= query)
-    plant(problem, same_place)
-    problem.query[everywhere] = 0
+    generator = torch.Generator().manual_seed(5)
+    some_key = key == (torch.rand(query.shape, generator=generator) * query).long()
+    plant(problem, torch.where(anywhere[:, None], some_key, same_place))
     group = media_group(problem)
-    rows = group.probe_rows.rows
-    weights = probed(problem, group).weights[..., : key.numel()]
-    truth = (weights * (same_place | everywhere[:, None])[rows]).sum(-1).mean()
-    choice = choose(problem, group, "grid", Config(coverage=float(truth) - 0.004, max_density=0.5))
+    choice = choose(problem, group, "grid", loose(0.03))
     cell, far = group.view.cell, problem.plan.far
     visible = cell.tiles(int(choice.sink[0]), int(choice.reach[0])).visible.sum(1)
     slots = [slice(*far.indptr[tile : tile + 2].tolist()) for tile in range(group.far.start, group.far.stop)]
-    h_line = torch.tensor([bool(everywhere[far.positions[slot].long()].all()) for slot in slots])
+    h_line = torch.tensor([bool(anywhere[far.positions[slot].long()].all()) for slot in slots])
     read = choice.far.sum(-1) / visible.clamp_min(1)
     assert 0 < int(h_line.sum()) < 0.2 * h_line.numel()
-    assert (read[:, h_line] > 0.9).float().mean() > 0.8, "a band at the edge may hold another cell as well"
-    assert (read[:, ~h_line & (visible > 40)] < 0.6).all()
+    others = ~h_line & (visible > 40)
+    assert (read[:, h_line] > 0.8).float().mean() > 0.4, "heads share a budget, and some get on without"
+    assert read[:, h_line].mean() > 4 * read[:, others].mean()
 
 
 def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
@@ -227,45 +238,49 @@ def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
     group = media_group(problem)
     rows = probed(problem, group)
     own = (rows.weights[..., : key.numel()] * (cell[query] == cell[key])[group.probe_rows.rows]).sum(-1).mean()
-    choice = choose(problem, group, "grid", Config(coverage=0.75, max_density=0.5))
+    choice = choose(problem, group, "grid", loose(0.4))
     assert own < 0.2, "the plant must take"
-    assert (choice.coverage >= 0.75).all()
+    assert (choice.coverage >= 0.7).all()
     assert (choice.tiles < 0.5 * group.view.causal_tiles).all()
 
 
-def by_threshold(start: torch.Tensor, mass: torch.Tensor, cost: torch.Tensor, limits: choices.Limits) -> list[bool]:
-    """Which tiles are taken where each is a candidate by itself: ``mass`` [P, n], ``cost`` [n] of one head."""
-    useful = search._useful(mass[None], limits.coverage - start[None]).mean(1)
-    levels = search._levels(useful, cost, cost.sum(), limits)
-    reached = search._reached(start[None], mass[None], levels[:, None].expand(1, *mass.shape))
-    tiles = torch.stack([(cost * (levels[0] >= level)).sum() for level in range(search.LEVELS + 1)])
-    return (levels[0] >= search._threshold(reached, tiles[None], cost.sum(), limits)).tolist()
+def test_curves_are_what_is_lost_below_each_threshold() -> None:
+    """Deviations add up with their signs, over the mass that is left; rows count alike."""
+    held = torch.zeros(probe.HELD, 1, 2, 4)
+    held[0, 0] = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    held[1, 0] = torch.tensor([[1.0, -1.0, 2.0, -2.0], [0.5, 0.5, 0.5, -1.5]])
+    levels = torch.tensor([[[10, 20, 30, search.ALWAYS]]], dtype=torch.int8)
+    found = search.curves(held, torch.ones(1, 2), levels, torch.tensor([0, 0]))
+    for threshold, lost in ((0, 0), (10, 0), (11, 1), (20, 1), (21, 2), (30, 2), (31, 3), (63, 3)):
+        kept = 1 - held[0, 0, :, :lost].sum(1)
+        moved = held[1, 0, :, :lost].sum(1) / kept
+        assert float(found.error[0, threshold]) == pytest.approx(float(moved.square().mean()), rel=2e-3)
+        assert float(found.coverage[0, threshold]) == pytest.approx(float(kept.mean()), abs=1e-6)
+        assert int(found.tiles[0, threshold]) == 4 - lost
 
 
-def test_fewest_candidates_are_taken() -> None:
-    mass = torch.tensor([[0.4, 0.3, 0.15, 0.07, 0.03]])
-
-    def fewest(budget: int, target: float, min_gain: float = 0.0) -> list[bool]:
-        limits = choices.Limits(target, budget / 5, min_gain)
-        return by_threshold(torch.tensor([0.05]), mass, torch.ones(5, dtype=torch.int64), limits)
-
-    assert fewest(5, 0.55) == [True, True, False, False, False]
-    assert fewest(5, 0.35) == [True, True, False, False, False], "both hold as much as is needed"
-    assert fewest(5, 0.4) == [True, False, False, False, False]
-    assert fewest(5, 0.05) == [False] * 5
-    assert fewest(5, 0.95) == [True, True, True, True, False], "0.03 of the mass is not worth a tile"
-    assert fewest(5, 1.0) == [True] * 5
-    assert fewest(2, 0.88) == [True, True, False, False, False], "the budget ends the list"
-    assert fewest(0, 0.55) == [False] * 5
-    assert fewest(3, 0.95, min_gain=1.0) == [True, True, False, False, False], "out of reach: what holds its share"
+def test_a_row_that_reads_one_tile_loses_all_without_it() -> None:
+    """Its deviation is nothing, since its output is what the tile holds."""
+    held = torch.zeros(probe.HELD, 1, 1, 2)
+    held[0] = torch.tensor([1.0, 0.0])
+    loss = search._loss(held, torch.full((1, 1), 7.0))
+    torch.testing.assert_close(loss, torch.tensor([[[7.0, 0.0]]]))
 
 
-def test_rows_above_the_target_do_not_make_up_for_rows_below() -> None:
-    """Nine rows find all they need in one tile, the tenth in another: the mean is reached without it, but it is not."""
-    mass = torch.zeros(10, 2)
-    mass[:9, 0], mass[9, 1] = 1.0, 1.0
-    limits = choices.Limits(0.9, 1.0, 0.0)
-    assert by_threshold(torch.zeros(10), mass, torch.ones(2, dtype=torch.int64), limits) == [True, True]
+def test_levels_are_energies_per_tile() -> None:
+    """Twice the energy is three levels, twice the tiles three less; what would cost all that is allowed is fair."""
+    energy, cost = torch.tensor([[1.0, 2.0, 4.0, 4.0, 0.0]]), torch.tensor([10, 10, 10, 20, 10])
+    levels = search._levels(energy, cost, torch.tensor(10), torch.ones(1))
+    assert levels.tolist() == [[search.FAIR, search.FAIR + 3, search.FAIR + 6, search.FAIR + 3, -1]]
+    assert search._levels(energy, cost, torch.tensor(10), torch.full((1,), 4.0))[0, 2] == search.FAIR
+
+
+def test_projections_keep_lengths() -> None:
+    """On average over directions, and any one by no more than so many projections can tell."""
+    vectors = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
+    lengths = (vectors @ probe.signs(64, torch.device("cpu"))).square().sum(1) / vectors.square().sum(1)
+    assert float(lengths.mean()) == pytest.approx(1.0, abs=0.05)
+    assert float(lengths.std()) == pytest.approx((2 / probe.SKETCH) ** 0.5, rel=0.2)
 
 
 @pytest.mark.parametrize("span", [1, 2, 3, 5, 9])
@@ -282,34 +297,64 @@ def test_the_level_of_a_tile_is_the_highest_of_the_diagonals_that_touch_it(span:
                 assert int(found[head, query, tile]) == max(int(levels[head, b]) for b in touching)
 
 
-def test_the_cheapest_choice_that_reaches_the_target_is_picked() -> None:
-    problem = problems.make([VIDEO], tile_queries=32, tile_keys=16)
-    view = media_group(problem).view
+def proposal(view: choices.View, points: list[tuple[int, float]], *, searched: bool = True) -> choices.Proposal:
+    """Of one head for which each threshold up to ALWAYS has (tiles, error); the last point holds for all above."""
+    points = points + points[-1:] * (search.LEVELS + 1 - len(points))
+    tiles, error = (torch.tensor([values]) for values in zip(*points, strict=True))
+    near = torch.zeros(1, *view.near_tiles(0, 1).shape, dtype=torch.int8)
+    return choices.Proposal(
+        choices.Levels(near, None, 0, 1 << 30), Curves(error, torch.ones_like(error), tiles), searched
+    )
+
+
+def decide(view, proposals, wanted, energy, bound, previous=None, **limits):
+    """The pick, tiles and error of each head; ``proposals`` by pattern, one for each head."""
+    heads = len(energy)
+    joined = [choices.concatenate([replace(each, levels=first.levels) for each in (first, *rest)])
+              for first, *rest in proposals]
+    joined = [replace(each, levels=replace(each.levels, near=each.levels.near)) for each in joined]
+    carried = torch.full((heads,), -1) if previous is None else torch.tensor(previous)
+    budget = choices.Budget(torch.tensor(energy), bound, **limits)
+    choice, pick = choices.decide(view, joined, torch.tensor(wanted), budget, carried)
+    return pick.tolist(), choice.tiles.tolist(), choice.error.tolist()
+
+
+@pytest.fixture
+def view() -> choices.View:
+    return media_group(problems.make([VIDEO], tile_queries=32, tile_keys=16)).view
+
+
+def test_the_heads_of_a_layer_share_its_budget(view: choices.View) -> None:
+    """Tiles go where they help the layer's output most: a head of little output may lose all that it has."""
     causal = int(view.causal_tiles)
+    steep = [(causal // 2, 0.0), (causal // 4, 0.001), (causal // 8, 0.8)]
+    small = [(causal // 2, 0.0), (causal // 4, 0.0001), (causal // 8, 0.005)]
+    proposals = [[proposal(view, steep), proposal(view, small)]]
+    everyone = [[True, True]]
+    pick, tiles, error = decide(view, proposals, everyone, [1.0, 0.01], 0.1)
+    assert pick == [0, 0]
+    assert tiles == [causal // 4, causal // 8]
+    assert sum(error) <= 0.1**2 * 1.01
+    tight = decide(view, proposals, everyone, [1.0, 0.01], 0.005)
+    assert tight[1] == [causal // 2, causal // 2]
+    assert decide(view, proposals, everyone, [1.0, 0.01], 10.0)[1] == [causal // 8] * 2
 
-    def choice(tiles: int, coverage: float, missing: float) -> choices.Choice:
-        near = torch.zeros(1, causal, dtype=torch.bool)
-        near[0, :tiles] = True
-        whole = choices.dense(view, 1)
-        return choices.Choice(
-            near[None],
-            None,
-            whole.sink,
-            whole.reach,
-            torch.tensor([coverage]),
-            torch.tensor([missing]),
-            torch.tensor([tiles]),
-        )
 
-    def pick(*made: choices.Choice) -> int:
-        return int(choices.cheapest(view, list(made), choices.Limits(0.9, 1.0, 4.0))[1])
+def test_heads_that_need_nearly_all_tiles_run_dense(view: choices.View) -> None:
+    causal = int(view.causal_tiles)
+    diffuse = proposal(view, [(causal + 5, 0.0), (causal // 2, 5.0)])
+    pick, tiles, error = decide(view, [[diffuse]], [[True]], [1.0], 0.1)
+    assert (pick, tiles, error) == ([-1], [causal], [0.0])
+    pick, tiles, _ = decide(view, [[diffuse]], [[True]], [1.0], 0.1, max_density=0.6)
+    assert (pick, tiles) == ([0], [causal // 2]), "unless that is more than may be spent"
 
-    cheap, dear, poor = choice(9, 0.92, 0.0), choice(99, 0.99, 0.0), choice(1, 0.8, 0.1)
-    assert pick(dear, cheap, poor) == 1
-    assert pick(poor, dear) == 1, "reaching the target beats everything"
-    tenth = causal // 10
-    assert pick(choice(tenth, 0.5, 0.4), choice(2 * tenth, 0.8, 0.1)) == 0, "0.3 of the mass for a tenth of the tiles"
-    assert pick(choice(tenth, 0.3, 0.6), choice(2 * tenth, 0.8, 0.1)) == 1, "half the mass for a tenth of the tiles"
+
+def test_what_is_not_searched_neither_draws_on_the_budget_nor_adds_to_it(view: choices.View) -> None:
+    causal = int(view.causal_tiles)
+    window, free = proposal(view, [(9, 0.9)], searched=False), proposal(view, [(causal // 2, 0.0), (causal // 4, 0.02)])
+    wanted = [[True, False], [False, True]]
+    pick, tiles, _ = decide(view, [[window] * 2, [free] * 2], wanted, [1.0, 1.0], 0.1)
+    assert (pick, tiles) == ([0, 1], [9, causal // 2])
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["asked", "empty lists"])
@@ -322,7 +367,7 @@ def test_guard_bounds_the_error_with_the_fewest_heads(waits: bool, monkeypatch: 
     exact = problem.dense(torch.float32)
 
     def run(ceiling: float) -> tuple[prefill.LayerReport, torch.Tensor]:
-        config = Config(coverage=0.3, max_density=0.1, error_ceiling=ceiling)
+        config = Config(error=1.0, text_error=1.0, error_ceiling=ceiling)
         out = torch.full_like(problem.query, torch.nan)
         (report,) = prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch")
         return report, out
@@ -350,22 +395,14 @@ def test_guard_bounds_the_error_with_the_fewest_heads(waits: bool, monkeypatch: 
     assert int(run(0.0)[0].guarded) == 8
 
 
-def test_a_head_keeps_its_pattern_unless_another_one_is_clearly_cheaper() -> None:
-    problem = problems.make([VIDEO], tile_queries=32, tile_keys=16)
-    view = media_group(problem).view
-    limits = choices.Limits(0.9, 1.0, 4.0)
+def test_a_head_keeps_its_pattern_unless_another_one_is_clearly_cheaper(view: choices.View) -> None:
+    def flat(tiles: int) -> choices.Proposal:
+        return proposal(view, [(tiles, 0.0)])
 
-    def of(*tiles: int) -> choices.Choice:
-        near = torch.zeros(len(tiles), 1, 1000, dtype=torch.bool)
-        for head, count in enumerate(tiles):
-            near[head, 0, :count] = True
-        whole = choices.dense(view, len(tiles))
-        return choices.Choice(near, None, whole.sink, whole.reach, whole.coverage, whole.missing, torch.tensor(tiles))
-
-    made = [of(100, 100, 100), of(99, 95, 80)]
-    assert choices.cheapest(view, made, limits)[1].tolist() == [1, 1, 1]
-    assert choices.cheapest(view, made, limits, torch.tensor([0, 0, 0]))[1].tolist() == [0, 0, 1]
-    assert choices.cheapest(view, made, limits, torch.tensor([1, 1, 1]))[1].tolist() == [1, 1, 1]
+    made, wanted = [[flat(100)] * 3, [flat(99), flat(95), flat(80)]], [[True] * 3] * 2
+    assert decide(view, made, wanted, [1.0] * 3, 0.1)[0] == [1, 1, 1]
+    assert decide(view, made, wanted, [1.0] * 3, 0.1, [0, 0, 0])[0] == [0, 0, 1]
+    assert decide(view, made, wanted, [1.0] * 3, 0.1, [1, 1, 1])[0] == [1, 1, 1]
 
 
 def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,16 +439,22 @@ def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request(monke
 def test_blocks_of_heads_do_not_change_the_answer(
     first: str, bound: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the first half of the heads is as the others, or never probed where it is alone."""
+    """Whether the first half of the heads is as the others, or never probed where it is alone.
+
+    Blocks whose maps are made one after another have a budget each: there the answer differs, and keeps within it.
+    """
     problem = problems.make(heads=8, kv_heads=2, tile_queries=64)
     specs = [HeadSpec(media_text=pattern, media_media=pattern) for pattern in [first] * 4 + ["auto"] * 4]
-    config = Config(coverage=0.7, max_density=0.3, error_ceiling=0.9)
+    config = Config(error=0.5, error_ceiling=0.55)
 
-    def output() -> torch.Tensor:
+    def output() -> tuple[torch.Tensor, list[prefill.LayerReport]]:
         out = torch.empty_like(problem.query)
-        prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch")
-        return out
+        return out, prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch")
 
-    whole = output()
+    whole, reports = output()
+    assert any(report.error > 0.1 for report in reports), "something must have been left out"
     monkeypatch.setattr(prefill, bound, value)
-    torch.testing.assert_close(output(), whole, atol=1e-5, rtol=1e-5)
+    parts, reports = output()
+    if bound == "PROBE_BYTES_CPU":
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert all(report.error <= 0.55 for report in reports)

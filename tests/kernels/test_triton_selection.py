@@ -20,6 +20,7 @@ import aot_selection
 import interpret_probe
 import interpret_select
 import problems
+from mminference_sgl.kernels import choice, probe, probe_triton
 from mminference_sgl.kernels.stages import stages_of
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
@@ -44,24 +45,29 @@ def selections() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", interpret_probe.CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_probe_equals_the_portable_one(dtype: str, case: interpret_probe.Case) -> None:
-    """Masses are sums of fp32 exponentials either way; output is rounded where weights meet values in fp16."""
+    """Weights are rounded where they meet values in fp16; deviations are differences of what is as large as outputs."""
     lines = [line for line in probes(dtype) if line["case"] == case.name]
-    assert any(line["modality"] == "media" and {"far-0", "far-1"} <= set(line["errors"]) for line in lines)
+    assert any(line["modality"] == "media" and {"far-0 mass", "far-1 deviation"} <= set(line["errors"]) for line in lines)
     eps = torch.finfo(getattr(torch, dtype)).eps
     for line in lines:
         for name, error in line["errors"].items():
-            allowed = 4 * eps * line["sizes"][name] if name == "output" else 1e-5
-            assert error <= max(allowed, 1e-5), (name, line)
-        assert all(size > 0 for size in line["sizes"].values())
+            allowed = max(1e-5, 4 * eps * line["sizes"]["output" if "deviation" in name else name])
+            assert error <= allowed, (name, line)
+        # A row whose keys all lie in one tile deviates by nothing.
+        assert all(size > 0 for name, size in line["sizes"].items() if "deviation" not in name)
 
 
 def test_searches_find_the_same() -> None:
     lines = [line for line in selections() if "levels_differ" in line]
     assert {line["kernel"] for line in lines} == {"columns and diagonals", "lines"}
-    assert any(0 < threshold < 63 for line in lines for threshold in line["thresholds"])
+    assert any(len(line["values"]) > 5 for line in lines)
     for line in lines:
-        assert line["levels_differ"] == line["thresholds_differ"] == line["counts_differ"] == 0, line
-        assert max(line["coverage_error"], line["missing_error"]) <= 1e-6, line
+        # Sums are added up in another order, and a level is a logarithm rounded down.
+        assert line["levels_differ"] <= 0.03 * line["levels"], line
+        assert line["largest_difference"] <= 1, line
+        assert line["counts_differ"] == 0, line
+        assert line["coverage_error"] <= 1e-6, line
+        assert line["error_error"] <= 1e-4 * line["error_size"], line
 
 
 def test_lists_are_the_same() -> None:
@@ -88,9 +94,8 @@ def compiled() -> list[aot_selection.Compiled]:
 
 
 def test_no_kernel_loads_what_another_thread_may_have_stored() -> None:
-    """Nothing orders a load behind another thread's store; each thread turns into shares what it loaded itself."""
-    found = {(result.kernel, name) for result in compiled() for name in result.read_and_written}
-    assert found == {("combine", "p_mass")}
+    """Nothing orders a load behind another thread's store."""
+    assert not {(result.kernel, name) for result in compiled() for name in result.read_and_written}
 
 
 def test_kernels_compile_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +118,7 @@ def test_no_stage_of_a_layer_waits_for_the_device(specs: list[HeadSpec], monkeyp
     From the second layer on nothing may come from the host either.
     """
     monkeypatch.setattr(JITFunction, "run", lambda *_args, **_kwargs: None)
-    monkeypatch.setattr(prefill, "_mask", cache(prefill._mask.__wrapped__))
+    forget(monkeypatch)
     problem = problems.make(problems.MIXED, tile_queries=32, tile_keys=16)
     with FakeTensorMode() as mode:
         problem = without_values(problem, mode)
@@ -134,6 +139,7 @@ def test_requests_of_a_batch_are_launched_alike(monkeypatch: pytest.MonkeyPatch)
 
     Nothing is left to Triton's defaults that decides about bits.
     """
+    forget(monkeypatch)
     launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *given, **named: launches.append((kernel, given, named)))
     problem = problems.make(problems.MIXED, tile_queries=32, tile_keys=16)
@@ -141,12 +147,19 @@ def test_requests_of_a_batch_are_launched_alike(monkeypatch: pytest.MonkeyPatch)
         problem = without_values(problem, mode)
         specs = [AUTO, AUTO, BOUNDARY, BOUNDARY]
         prefill.run_layer(problem.operands, problem.plan, specs, Config(), torch.empty_like(problem.query), "triton")
-    assert len({kernel.__name__ for kernel, _, _ in launches}) == 10
+    assert len({kernel.__name__ for kernel, _, _ in launches}) == 11
     for kernel, given, named in launches:
         assert named["enable_fp_fusion"] is True, kernel.__name__
         for name, value in zip(kernel.arg_names, given, strict=False):
             if isinstance(value, torch.Tensor) and name not in kernel.do_not_specialize_on_alignment:
                 assert value.storage_offset() * value.element_size() % 16 == 0, (kernel.__name__, name)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is brought to the device once is brought anew, and left behind."""
+    for module, name in ((choice, "mask_of"), (probe_triton, "_bounds"), (probe_triton, "_signs")):
+        monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
+    monkeypatch.setattr(probe_triton, "signs", probe.signs.__wrapped__)
 
 
 def without_values(value: Any, mode: FakeTensorMode) -> Any:

@@ -108,9 +108,9 @@ def test_a_schema_error_names_the_file(tmp_path: Path) -> None:
 
 def test_a_full_file() -> None:
     rule = {"layers": [0, 1], "heads": [3], "map": {"media": "grid", "media->text": "dense"}}
-    pattern = parse(content(rule, description="one line", config={"coverage": 0.5}), "mine.json")
+    pattern = parse(content(rule, description="one line", config={"error": 0.5}), "mine.json")
     assert pattern.id == "mine"
-    assert pattern.config == {"coverage": 0.5}
+    assert pattern.config == {"error": 0.5}
     assert [(r.layers, r.heads) for r in pattern.rules] == [(frozenset({0, 1}), frozenset({3}))]
     assert pattern.rules[0].entries == {("media", "media"): "grid", ("media", "text"): "dense"}
 

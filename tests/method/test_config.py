@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mminference_sgl.method.config import (
+    LARGEST_ERROR,
     IMPLEMENTATIONS,
     LARGEST_INTEGER,
     Config,
@@ -41,10 +42,10 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "min_tokens": (None, 0, 1, 1000, LARGEST_INTEGER),
     "pattern": ("auto", "off", "grid", "/some/file.json"),
     "implementation": IMPLEMENTATIONS,
-    "coverage": (0, 0.0, 0.5, 1, 1.0),
-    "error_ceiling": (0, 0.05, 1, 1000.0, float("inf")),
+    "error": (0, 0.0, 0.5, 1, LARGEST_ERROR),
+    "text_error": (0, 0.0, 0.5, 1, LARGEST_ERROR),
+    "error_ceiling": (None, 0, 0.05, 1, 1000.0, float("inf")),
     "max_density": (0, 0.08, 1, 1.0),
-    "min_gain": (0, 0.5, 4, 1000.0),
     "probe_rows": (1, 63, LARGEST_INTEGER),
     "tile_queries": (0, *TILE_SIZES),
     "tile_keys": TILE_SIZES,
@@ -68,10 +69,10 @@ BAD: dict[str, tuple[Any, ...]] = {
     "min_tokens": tuple(value for value in NATURAL if value is not None),
     "pattern": ("", None, 5, True, ["grid"], {"id": "grid"}),
     "implementation": ("", "cuda", "Torch", None, 1, ["torch"]),
-    "coverage": SHARE,
-    "error_ceiling": (-0.01, float("nan"), float("-inf"), *NOT_NUMBERS),
+    "error": (-0.01, LARGEST_ERROR + 1, float("nan"), float("inf"), *NOT_NUMBERS),
+    "text_error": (-0.01, LARGEST_ERROR + 1, float("nan"), float("inf"), *NOT_NUMBERS),
+    "error_ceiling": (-0.01, float("nan"), float("-inf"), *(x for x in NOT_NUMBERS if x is not None)),
     "max_density": SHARE,
-    "min_gain": (-0.01, float("nan"), float("-inf"), *NOT_NUMBERS),
     "probe_rows": (0, *NATURAL),
     "tile_queries": (8, 48, 256, -64, 64.0, *NOT_INTEGERS),
     "tile_keys": (0, 8, 48, 256, -64, 64.0, *NOT_INTEGERS),
@@ -150,7 +151,7 @@ def test_refuses_and_names_source_key_and_value(key: str, value: Any) -> None:
         ("min_tokens", -1, f"an integer of at least 0 and at most {LARGEST_INTEGER}"),
         ("probe_rows", 0, f"an integer of at least 1 and at most {LARGEST_INTEGER}"),
         ("implementation", "cuda", "one of auto, reference, torch, triton, flashinfer"),
-        ("coverage", 1.5, "a number of at least 0.0 and at most 1.0"),
+        ("max_density", 1.5, "a number of at least 0.0 and at most 1.0"),
         ("error_ceiling", -1, "a number of at least 0.0"),
         ("tile_keys", 65, "one of 16, 32, 64, 128"),
     ],
@@ -170,9 +171,9 @@ def test_nested_settings_must_be_objects(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "known"),
     [
-        ("coverrage", "cell_size, coverage, enabled"),
-        ("", "cell_size, coverage, enabled"),
-        ("active", "cell_size, coverage, enabled"),
+        ("errror", "cell_size, enabled, error"),
+        ("", "cell_size, enabled, error"),
+        ("active", "cell_size, enabled, error"),
         ("patterns.dense", "a_shape, grid, vertical_slash"),
         ("patterns.grid.windows", "min_lines, sink, window, window_frames"),
         ("patterns.a_shape.window_frames", "sink, window"),
@@ -186,12 +187,12 @@ def test_unknown_keys_are_named_with_their_path_and_the_known_ones(key: str, kno
 
 def test_one_bad_key_among_good_ones_is_enough() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'patterns\.grid\.lines'"):
-        from_sources(("here", {"coverage": 0.9, "patterns": {"grid": {"sink": 1, "lines": 2}}}))
+        from_sources(("here", {"error": 0.9, "patterns": {"grid": {"sink": 1, "lines": 2}}}))
 
 
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().coverage = 0.5  # type: ignore[misc]
+        Config().error = 0.5  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -214,31 +215,31 @@ def test_active(settings: dict[str, Any], active: bool) -> None:
 
 def test_later_sources_override_earlier_ones_key_by_key() -> None:
     config = from_sources(
-        ("weak", {"coverage": 0.5, "min_tokens": 1, "patterns": {"grid": {"sink": 1, "min_lines": 1}}}),
-        ("middle", {"coverage": 0.6, "patterns": {"grid": {"sink": 2}, "a_shape": {"sink": 2}}}),
-        ("strong", {"coverage": 0.7}),
+        ("weak", {"error": 0.5, "min_tokens": 1, "patterns": {"grid": {"sink": 1, "min_lines": 1}}}),
+        ("middle", {"error": 0.6, "patterns": {"grid": {"sink": 2}, "a_shape": {"sink": 2}}}),
+        ("strong", {"error": 0.7}),
     )
-    assert (config.coverage, config.min_tokens) == (0.7, 1)
+    assert (config.error, config.min_tokens) == (0.7, 1)
     assert config.patterns.grid == GridBudget(sink=2, min_lines=1)
     assert config.patterns.a_shape.sink == 2
     assert config.patterns.vertical_slash == PatternBudgets().vertical_slash
 
 
 def test_a_bad_value_is_an_error_even_where_a_stronger_source_overrides_it() -> None:
-    with pytest.raises(ConfigError, match=r"^weak: coverage must be .* got 2$"):
-        from_sources(("weak", {"coverage": 2}), ("strong", {"coverage": 0.5}))
+    with pytest.raises(ConfigError, match=r"^weak: error must be .* got -2$"):
+        from_sources(("weak", {"error": -2}), ("strong", {"error": 0.5}))
 
 
 def test_a_bad_value_is_blamed_on_its_own_source() -> None:
     with pytest.raises(ConfigError, match=r"^strong: max_density must be"):
-        from_sources(("weak", {"coverage": 0.5}), ("strong", {"max_density": "all"}))
+        from_sources(("weak", {"error": 0.5}), ("strong", {"max_density": "all"}))
 
 
 @pytest.fixture
 def pattern_file(tmp_path: Path) -> Path:
     """A pattern file that brings four settings along."""
     path = tmp_path / "mine.json"
-    settings = {"coverage": 0.11, "max_density": 0.21, "probe_rows": 31, "cell_size": 41}
+    settings = {"error": 0.11, "max_density": 0.21, "probe_rows": 31, "cell_size": 41}
     path.write_text(json.dumps({"schema": 1, "id": "mine", "heads": [], "config": settings}))
     return path
 
@@ -248,11 +249,11 @@ def test_environment_beats_server_json_beats_pattern_file_beats_defaults(
 ) -> None:
     from mminference_sgl.backend.start import load_config
 
-    server = {"pattern": str(pattern_file), "coverage": 0.12, "max_density": 0.22, "min_tokens": 12}
-    monkeypatch.setenv("MMINFERENCE_CONFIG", json.dumps({"coverage": 0.13}))
+    server = {"pattern": str(pattern_file), "error": 0.12, "max_density": 0.22, "min_tokens": 12}
+    monkeypatch.setenv("MMINFERENCE_CONFIG", json.dumps({"error": 0.13}))
     config, pattern = load_config(SimpleNamespace(mminference=server))
     assert pattern.id == "mine"
-    assert config.coverage == 0.13, "the environment is strongest"
+    assert config.error == 0.13, "the environment is strongest"
     assert config.max_density == 0.22, "the server's JSON beats the pattern file"
     assert config.probe_rows == 31, "the pattern file beats the defaults"
     assert config.tile_keys == Config().tile_keys
@@ -267,17 +268,17 @@ def test_the_pattern_of_the_strongest_source_is_the_one_whose_settings_count(
     monkeypatch.setenv("MMINFERENCE_PATTERN", "grid")
     config, pattern = load_config(SimpleNamespace(mminference={"pattern": str(pattern_file)}))
     assert pattern.id == "grid"
-    assert config.coverage == Config().coverage
+    assert config.error == Config().error
 
 
 def test_a_bad_setting_in_a_pattern_file_names_the_pattern(pattern_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mminference_sgl.backend.start import load_config
 
     content = json.loads(pattern_file.read_text())
-    content["config"] = {"coverage": "most"}
+    content["config"] = {"error": "most"}
     pattern_file.write_text(json.dumps(content))
     monkeypatch.setenv("MMINFERENCE_PATTERN", str(pattern_file))
-    with pytest.raises(ConfigError, match=r"^pattern 'mine': coverage must be .* got 'most'$"):
+    with pytest.raises(ConfigError, match=r"^pattern 'mine': error must be .* got 'most'$"):
         load_config(SimpleNamespace())
 
 
@@ -294,9 +295,9 @@ def test_pattern_off_needs_no_file_and_is_not_active(monkeypatch: pytest.MonkeyP
 
 
 def test_server_source_reads_the_model_configuration() -> None:
-    name, settings = server_source(SimpleNamespace(mminference={"coverage": 0.5}))
+    name, settings = server_source(SimpleNamespace(mminference={"error": 0.5}))
     assert name == "--json-model-override-args mminference"
-    assert settings == {"coverage": 0.5}
+    assert settings == {"error": 0.5}
 
 
 @pytest.mark.parametrize("hf_config", [SimpleNamespace(), SimpleNamespace(mminference=None), object()], ids=str)
@@ -304,7 +305,7 @@ def test_server_source_without_settings_is_empty(hf_config: object) -> None:
     assert server_source(hf_config)[1] == {}
 
 
-@pytest.mark.parametrize("value", ["grid", "", 5, 0, True, False, ["coverage"], []], ids=repr)
+@pytest.mark.parametrize("value", ["grid", "", 5, 0, True, False, ["error"], []], ids=repr)
 def test_server_source_must_be_an_object(value: Any) -> None:
     expected = re.escape(f"--json-model-override-args mminference: must be an object, got {value!r}")
     with pytest.raises(ConfigError, match=f"^{expected}$"):
@@ -335,17 +336,17 @@ def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.Monke
 
 
 def test_mminference_config_inline() -> None:
-    config = configured(MMINFERENCE_CONFIG=' {"coverage": 0.5, "patterns": {"grid": {"min_lines": 3}}}\n')
-    assert (config.coverage, config.patterns.grid.min_lines) == (0.5, 3)
+    config = configured(MMINFERENCE_CONFIG=' {"error": 0.5, "patterns": {"grid": {"min_lines": 3}}}\n')
+    assert (config.error, config.patterns.grid.min_lines) == (0.5, 3)
 
 
 def test_mminference_config_path(tmp_path: Path) -> None:
     path = tmp_path / "settings with space.json"
-    path.write_text('\n{"coverage": 0.25}')
-    assert configured(MMINFERENCE_CONFIG=str(path)).coverage == 0.25
+    path.write_text('\n{"error": 0.25}')
+    assert configured(MMINFERENCE_CONFIG=str(path)).error == 0.25
 
 
-@pytest.mark.parametrize("text", ['{"coverage": 0.5', "{coverage: 0.5}", "{} {}", '{"coverage": .5}'])
+@pytest.mark.parametrize("text", ['{"error": 0.5', "{error: 0.5}", "{} {}", '{"error": .5}'])
 @pytest.mark.parametrize("as_file", [False, True], ids=["inline", "file"])
 def test_mminference_config_that_is_not_json(text: str, as_file: bool, tmp_path: Path) -> None:
     value = text
@@ -383,10 +384,10 @@ def test_shorthands_set_their_keys() -> None:
 
 
 def test_shorthands_beat_mminference_config() -> None:
-    inline = '{"min_tokens": 1, "pattern": "dense", "implementation": "torch", "coverage": 0.5}'
+    inline = '{"min_tokens": 1, "pattern": "dense", "implementation": "torch", "error": 0.5}'
     shorthands = {"MMINFERENCE_MIN_TOKENS": "2", "MMINFERENCE_PATTERN": "grid", "MMINFERENCE_IMPL": "reference"}
     config = configured(MMINFERENCE_CONFIG=inline, **shorthands)
-    assert config == Config(min_tokens=2, pattern="grid", implementation="reference", coverage=0.5)
+    assert config == Config(min_tokens=2, pattern="grid", implementation="reference", error=0.5)
 
 
 @pytest.mark.parametrize("value", ["many", "1.5", "1e3", "0x10", "true"])

@@ -22,7 +22,7 @@ from test_boundaries import kept_mass
 
 START = 7
 """Tokens of text before the run."""
-CONFIG = Config(coverage=0.9, max_density=0.5, error_ceiling=100.0)
+CONFIG = Config(error=0.3, text_error=0.3, error_ceiling=100.0)
 TILES = {"tile_queries": 32, "tile_keys": 16}
 
 
@@ -213,7 +213,7 @@ def test_the_second_chunk_has_cells_and_needs_fewer_tiles_for_as_much_mass() -> 
         density[name] = float(report.tiles / report.causal)
         mass[name] = float(kept_mass(second, HeadSpec(), CONFIG).mean())
     assert density["with"] < 0.5 * density["without"]
-    assert mass["with"] >= min(mass["without"], CONFIG.coverage) - 0.01
+    assert mass["with"] >= min(mass["without"], 0.9) - 0.01
 
 
 def test_a_gridded_item_beside_an_opaque_one_stays_as_it_is() -> None:

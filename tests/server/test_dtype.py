@@ -16,7 +16,7 @@ from mminference_sgl.testing import prefills, write_mp4
 pytestmark = pytest.mark.server
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-EXACT = {"min_tokens": 256, "coverage": 1.0}
+EXACT = {"min_tokens": 256, "error": 0.0}
 PARTS = {"vision tower": ["visual.*"], "attention": ["model.layers.*.attn"], "language model": ["model.layers.*"]}
 
 

@@ -1,4 +1,4 @@
-"""Real servers of the other families: where their tokens lie, and that mminference at coverage 1.0 answers as dense.
+"""Real servers of the other families: where their tokens lie, and that mminference at error 0 answers as dense.
 
 Each request is asked twice, of an empty radix cache and behind its first words in the cache, which moves every chunk's
 bounds: chunks of 509 tokens cut frames in two ways. The tolerance for log-probabilities is twice what that changes on

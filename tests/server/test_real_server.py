@@ -1,4 +1,4 @@
-"""Real server processes over HTTP: at coverage 1.0 mminference answers as the dense server does, and harms no other.
+"""Real server processes over HTTP: at error 0 mminference answers as the dense server does, and harms no other.
 
 One family, Qwen2.5-VL, in every way of serving; test_families.py has the others.
 
@@ -152,7 +152,7 @@ def test_sizes_that_nobody_gave_are_the_resolved_ones(model_path: ModelPath, mes
     ("config", "complaint", "warm"),
     [
         ({"coverige": 0.9}, "unknown key 'coverige'", False),
-        ({"coverage": 1.5}, "coverage must be", True),
+        ({"error": -1}, "error must be", True),
         ({"implementation": "flashinfer"}, "implementation 'flashinfer' is not available", True),
     ],
     ids=["unknown key", "bad value", "implementation that cannot run here"],

@@ -91,7 +91,7 @@ def settings(pattern: Path) -> dict[str, Any]:
         "vertical_slash": {"sink": 16, "window": 32},
         "grid": {"sink": 16, "window_frames": 0},
     }
-    config: dict[str, Any] = {"pattern": str(pattern), "min_tokens": 256, "coverage": 0.8, "max_density": 0.3}
+    config: dict[str, Any] = {"pattern": str(pattern), "min_tokens": 256, "error": 1.0, "text_error": 1.0}
     return {**config, "error_ceiling": 1e9, "tile_queries": 32, "tile_keys": 16, "patterns": budgets}
 
 

@@ -280,15 +280,14 @@ class MMInferenceAttnBackend(AttentionBackend):
         start, config = self._start, self._start.config
         architectures = getattr(runner.model_config.hf_config, "architectures", None) or ["unknown"]
         logger.info(
-            "mminference: model=%s pattern=%s active=%s min_tokens=%d coverage=%g max_density=%g error_ceiling=%g "
+            "mminference: model=%s pattern=%s active=%s min_tokens=%d error=%g text_error=%g "
             "implementation=%s dense=%s chunk_tokens=%d page_size=%d sparse_layers=%d dense_layers=%s",
             architectures[0],
             start.pattern.id,
             config.active,
             start.min_tokens,
-            config.coverage,
-            config.max_density,
-            config.error_ceiling,
+            config.bound("media"),
+            config.bound("text"),
             start.implementation,
             type(self.dense).__name__,
             start.chunk_tokens,

@@ -177,7 +177,7 @@ def _check_here(implementation: str, device: torch.device, served: Served, token
     if not contiguous:
         slots = slots.flip(0)
     # The guard would mend what is wrong.
-    exact, sparse = (Config(coverage=coverage, error_ceiling=1e9) for coverage in (1.0, 0.9))
+    exact, sparse = (Config(error=error, error_ceiling=1e9) for error in (0.0, 0.5))
     grid = [HeadSpec(media_text="grid", media_media="grid")] * served.heads
     # Boundaries between text and media are measured in another way than heads that have none.
     mixed = [(HeadSpec(), _BOUNDARIES)[head % 2] for head in range(served.heads)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ ENV_SHORTHANDS = {
 }
 SERVER_JSON_KEY = "mminference"
 TILE_SIZES = (16, 32, 64, 128)
+LARGEST_ERROR = 1000.0
+"""As much as any."""
 LARGEST_INTEGER = 1 << 30
 """No sequence is longer, and sums of two still fit the int32 that positions have on the device."""
 
@@ -75,10 +78,10 @@ class Config:
     min_tokens: int | None = None
     pattern: str = "auto"
     implementation: str = "auto"
-    coverage: float = 0.95
-    error_ceiling: float = 1.0
-    max_density: float = 0.5
-    min_gain: float = 3.0
+    error: float = 0.1
+    text_error: float = 0.015
+    error_ceiling: float | None = None
+    max_density: float = 1.0
     probe_rows: int = 256
     tile_queries: int = 0
     tile_keys: int = 64
@@ -102,10 +105,11 @@ class Config:
             self.implementation,
             "one of " + ", ".join(IMPLEMENTATIONS),
         )
-        _check_float("coverage", self.coverage, 0.0, 1.0)
-        _check_float("error_ceiling", self.error_ceiling, 0.0, None)
+        _check_float("error", self.error, 0.0, LARGEST_ERROR)
+        _check_float("text_error", self.text_error, 0.0, LARGEST_ERROR)
+        if self.error_ceiling is not None:
+            _check_float("error_ceiling", self.error_ceiling, 0.0, None)
         _check_float("max_density", self.max_density, 0.0, 1.0)
-        _check_float("min_gain", self.min_gain, 0.0, None)
         _check_int("probe_rows", self.probe_rows, 1)
         for name, sizes in (("tile_queries", (0, *TILE_SIZES)), ("tile_keys", TILE_SIZES)):
             value = getattr(self, name)
@@ -126,6 +130,17 @@ class Config:
             return self
         fitting = [size for size in TILE_SIZES if smallest <= size and (not chunk_tokens or 64 * size <= chunk_tokens)]
         return dataclasses.replace(self, tile_queries=max(fitting, default=smallest))
+
+    def bound(self, modality: str) -> float:
+        """Largest error of a layer's output over rows of a modality that selection allows, relative to it."""
+        return self.error if modality == "media" else min(self.error, self.text_error)
+
+    def ceiling(self, modality: str) -> float:
+        """The error of a layer beyond which heads are computed again, densely."""
+        if self.error_ceiling is not None:
+            return self.error_ceiling
+        # Where nothing is left out there is rounding to see.
+        return self.bound(modality) or math.inf
 
     @property
     def active(self) -> bool:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 
 from mminference_sgl.kernels import choice as choices
-from mminference_sgl.kernels import ops, probe, search, select
-from mminference_sgl.kernels.choice import Choice, Limits, View
+from mminference_sgl.kernels import ops, probe, select
+from mminference_sgl.kernels.choice import Budget, Choice, Proposal
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.stages import Stages, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
@@ -25,6 +24,8 @@ PROBE_BYTES = 128 << 20
 """Bound on the probe's weights, or on its mass by key tile, held at a time; there are three such masses."""
 PROBE_BYTES_CPU = 16 << 20
 """The same on a CPU, where temporaries beyond 32 MiB are mapped anew each time, at more than the arithmetic's cost."""
+AIM = 0.8
+"""Share of the error's bound that selection allows; what it estimates and what is measured differ by less than that."""
 MAP_TILES = 1 << 26
 """Bound on the tiles of a pass's map, beyond which heads run in blocks; docs/kernels.md says what memory that means."""
 
@@ -81,7 +82,7 @@ def run_layer(
         lse.append(ops.sparse_prefill(part.operands, passes, part_out, implementation))
     merged = [_Watched.of(parts) for parts in zip(*watched, strict=True)]
     for item in merged:
-        item.measure(out, config.error_ceiling)
+        item.measure(out, config.ceiling(item.group.modality))
     failing = [item for item in merged if item.dense_output is not None]
     if stages.waits:
         failing = [item for item in failing if bool(item.guarded.any())]
@@ -243,99 +244,102 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
 def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor | None]:
     """The choice for all heads, and the probe rows' dense output where they were probed."""
     # Blocks of heads are watched together, so all of them are probed or none.
-    if all(spec.of(group.modality) == ("dense", "dense") for spec in layer.all_specs):
+    if all(spec.of(group.modality) == _DENSE for spec in layer.all_specs):
         return choices.dense(group.view, len(layer.specs)), None
-    layout = layer.plan.requests[group.request].layout
+    layout, bound = layer.plan.requests[group.request].layout, layer.config.bound(group.modality)
     listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
     carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.operands.query.device)
+    pairs = [spec.of(group.modality) for spec in layer.specs]
     blocks, outputs = [], []
     for part in layer.probe_parts(group, with_weights=listens):
         probed = part.probe(group, with_weights=listens)
         if listens and layout.search is not None:
             assert isinstance(probed, probe.WeightProbe)
             layout.search.listen(probed)
-        proposals = Proposals(group.view, probed, layer.config, carried[part.heads], layer.stages.search)
-        blocks.append(proposals.choose([spec.of(group.modality) for spec in part.specs]))
+        selection = select.Selection(group.view, probed, budget_of(probed.output, bound, layer.config), layer.stages.search)
+        blocks.append(propose(selection, layer.config, pairs))
         outputs.append(probed.output)
-        carried[part.heads] = proposals.picked
-    return choices.concatenate(blocks), torch.cat(outputs)
+    output = torch.cat(outputs)
+    choice, picked = choose(group.view, blocks, pairs, budget_of(output, bound, layer.config), carried[layer.heads])
+    carried[layer.heads] = picked
+    return choice, output
 
 
-class Proposals:
-    """What each pattern proposes for a block of heads, each made once.
+def budget_of(output: torch.Tensor, bound: float, config: Config) -> Budget:
+    """What heads may lose whose probe rows have this dense output, fp32 [H, P, Dv]."""
+    return Budget(output.square().sum(2).mean(1), AIM * bound, config.max_density)
 
-    ``previous`` int64 [H]: what ``auto`` picked in the chunk before; ``picked``: what it picks now, 0 if not asked.
-    """
 
-    def __init__(
-        self,
-        view: View,
-        probed: probe.Probe,
-        config: Config,
-        previous: torch.Tensor | None,
-        search: select.Search = search,
-    ) -> None:
-        self._search = search
-        self._view = view
-        self._probed = probed
-        self._budgets = config.patterns
-        self._limits = Limits(config.coverage, config.max_density, config.min_gain)
-        self._previous = previous
-        self._made: dict[str, Choice] = {}
-        self.picked = torch.zeros(probed.output.shape[0], dtype=torch.int64, device=probed.output.device)
+Pair = tuple[str, str]
+"""A head's pattern on text keys and on media keys."""
 
-    def choose(self, wanted: Sequence[tuple[str, str]]) -> Choice:
-        """One choice for all heads out of each head's (pattern on text keys, pattern on media keys)."""
-        result: Choice | None = None
-        for on_text, on_media in dict.fromkeys(wanted):
-            pair = self._get(on_media)
-            if on_text != on_media and self._limits.coverage < choices.EXACT:
-                # Text keys have no grid of their own: there it means "by mass", which is what columns are.
-                text = self._get("vertical_slash" if on_text == "grid" else on_text)
-                pair = choices.combine(self._view, text, pair, text_pattern=on_text, media_pattern=on_media)
-                pair = select.measured(self._view, self._probed, pair, self._limits)
-            if result is None:
-                result = pair
-                continue
-            heads = _mask(tuple(item == (on_text, on_media) for item in wanted), pair.coverage.device)
-            result = choices.where(heads, pair, result)
-        assert result is not None
-        return result
+_DENSE = "dense", "dense"
 
-    def _get(self, pattern: str) -> Choice:
-        if pattern not in self._made:
-            self._made[pattern] = self._propose(pattern)
-        return self._made[pattern]
 
-    def _propose(self, pattern: str) -> Choice:
-        view, probed, limits, budgets = self._view, self._probed, self._limits, self._budgets
+def propose(selection: select.Selection, config: Config, pairs: Sequence[Pair]) -> list[tuple[Pair, Proposal]]:
+    """What each pair of patterns that some head has proposes, each made once; nothing for dense heads."""
+    patterns = _Patterns(selection, config)
+    return [(pair, proposal) for pair in dict.fromkeys(pairs) if pair != _DENSE for proposal in patterns.of(pair)]
+
+
+def choose(
+    view: choices.View,
+    blocks: Sequence[Sequence[tuple[Pair, Proposal]]],
+    pairs: Sequence[Pair],
+    budget: Budget,
+    previous: torch.Tensor,
+) -> tuple[Choice, torch.Tensor]:
+    """One choice for all heads from what :func:`propose` says for consecutive blocks of them; else as ``decide``."""
+    if not blocks[0]:
+        return choices.dense(view, len(pairs)), torch.full_like(previous, -1)
+    proposals = [choices.concatenate([proposal for _, proposal in each]) for each in zip(*blocks, strict=True)]
+    flags = tuple(own == pair for own, _ in blocks[0] for pair in pairs)
+    wanted = choices.mask_of(flags, previous.device).view(len(proposals), len(pairs))
+    return choices.decide(view, proposals, wanted, budget, previous)
+
+
+class _Patterns:
+    """Proposals by pattern for a block of heads."""
+
+    def __init__(self, selection: select.Selection, config: Config) -> None:
+        self._selection, self._budgets = selection, config.patterns
+        self._grids: list[tuple[choices.Levels, torch.Tensor]] | None = None
+
+    def of(self, pair: Pair) -> list[Proposal]:
+        """The proposals among which heads with a pair choose."""
+        on_text, on_media = pair
+        selection, view = self._selection, self._selection.view
+        if on_media == "auto":
+            grids = [selection.proposal(*grid) for grid in self._grid()] if view.cell is not None else []
+            return [*grids, selection.proposal(self._sequence("vertical_slash"))]
+        if on_media == "grid":
+            text = on_media if selection.budget.exact else on_text
+            return [selection.proposal(select.on_text_keys(view, levels, text), held) for levels, held in self._grid()]
+        if on_text == on_media or selection.budget.exact:
+            if on_media == "a_shape":
+                return [selection.a_shape(sink=self._budgets.a_shape.sink, window=self._budgets.a_shape.window)]
+            return [selection.proposal(self._sequence(on_media))]
+        return [selection.proposal(select.union(view, self._sequence(on_text), self._sequence(on_media)))]
+
+    def _sequence(self, pattern: str) -> choices.Levels:
+        """Levels of a pattern of the sequence pass."""
         if pattern == "dense":
-            return choices.dense(view, probed.output.shape[0])
+            return self._selection.dense_levels()
         if pattern == "a_shape":
-            return select.a_shape(view, probed, limits, sink=budgets.a_shape.sink, window=budgets.a_shape.window)
-        if pattern == "vertical_slash":
-            budget = budgets.vertical_slash
-            return select.vertical_slash(view, probed, limits, self._search, sink=budget.sink, window=budget.window)
-        if pattern == "grid":
-            assert view.cell is not None
-            grid = budgets.grid
+            budget = self._budgets.a_shape
+            return self._selection.window_levels(budget.sink, max(budget.window, 1))
+        slash = self._budgets.vertical_slash
+        return self._selection.vertical_slash(sink=slash.sink, window=slash.window)
+
+    def _grid(self) -> list[tuple[choices.Levels, torch.Tensor]]:
+        if self._grids is None:
+            grid, cell = self._budgets.grid, self._selection.view.cell
+            assert cell is not None
             # One frame back and one key more, so that the same place in the frame before is inside.
-            stride = view.cell.stride
-            reaches = sorted({min(max(grid.window, n * stride + 1), UNBOUNDED) for n in (0, grid.window_frames)})
-            windows = select.grid(
-                view, probed, limits, self._search, sink=grid.sink, reaches=reaches, min_lines=grid.min_lines
-            )
-            return choices.cheapest(view, windows, limits)[0]
-        candidates = ["grid", "vertical_slash"] if view.cell is not None else ["vertical_slash"]
-        proposed = [self._get(name) for name in candidates]
-        merged, self.picked = choices.cheapest(view, proposed, limits, self._previous)
-        return choices.never_beyond_dense(view, merged)
-
-
-@cache
-def _mask(heads: tuple[bool, ...], device: torch.device) -> torch.Tensor:
-    """Heads as bool [H]; kept, since bringing it to a device would wait for what runs there."""
-    return torch.tensor(heads, device=device)
+            windows = (max(grid.window, frames * cell.stride + 1) for frames in (0, grid.window_frames))
+            reaches = sorted({min(window, UNBOUNDED) for window in windows})
+            self._grids = self._selection.grid(sink=grid.sink, reaches=reaches, min_lines=grid.min_lines)
+        return self._grids
 
 
 class _PassLists:
