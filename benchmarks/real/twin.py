@@ -13,6 +13,7 @@ from benchmarks.real import model as dense_model
 from benchmarks.real.reading import Reading
 from benchmarks.real.weights import cache
 from mminference_sgl import _core
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import plan as planning
 from mminference_sgl.method import prefill
 
@@ -80,10 +81,8 @@ class Method:
             self.plan = self._planned(start, len(query))
             self.chunks.append(ChunkReport(start, []))
         out = torch.empty_like(query)
-        specs = self._specs[layer]
-        reports = prefill.run_layer(
-            query, keys, values, self.plan, specs, self.config, self.scale, out, "torch", layer=layer
-        )
+        operands = Operands(query, keys, values, self.scale)
+        reports = prefill.run_layer(operands, self.plan, self._specs[layer], self.config, out, "torch", layer)
         self.chunks[-1].layers.extend(reports)
         return out
 
