@@ -108,6 +108,7 @@ def start(
         overlap_schedule=overlap_schedule,
         warm=warm,
         prepare=prepare,
+        quick=True,
         args=["--dtype", "float32", "--context-length", "8192", *args],
         env=environment,
     )

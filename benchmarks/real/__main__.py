@@ -2,10 +2,13 @@
 
 Documents of five kinds are prefilled in chunks by stock SGLang on the CPU, in float32, dense and then sparse. What
 counts is the likelihood of each document's second half, the share of its tokens whose likeliest one is the dense one,
-and passkeys. ``--twin`` asks the same of a forward in plain PyTorch, without a server: seconds for each document.
+and passkeys. ``--twin`` asks the same of a forward in plain PyTorch, without a server: seconds for each document, and
+the divergence of next-token distributions besides. ``--control`` reads the documents once more with a sink and a local
+window of about the same density: what choosing tiles is worth.
 
 Exits 1 when a promise is missed: at most 0.5 % of likelihood lost by a kind of documents, beyond what its documents can
-tell; at least 98 % agreement; every passkey found that is found under dense attention.
+tell; at least 98 % agreement; every passkey found that is found under dense attention; and the control losing at least
+three times as much.
 """
 
 from __future__ import annotations
@@ -32,23 +35,39 @@ from mminference_sgl.testing import ServerError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from benchmarks.real.documents import Document
-    from benchmarks.real.readers import Sparse
+    from benchmarks.real.readers import Reader, Sparse
     from benchmarks.real.reading import Reading
 
 LENGTHS = (4096, 8192)
 SPARSE: dict[str, Any] = {"pattern": "vertical_slash", "min_tokens": 512}
 """Text is sparse under this pattern only, and prompts of these lengths would be dense by themselves."""
 LOSS, AGREEMENT = 0.005, 0.98
+A_SHAPE = Path(__file__).with_name("a_shape.json")
+"""The control's pattern: the package's own leaves text dense."""
+SINK = 64
+"""First keys that the control reads."""
+OVERHANG = 48
+"""Keys before the window that it reads besides, as tiles of 32 rows and 64 keys are read whole."""
+WORSE = 3.0
+"""How many times as much the control is to lose."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One document of one length: how far from dense, and what each chunk reported."""
+    """One document of one length: how far from dense, and what each chunk reported.
+
+    ``divergence``: mean Kullback-Leibler divergence in nats; None with a server. ``mean_density``: of the document;
+    ``density``, ``coverage``, ``error``: by chunk.
+    """
 
     document: Document
     length: int
     distance: Distance
+    divergence: float | None
+    mean_density: float
     density: list[float]
     coverage: list[float]
     error: list[float]
@@ -75,49 +94,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     documents = [(document, length) for length in options.lengths for document in _documents(options)]
     keys = [key for length in options.lengths for key in passkeys(tokenizer, options.half, length)[: options.passkeys]]
     prompts = [document.tokens(tokenizer, length) for document, length in documents] + [key.tokens for key in keys]
-    reader = (Twin if options.twin else Served)(folder, SPARSE | dict(options.set))
+    settings, count = SPARSE | dict(options.set), len(documents)
+    reader = (Twin if options.twin else Served)(folder)
     try:
-        dense, sparse = reader.dense(prompts), reader.sparse(prompts)
+        dense, sparse = reader.dense(prompts), reader.sparse(prompts, [settings] * len(prompts))
+        rows = _rows(reader, documents, dense[:count], sparse[:count])
+        controls = _controls(reader, rows, prompts[:count], dense[:count], settings) if options.control else []
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
-    count = len(documents)
-    rows = [_row(*each) for each in zip(documents, dense[:count], sparse[:count], strict=True)]
     found = [
         Found(len(key.tokens), key.depth, key.found(reference), key.found(other.reading))
         for key, reference, other in zip(keys, dense[count:], sparse[count:], strict=True)
     ]
-    _print(rows, found)
-    failures = judge(rows, found)
+    _print(rows, found, controls)
+    failures = judge(rows, found, controls)
     for failure in failures:
         print(f"FAILED: {failure}")
     print(f"done in {time.monotonic() - began:.0f} s", file=sys.stderr)
     if options.json is not None:
-        options.json.write_text(json.dumps(_record(options, rows, found, failures), indent=1) + "\n")
+        options.json.write_text(json.dumps(_record(options, rows, found, controls, failures), indent=1) + "\n")
     return 1 if failures else 0
 
 
-def judge(rows: Sequence[Row], found: Sequence[Found]) -> list[str]:
-    """The promises that are missed."""
+def judge(rows: Sequence[Row], found: Sequence[Found], controls: Sequence[Row] = ()) -> list[str]:
+    """The promises that are missed; ``controls`` by row, or none."""
     failures = []
-    kinds: dict[tuple[str, int], list[Distance]] = defaultdict(list)
-    for row in rows:
-        kinds[row.document.kind, row.length].append(row.distance)
-    for (kind, length), distances in kinds.items():
-        dense = sum(each.dense_nll for each in distances)
-        loss = sum(each.nll for each in distances) / dense - 1
-        interval = sum((each.interval * each.dense_nll) ** 2 for each in distances) ** 0.5 / dense
-        agreement = sum(each.agreement for each in distances) / len(distances)
+    kinds: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        kinds[row.document.kind, row.length].append(index)
+    for (kind, length), members in kinds.items():
+        own = [rows[index] for index in members]
+        loss, interval = _loss(own)
+        agreement = sum(row.distance.agreement for row in own) / len(own)
+        where = f"{kind} at {length} tokens"
         if loss - interval > LOSS:
-            failures.append(f"{kind} at {length} tokens: loses {100 * loss:.2f} +- {100 * interval:.2f} % likelihood")
+            failures.append(f"{where}: loses {100 * loss:.2f} +- {100 * interval:.2f} % likelihood")
         if agreement < AGREEMENT:
-            failures.append(f"{kind} at {length} tokens: {100 * agreement:.1f} % agreement")
+            failures.append(f"{where}: {100 * agreement:.1f} % agreement")
+        if controls:
+            failures += [f"{where}: {what}" for what in _beside(own, [controls[index] for index in members])]
     failures += [
         f"passkey at {each.length} tokens, depth {each.depth:.2f}: found densely only"
         for each in found
         if each.dense and not each.sparse
     ]
     return failures
+
+
+def _beside(rows: Sequence[Row], controls: Sequence[Row]) -> list[str]:
+    """What is wrong where the control does not lose more: told by divergence where there is one, it is the sharper."""
+    if all(row.mean_density == 1 for row in rows):
+        return []
+    if any(row.divergence is None for row in rows):
+        (loss, _), (lost, interval) = _loss(rows), _loss(controls)
+        if lost < max(WORSE * loss, interval):
+            return [f"loses {100 * loss:.2f} % likelihood, the control {100 * lost:.2f} +- {100 * interval:.2f} %"]
+        return []
+    own, other = (sum(row.divergence or 0.0 for row in some) / len(some) for some in (rows, controls))
+    return [f"diverges by {own:.4f} nats, the control by {other:.4f}"] if other < WORSE * own else []
+
+
+def _loss(rows: Sequence[Row]) -> tuple[float, float]:
+    """Share of the documents' likelihood that is lost, and half the width of its interval."""
+    distances = [row.distance for row in rows]
+    dense = sum(each.dense_nll for each in distances)
+    interval = sum((each.interval * each.dense_nll) ** 2 for each in distances) ** 0.5
+    return sum(each.nll for each in distances) / dense - 1, interval / dense
+
+
+def window(density: float, length: int) -> int:
+    """The local window with which a document is about as dense, counting the sink and what whole tiles add."""
+    return max(1, round(length * (1 - (1 - density) ** 0.5)) - SINK - OVERHANG)
+
+
+def _controls(
+    reader: Reader, rows: Sequence[Row], prompts: list[torch.Tensor], dense: list[Reading], settings: dict[str, Any]
+) -> list[Row]:
+    control = {"pattern": str(A_SHAPE), "error_ceiling": 1e9, "min_tokens": settings["min_tokens"]}
+    budgets = [{"sink": SINK, "window": window(row.mean_density, row.length)} for row in rows]
+    sparse = reader.sparse(prompts, [control | {"patterns": {"a_shape": budget}} for budget in budgets])
+    return _rows(reader, [(row.document, row.length) for row in rows], dense, sparse)
 
 
 def _documents(options: argparse.Namespace) -> list[Document]:
@@ -128,20 +185,33 @@ def _documents(options: argparse.Namespace) -> list[Document]:
     return chosen
 
 
-def _row(document: tuple[Document, int], dense: Reading, sparse: Sparse) -> Row:
-    return Row(*document, distance(sparse.reading, dense), sparse.density, sparse.coverage, sparse.error)
-
-
-def _print(rows: Sequence[Row], found: Sequence[Found]) -> None:
-    print(f"{'':48}{'tokens':>7}{'dense':>7}{'sparse':>7}{'loss %':>8}{'+-':>6}{'same %':>7}  density by chunk, error")
-    for row in rows:
-        far = row.distance
-        print(
-            f"{row.document.name:48}{row.length:7}{far.dense_nll:7.3f}{far.nll:7.3f}{100 * far.loss:+8.2f}"
-            f"{100 * far.interval:6.2f}{100 * far.agreement:7.1f}  "
-            + " ".join(f"{density:.3f}" for density in row.density)
-            + f", {max(row.error):.3f}",
+def _rows(
+    reader: Reader, documents: Sequence[tuple[Document, int]], dense: Sequence[Reading], sparse: Sequence[Sparse]
+) -> list[Row]:
+    return [
+        Row(
+            document,
+            length,
+            distance(one.reading, reference),
+            reader.divergence(one.reading, reference),
+            one.mean_density,
+            one.density,
+            one.coverage,
+            one.error,
         )
+        for (document, length), reference, one in zip(documents, dense, sparse, strict=True)
+    ]
+
+
+def _print(rows: Sequence[Row], found: Sequence[Found], controls: Sequence[Row]) -> None:
+    print(
+        f"{'':48}{'tokens':>7}{'dense':>7}{'sparse':>7}{'loss %':>8}{'+-':>6}{'same %':>7}{'KL':>8}"
+        "  density by chunk, error"
+    )
+    for index, row in enumerate(rows):
+        _print_row(row.document.name, row)
+        if controls:
+            _print_row("  control", controls[index])
     for length in sorted({each.length for each in found}):
         own = [each for each in found if each.length == length]
         print(
@@ -150,8 +220,23 @@ def _print(rows: Sequence[Row], found: Sequence[Found]) -> None:
         )
 
 
+def _print_row(name: str, row: Row) -> None:
+    far = row.distance
+    print(
+        f"{name:48}{row.length:7}{far.dense_nll:7.3f}{far.nll:7.3f}{100 * far.loss:+8.2f}"
+        f"{100 * far.interval:6.2f}{100 * far.agreement:7.1f}"
+        + (f"{'':8}  " if row.divergence is None else f"{row.divergence:8.4f}  ")
+        + " ".join(f"{density:.3f}" for density in row.density)
+        + f", {max(row.error):.3f}",
+    )
+
+
 def _record(
-    options: argparse.Namespace, rows: Sequence[Row], found: Sequence[Found], failures: list[str]
+    options: argparse.Namespace,
+    rows: Sequence[Row],
+    found: Sequence[Found],
+    controls: Sequence[Row],
+    failures: list[str],
 ) -> dict[str, Any]:
     packages = ("mminference-sgl", "sglang", "torch", "transformers")
     return {
@@ -161,6 +246,7 @@ def _record(
         "reader": "twin" if options.twin else "server",
         "settings": SPARSE | dict(options.set),
         "rows": [asdict(row) for row in rows],
+        "controls": [asdict(row) for row in controls],
         "passkeys": [asdict(each) for each in found],
         "failures": failures,
     }
@@ -179,6 +265,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="another folder in Hugging Face's format")
     parser.add_argument("--twin", action="store_true", help="without a server")
+    parser.add_argument("--control", action="store_true", help="read a sink and a local window, too")
     parser.add_argument("--half", default="confirm", choices=HALVES, help="documents to choose by, or to confirm by")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--documents", type=int, default=1, help="documents of each kind, at most 2")

@@ -31,9 +31,10 @@ _ROWS_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """One chunk's reports, by layer."""
+    """One chunk's reports, by layer; ``prefix``: tokens before it."""
 
-    start: int
+    prefix: int
+    chunk: int
     layers: list[prefill.LayerReport]
 
     @property
@@ -79,7 +80,7 @@ class Method:
             return dense_model.dense(layer, start, query, keys, values)
         if self.plan is None or self.plan.requests[0].prefix != start:
             self.plan = self._planned(start, len(query))
-            self.chunks.append(ChunkReport(start, []))
+            self.chunks.append(ChunkReport(start, len(query), []))
         out = torch.empty_like(query)
         specs = self._specs[layer]
         operands = Operands(query, keys, values, self.scale)

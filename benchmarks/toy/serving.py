@@ -55,7 +55,13 @@ class Score:
 
 
 def server(
-    backend: str | None, config: dict[str, Any], chunk: int | None, args: Sequence[str] = (), **env: str
+    backend: str | None,
+    config: dict[str, Any],
+    chunk: int | None,
+    args: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    **env: str,
 ) -> Server:
     """A server of the toy model; `backend` None is dense, `chunk` -1 one chunk and None SGLang's default."""
     return Server(
@@ -63,6 +69,7 @@ def server(
         attention_backend=backend,
         chunked_prefill_size=chunk,
         metrics=True,
+        quick=quick,
         args=["--mm-process-config", json.dumps({"video": {"fps": CLIP_FPS}}), *args],
         env={"MMINFERENCE_CONFIG": json.dumps(config), "MMINFERENCE_LOG": "debug", **env},
     )

@@ -108,6 +108,30 @@ def test_server_that_is_never_ready_ends_with_its_children():
     assert ends(int(server.log().split()[1]))
 
 
+def test_quick_server_is_killed_and_leaves_no_shared_memory():
+    server = testing.Server("none", quick=True)
+    assert "--skip-server-warmup" in server.command
+    script = f"""
+        import http.server, signal
+        from multiprocessing.shared_memory import SharedMemory
+        signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+        block = SharedMemory(create=True, size=1)
+        print(block.name, flush=True)
+        class Healthy(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+        http.server.HTTPServer(("127.0.0.1", {server.port}), Healthy).serve_forever()
+    """
+    with standing_in(server, script):
+        block = Path("/dev/shm", server.log().split()[0])
+        assert block.exists()
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    assert "asked" not in server.log()
+    assert not block.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 def test_signal_to_the_caller_ends_the_server(tmp_path: Path, number: signal.Signals):
     log = tmp_path / "server.log"

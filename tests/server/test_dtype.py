@@ -32,7 +32,7 @@ def test_served_in_float32_where_bfloat16_is_slow(tmp_path: Path) -> None:
     ]
     args = ["--forward-hooks", json.dumps(hooks)]
     env = {**AVX2, "PYTHONPATH": str(Path(__file__).parent)}
-    with server("mminference", EXACT, 512, args, **env) as running:
+    with server("mminference", EXACT, 512, args, quick=True, **env) as running:
         ask(running, score, scene, video)
         log = running.log()
     assert score.all_right

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,11 @@ _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 40
 _TERM_GRACE_S = 10.0
 _FLUSH_WAIT_S = 10
+_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_NAMES = ("sgl_", "sglang_", "psm_", "sem.mp-")
+_MAPPED = re.compile(rf"(\d+) +{_SHARED_MEMORY}/")
+_QUICK_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+"""The server is ready when its scheduler is; otherwise a health check generates a token, and looks once a second."""
 
 
 class ServerError(RuntimeError):
@@ -97,6 +103,8 @@ class Server:
         start_timeout: seconds the server may take to be ready.
         warm: fork the server from a process that has imported SGLang, see `mminference_sgl.testing.warm`.
         prepare: functions of modules that a warm server calls before it starts, for what tests put in SGLang's place.
+        quick: skip SGLang's own warm-up request and kill the server at its end: two seconds each. One that is not warm
+            may log that it could not freeze its garbage collector, which SGLang asks itself over HTTP.
 
     Raises:
         ValueError: `prepare` without `warm`.
@@ -118,6 +126,7 @@ class Server:
         start_timeout: float = 300.0,
         warm: bool = False,
         prepare: Sequence[Callable[[], None]] = (),
+        quick: bool = False,
     ) -> None:
         if prepare and not warm:
             raise ValueError("only a warm server can be prepared")
@@ -128,7 +137,7 @@ class Server:
         self._log_path = Path(log_path) if log_path is not None else _temporary_log()
         self._keep_log = log_path is not None
         self._last_log = ""
-        self._env = _environment(platform, env or {})
+        self._env = _environment(platform, {**(_QUICK_ENV if quick else {}), **(env or {})})
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         self.command += ["--host", _LOOPBACK, "--port", str(self.port)]
         self.command += ["--max-total-tokens", str(max_total_tokens), "--sleep-on-idle"]
@@ -142,8 +151,10 @@ class Server:
             self.command += ["--chunked-prefill-size", str(chunked_prefill_size)]
         if metrics:
             self.command += ["--enable-metrics"]
+        if quick:
+            self.command += ["--skip-server-warmup"]
         self.command += args
-        self._warm, self._prepare = warm, prepare
+        self._warm, self._prepare, self._quick = warm, prepare, quick
         self._process: subprocess.Popen[bytes] | WarmProcess | None = None
         self._signals = _ExitOnSignals()
         self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(600.0, connect=5.0), trust_env=False)
@@ -199,7 +210,7 @@ class Server:
         process, self._process = self._process, None
         try:
             if process is not None:
-                _end_group(process)
+                _end_group(process, 0.0 if self._quick else _TERM_GRACE_S)
         finally:
             self._http.close()
             self._signals.restore()
@@ -398,15 +409,40 @@ def _temporary_log() -> Path:
     return Path(name)
 
 
-def _end_group(process: subprocess.Popen[bytes] | WarmProcess) -> None:
-    """Ask the leader of a process group to end, then kill what is left of the group."""
+def _end_group(process: subprocess.Popen[bytes] | WarmProcess, grace: float) -> None:
+    """Ask the leader of a process group to end, unless there is no grace, then kill what is left of the group."""
+    shared = _shared_memory(process.pid)
     try:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_TERM_GRACE_S)
+        if grace:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
     finally:
         _signal_group(process.pid, signal.SIGKILL)
+        # One that has just been forked leads no group yet.
+        process.kill()
         process.wait()
+        for path in shared:
+            path.unlink(missing_ok=True)
+
+
+def _shared_memory(group: int) -> list[Path]:
+    """SGLang's and Python's files of shared memory that a process group has mapped; killed, it would leave them."""
+    inodes: set[int] = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        # Processes come and go, and not all are ours.
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(folder.name)) == group:
+                # By inode: a semaphore is mapped under another name than the one it is left under.
+                inodes |= {int(inode) for inode in _MAPPED.findall((folder / "maps").read_text())}
+    return [path for path in _SHARED_MEMORY.glob("*") if path.name.startswith(_SHARED_NAMES) and _inode(path) in inodes]
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

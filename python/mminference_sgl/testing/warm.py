@@ -53,6 +53,10 @@ class WarmProcess:
         """Send SIGTERM."""
         self._process.terminate()
 
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._process.kill()
+
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the end.
 
@@ -75,11 +79,13 @@ def _serve(arguments: list[str], env: dict[str, str], log: str, prepare: tuple[C
     os.environ.update(env)
 
     from sglang.launch_server import kill_process_tree, load_plugins, prepare_server_args, run_server
-    from sglang.srt.entrypoints import engine
+    from sglang.srt.entrypoints import engine, http_server
 
     # SGLang would spawn its processes, which imports everything again.
     set_start_method = engine.mp.set_start_method
     engine.mp.set_start_method = lambda *_, **__: set_start_method("fork", force=True)
+    # Asked for over HTTP behind the warm-up request: without one, perhaps before anybody listens.
+    http_server._freeze_gc_after_server_warmup = lambda *_: None
     load_plugins()
     for function in prepare:
         function()
