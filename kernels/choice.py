@@ -12,7 +12,7 @@ from functools import cache, cached_property
 
 import torch
 
-from .levels import ALWAYS, FAIR, LEVELS, PER_OCTAVE, TINY, Curves
+from .levels import FAIR, LEVELS, PER_OCTAVE, TINY, Curves
 from .tiles import UNBOUNDED, Region, tile_visibility
 
 LOYALTY = 0.1

@@ -33,7 +33,7 @@ HELD = 1 + SKETCH
 def signs(head_dim: int, device: torch.device) -> torch.Tensor:
     """The projections: fp32 [head_dim, SKETCH], each entry plus or minus ``SKETCH ** -0.5``."""
     bits = torch.randint(2, (head_dim, SKETCH), generator=torch.Generator().manual_seed(0))
-    return ((2 * bits - 1) * SKETCH**-0.5).to(device)
+    return torch.sub(2 * bits, 1).mul(SKETCH**-0.5).to(device)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class WeightProbe:
         index = torch.cat([first, window.clamp_min(0)], dim=1)
         near = torch.cat([first <= positions, window >= sink], dim=1)
         heads, kv_heads = self.weights.shape[0], self.parts.shape[0]
-        weights = (self.weights.gather(2, index.expand(heads, -1, -1)) * near).unflatten(0, (kv_heads, -1))
+        weights = (self.weights.gather(2, index.expand(heads, -1, -1)) * near).view(kv_heads, -1, *index.shape)
         parts = self.parts[:, index].permute(3, 0, 1, 2).unsqueeze(2)
         tile = self.cell_tile[index].expand(heads, -1, -1)
         held = self._cell_held.clone()

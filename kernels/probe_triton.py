@@ -6,9 +6,9 @@ the sequence order and :func:`combine_kernel` joins its splits. :func:`held_kern
 more against the known logarithm of the row's sum, and adds up by tile what lies in some regions.
 
 Floor for ``P`` rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the softmax and ``2 * H * P * N * D`` for
-what the tiles of an order hold; keys three times and values twice from the pool, and 32 bytes per key and KV head of projected values in 16-bit
-pools; ``4 * HELD`` bytes per (row, key tile) and region. docs/kernels.md has the figures. Numbers that change from
-chunk to chunk are not specialised on, or kernels would be compiled while serving.
+what the tiles of an order hold; keys three times and values twice from the pool, and 32 bytes per key and KV head of
+projected values in 16-bit pools; ``4 * HELD`` bytes per (row, key tile) and region. docs/kernels.md has the figures.
+Numbers that change from chunk to chunk are not specialised on, or kernels would be compiled while serving.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Search for the fewest tiles whose loss costs the probe rows' output no more than a bound.
 
-A *candidate* is a set of tiles, such as a column or a diagonal. Its *level* is the logarithm of the energy that each of
-its tiles costs when it alone is lost, in steps of a third of an octave; a tile's level is the highest of the candidates it is in.
-Tiles are taken from the highest level down to a threshold, so summing what the probe rows' tiles hold by level tells
-once what every threshold costs: :func:`curves`. This is the portable form and the specification of
-:mod:`.search_triton`.
+A *candidate* is a set of tiles, such as a column or a diagonal. What a row would lose without all tiles that are not
+read anyhow is shared out among them; a candidate's *level* is the logarithm of what its tiles have of it, per tile, in
+steps of a third of an octave, and a tile's level is the highest of the candidates it is in. Tiles are taken from the
+highest level down to a threshold, so summing what the probe rows' tiles hold by level tells once what every threshold
+costs: :func:`curves`. This is the portable form and the specification of :mod:`.search_triton`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from .choice import CellTiles, CellView, SlashTiles
 from .levels import ALWAYS, FAIR, LEAST, LEVELS, PER_OCTAVE, TINY, Curves
+
 
 def columns_and_diagonals(
     held: torch.Tensor, size: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, allowed: torch.Tensor
@@ -25,7 +26,7 @@ def columns_and_diagonals(
         causal: tiles of dense attention, 0-d int64.
         allowed: energy per row that a head may lose, fp32 [H].
     """
-    energy = _loss(held, size) * ~slash.fixed_at_rows
+    energy = _shared_out(held, size, ~slash.fixed_at_rows)
     by_candidate = torch.cat([energy, _by_distance(energy, slash)], dim=2).mean(1)
     columns, diagonals = _levels(by_candidate, slash.cost, causal, allowed).chunk(2, dim=1)
     levels = torch.maximum(columns[:, None], _on_diagonals(diagonals, slash.first, slash.last, slash.span))
@@ -47,7 +48,7 @@ def lines(
     ``held``: in the far region, fp32 [HELD, H, P, n']. At least ``min_lines`` v-lines are taken. Otherwise as
     :func:`columns_and_diagonals`.
     """
-    energy = _loss(held, size) * ~cell.own_at_rows
+    energy = _shared_out(held, size, ~cell.own_at_rows)
     by_band = energy.sum(-1) @ cell.rows_in_band
     neighbours = (energy * cell.beside_at_rows).sum(-1).mean(-1, keepdim=True)
     levels = _levels(torch.cat([energy.mean(1), by_band, neighbours], dim=1), tiles.cost, causal, allowed)
@@ -79,6 +80,16 @@ def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_til
     by_level.scatter_add_(3, at_rows.expand(held.shape), held)
     lost = by_level.cumsum_(3)[..., :-1]
     return Curves(_loss(lost, size).mean(1), 1 - lost[0].mean(1), _tiles(levels))
+
+
+def _shared_out(held: torch.Tensor, size: torch.Tensor, loose: torch.Tensor) -> torch.Tensor:
+    """What a row would lose without all of its loose tiles, bool [P, n], by tile as each alone would cost: [H, P, n].
+
+    Small losses add up, and what is left of the mass counts for more the less it is.
+    """
+    alone = _loss(held, size) * loose
+    together = _loss((held * loose).sum(3, keepdim=True), size)
+    return alone.mul_(together / alone.sum(2, keepdim=True).clamp_min(TINY))
 
 
 def _loss(held: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

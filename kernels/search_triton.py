@@ -1,8 +1,8 @@
 """The search of :mod:`.search` in Triton: a few launches for all heads, and nothing waits for the device.
 
-:func:`rows_kernel` sums the energy of each probe row, :func:`candidates_kernel` that of each candidate, which gives its
-level, and :func:`tiles_kernel` the level of every tile. For the curves :func:`lost_kernel` sums what each row loses at
-every threshold and :func:`counts_kernel` counts tiles.
+:func:`rows_kernel` tells what each probe row would lose in all, :func:`candidates_kernel` what of it each candidate
+holds, which gives its level, and :func:`tiles_kernel` the level of every tile. For the curves :func:`lost_kernel` sums
+what each row loses at every threshold and :func:`counts_kernel` counts tiles.
 
 Sums over thresholds compare each tile with all 64 of them: ``64 * H * (P * HELD + t) * n`` operations, which
 arithmetic units do in less time than sorting would take. Memory traffic: what tiles hold, fp32 [HELD, H, P, n], three
@@ -44,7 +44,7 @@ BLOCK_COUNTED = 64
 
 @triton.jit
 def lost_energy(b_energy, b_mass, size):
-    """Energy that a row loses without keys of a mass and of deviations of an energy, see ``_loss`` in :mod:`.search`."""
+    """Energy that a row loses without keys of this mass and energy of deviations; ``_loss`` in :mod:`.search`."""
     b_square, b_rest = b_mass * b_mass, 1.0 - b_mass
     return (b_energy + b_square * b_square * size * (LEAST * LEAST)) / (b_rest * b_rest + LEAST * LEAST)
 
@@ -84,21 +84,36 @@ def level_of(b_energy, b_cost, causal, allowed):
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS_OF_A_BATCH)
-def rows_kernel(p_held, p_size, p_low, p_high, p_row_tile, p_loose, p_beside, tiles, margin, BLOCK: tl.constexpr):
-    """One (probe row, head): energy in tiles that are not read anyhow, and that beside the own ones."""
+def rows_kernel(
+    p_held, p_size, p_low, p_high, p_row_tile, p_share, p_loose, p_beside, tiles, always, margin, BLOCK: tl.constexpr
+):
+    """One (probe row, head): energy that it loses without all loose tiles, and its share in what each alone costs.
+
+    ``p_beside``: the part of it in tiles beside the own ones. See ``_shared_out`` in :mod:`.search`.
+    """
     i_row, i_head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     low, high, width = query_tile(p_low, p_high, tl.load(p_row_tile + i_row), margin)
     i_index = i_head * rows + i_row
     channel, size = tl.num_programs(1).to(tl.int64) * rows * tiles, tl.load(p_size + i_index)
-    b_loose = tl.zeros([BLOCK], tl.float32)
+    p_held += i_index * tiles
+    o_c = tl.arange(0, CHANNELS)
+    b_sums = tl.zeros([CHANNELS], tl.float32)
+    b_alone = tl.zeros([BLOCK], tl.float32)
     b_beside = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, tiles, BLOCK):
         o_tile = first + tl.arange(0, BLOCK)
-        b_energy = loose_energy(p_held + i_index * tiles, size, channel, o_tile, tiles, 0, low, high)
-        b_loose += b_energy
+        m_loose = (o_tile >= always) & (o_tile < tiles) & ((o_tile < low) | (o_tile >= high))
+        m_held = m_loose[:, None] & (o_c < CHANNELS_HELD)[None, :]
+        b_sums += tl.sum(tl.load(p_held + o_c[None, :] * channel + o_tile[:, None], mask=m_held, other=0.0), 0)
+        b_energy = loose_energy(p_held, size, channel, o_tile, tiles, always, low, high)
+        b_alone += b_energy
         b_beside += tl.where((o_tile >= low - width) & (o_tile < high + width), b_energy, 0.0)
-    tl.store(p_loose + i_index, tl.sum(b_loose, 0))
-    tl.store(p_beside + i_index, tl.sum(b_beside, 0))
+    b_mass = tl.sum(tl.where(o_c == 0, b_sums, 0.0), 0)
+    together = lost_energy(tl.sum(tl.where(o_c == 0, 0.0, b_sums * b_sums), 0), b_mass, size)
+    share = together / tl.maximum(tl.sum(b_alone, 0), TINIEST)
+    tl.store(p_share + i_index, share)
+    tl.store(p_loose + i_index, share * tl.sum(b_alone, 0))
+    tl.store(p_beside + i_index, share * tl.sum(b_beside, 0))
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS_OF_A_BATCH)
@@ -110,6 +125,7 @@ def candidates_kernel(
     p_row_tile,
     p_row_own,
     p_band_of_row,
+    p_share,
     p_loose,
     p_beside,
     p_cost,
@@ -137,11 +153,12 @@ def candidates_kernel(
         b_diagonal = tl.zeros([BLOCK], tl.float32)
         for i_row in tl.range(0, rows):
             low, high, _ = query_tile(p_low, p_high, tl.load(p_row_tile + i_row), margin)
-            p_row, size = p_held + (i_head * rows + i_row) * tiles, tl.load(p_size + i_head * rows + i_row)
-            b_column += loose_energy(p_row, size, channel, o_tile, tiles, always, low, high)
+            i_index = i_head * rows + i_row
+            p_row, size, share = p_held + i_index * tiles, tl.load(p_size + i_index), tl.load(p_share + i_index)
+            b_column += share * loose_energy(p_row, size, channel, o_tile, tiles, always, low, high)
             if not LINES:
                 o_key = tl.load(p_row_own + i_row).to(tl.int32) - o_tile
-                b_diagonal += loose_energy(p_row, size, channel, o_key, tiles, always, low, high)
+                b_diagonal += share * loose_energy(p_row, size, channel, o_key, tiles, always, low, high)
         m_tile = o_tile < tiles
         b_cost = tl.load(p_cost + o_tile, mask=m_tile, other=1)
         tl.store(p_levels + o_tile, level_of(b_column / rows, b_cost, causal, allowed), mask=m_tile)
@@ -215,9 +232,7 @@ def tiles_kernel(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def lost_kernel(
-    p_held, p_size, p_levels, p_row_tile, p_error, p_kept, tiles, query_tiles, stride_head, BLOCK: tl.constexpr
-):
+def lost_kernel(p_held, p_size, p_levels, p_row_tile, p_error, p_kept, tiles, stride_head, BLOCK: tl.constexpr):
     """One (probe row, head): error energy and kept mass at every threshold, ``p_error``, ``p_kept`` [H, P, THRESHOLDS].
 
     ``p_levels`` [H, t, n], ``stride_head`` apart by head.
@@ -321,7 +336,7 @@ def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_til
     error, kept = (held.new_empty(heads, rows, scale.LEVELS + 1) for _ in range(2))
     counts = torch.empty(heads, query_tiles, scale.LEVELS + 1, dtype=torch.int32, device=held.device)
     lost_kernel[rows, heads](
-        held, size, levels, row_tiles, error, kept, tiles, query_tiles, levels.stride(0), BLOCK=BLOCK_COUNTED, **OPTIONS
+        held, size, levels, row_tiles, error, kept, tiles, levels.stride(0), BLOCK=BLOCK_COUNTED, **OPTIONS
     )
     counts_kernel[query_tiles, heads](levels, counts, tiles, levels.stride(0), BLOCK=BLOCK_COUNTED, **OPTIONS)
     return Curves(error.mean(1), kept.mean(1), counts.sum(1))
@@ -358,18 +373,15 @@ def _levels(
         return torch.empty(heads, *shape, dtype=dtype, device=held.device)
 
     tables = held, size, low, high, row_tiles
-    loose = beside = allowed
-    if is_lines:
-        loose, beside = empty(rows), empty(rows)
-        rows_kernel[rows, heads](*tables, loose, beside, tiles, margin, BLOCK=BLOCK, **OPTIONS)
+    by_row = empty(rows), empty(rows), empty(rows)
+    rows_kernel[rows, heads](*tables, *by_row, tiles, always, margin, BLOCK=BLOCK, **OPTIONS)
     levels = empty(candidates, dtype=torch.int8)
     numbers = tiles, candidates, num_bands, always, margin
     candidates_kernel[triton.cdiv(tiles, BLOCK) + is_lines, heads](
         *tables,
         row_own,
         band_of_row,
-        loose,
-        beside,
+        *by_row,
         cost,
         causal,
         allowed,

@@ -1,4 +1,4 @@
-"""Selection: from what the probe rows' tiles hold to the tiles that each pattern proposes, for one request and modality.
+"""Selection: from what the probe rows' tiles hold to the tiles that patterns propose, for one request and modality.
 
 Every pattern proposes :class:`~.choice.Levels` for all heads at once, found by :mod:`.search`; :func:`.choice.decide`
 then picks a pattern and a threshold for each head.
@@ -15,7 +15,7 @@ import torch
 
 from .choice import Budget, CellTiles, CellView, Choice, Levels, Proposal, SlashTiles, View
 from .levels import ALWAYS, Curves
-from .probe import Probe, Reach, WeightProbe
+from .probe import Probe, WeightProbe
 from .tiles import UNBOUNDED, Region, element_mask
 
 
@@ -42,9 +42,7 @@ class Search(Protocol):
         """Levels by v-lines, h-lines and neighbours of the cell pass."""
         ...
 
-    def curves(
-        self, held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor
-    ) -> Curves:
+    def curves(self, held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor) -> Curves:
         """What each threshold costs."""
         ...
 

@@ -2,8 +2,8 @@
 
 One request: text, one video, one question, planted so that rows attend to the same place of all frames, to their own
 frame and to the first tokens. Each line is one shape (all tokens at once, or a chunk behind a prefix), page size and
-density; selection is what a server runs, with its tile budget set to the density and an error that it cannot keep to, so that
-the budget is used up; at 100 % everything is listed.
+density; selection is what a server runs, with its tile budget set to the density and an error that it cannot keep to,
+so that the budget is used up; at 100 % everything is listed.
 
 - *probe*, *select*, *attend*: milliseconds of the device; *select* includes making the lists.
 - *TFLOP/s*: of the computed tiles, masked halves of tiles included; *share*: of the dense kernel's rate on the same

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from benchmarks.method.cases import CASES, PATTERNS, K
 from benchmarks.method.measure import Result
-
 
 EXCESS = 1.2
 """Over the bound: rows that are not probed may lose more than those that are."""
@@ -59,4 +59,3 @@ def judge(results: Sequence[Result], bound: float) -> list[tuple[str, bool]]:
 
 def _density(result: Result) -> float:
     return result.density
-

@@ -27,7 +27,7 @@ from mminference_sgl.method import catalog
 from mminference_sgl.method.config import from_sources
 from tiny_models import parts
 
-EXACT = {"coverage": 1.0}
+EXACT = {"error": 0.0}
 """So exact a setting that everything is kept."""
 ROUGH = {"pattern": str(command.A_SHAPE), "error_ceiling": 1e9, "patterns": {"a_shape": {"sink": 0, "window": 16}}}
 LENGTH = 700
@@ -334,7 +334,7 @@ def test_the_control_is_to_lose_more(row, control, failures: int) -> None:
 @pytest.mark.parametrize(
     ("text", "pair"),
     [
-        ("coverage=0.9", ("coverage", 0.9)),
+        ("error=0.9", ("error", 0.9)),
         ("pattern=grid", ("pattern", "grid")),
         ("enabled=true", ("enabled", True)),
         ('patterns={"grid": {"sink": 1}}', ("patterns", {"grid": {"sink": 1}})),

@@ -145,7 +145,9 @@ def check_selection(setting: Setting, device: torch.device, seed: int) -> None:
         rows = want.output.square().sum(2)
         allowed = 0.01 * rows.mean(1)
         slash, causal = view.slash_tiles(20, 33), view.causal_tiles
-        found = [[each.columns_and_diagonals(want.held, rows, slash, causal, allowed)] for each in (search_triton, search)]
+        found = [
+            [each.columns_and_diagonals(want.held, rows, slash, causal, allowed)] for each in (search_triton, search)
+        ]
         given = [(want.held, view.row_tiles)]
         if cell is not None:
             held += [(f"far {i}", *both) for i, both in enumerate(zip(ours.far(bounds), want.far(bounds), strict=True))]

@@ -141,9 +141,7 @@ def _behind(rows: int, operand: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("pattern", ["auto", "grid", "vertical_slash", "a_shape"])
 @pytest.mark.parametrize("error", [0.0, 0.7])
-def test_a_layer_equals_the_reference(
-    pattern: str, error: float, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_equals_the_reference(pattern: str, error: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Probe, selection and attention on the device, against the reference implementation fed by the same selection."""
     problem = problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed)
     problem = checks.moved(problem, DEVICE)

@@ -109,9 +109,7 @@ def test_attend_does_not_wait_for_the_device(seed: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["auto", "grid"])
 @pytest.mark.parametrize("error", [0.0, 0.7])
-def test_a_layer_equals_the_reference(
-    pattern: str, error: float, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_equals_the_reference(pattern: str, error: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state(torch.bfloat16, 64) == "ok"
     problem = checks.moved(problems.make(checks.ODD, head_dim=64, dtype=torch.bfloat16, seed=seed), DEVICE)
     specs = load(pattern).specs(0, range(problem.query.shape[1]))

@@ -31,7 +31,9 @@ POINTERS = {
     **dict.fromkeys(("p_row_tile", "p_bands", "p_band_of_row"), "i64"),
     **dict.fromkeys(("p_levels", "p_tile_levels"), "i8"),
     **dict.fromkeys(("p_visible", "p_selected"), "i1"),
-    **dict.fromkeys(("p_held", "p_part", "p_part_lse", "p_lse", "p_out", "p_projected", "p_loose", "p_size"), "fp32"),
+    **dict.fromkeys(
+        ("p_held", "p_part", "p_part_lse", "p_lse", "p_out", "p_projected", "p_loose", "p_share", "p_size"), "fp32"
+    ),
     **dict.fromkeys(("p_beside", "p_allowed", "p_error", "p_kept"), "fp32"),
 }
 """Element types of pointers that are not int32; query and pools aside."""

@@ -88,9 +88,13 @@ def compare_searches(problem: problems.Problem) -> None:
         for index, share in enumerate(ALLOWED):
             slash = view.slash_tiles(20, 33)
             given = probed.held, size, slash, view.causal_tiles, energy * share
-            report("columns and diagonals", probed.held, size, view.row_tiles, *(
-                each.columns_and_diagonals(*given) for each in (search_triton, search)
-            ))
+            report(
+                "columns and diagonals",
+                probed.held,
+                size,
+                view.row_tiles,
+                *(each.columns_and_diagonals(*given) for each in (search_triton, search)),
+            )
             if cell is None:
                 continue
             (held,) = probed.far([(8, 17)])

@@ -310,8 +310,10 @@ def proposal(view: choices.View, points: list[tuple[int, float]], *, searched: b
 def decide(view, proposals, wanted, energy, bound, previous=None, **limits):
     """The pick, tiles and error of each head; ``proposals`` by pattern, one for each head."""
     heads = len(energy)
-    joined = [choices.concatenate([replace(each, levels=first.levels) for each in (first, *rest)])
-              for first, *rest in proposals]
+    joined = [
+        choices.concatenate([replace(each, levels=first.levels) for each in (first, *rest)])
+        for first, *rest in proposals
+    ]
     joined = [replace(each, levels=replace(each.levels, near=each.levels.near)) for each in joined]
     carried = torch.full((heads,), -1) if previous is None else torch.tensor(previous)
     budget = choices.Budget(torch.tensor(energy), bound, **limits)

@@ -47,7 +47,9 @@ def selections() -> list[dict[str, Any]]:
 def test_probe_equals_the_portable_one(dtype: str, case: interpret_probe.Case) -> None:
     """Weights are rounded where they meet values in fp16; deviations are differences of what is as large as outputs."""
     lines = [line for line in probes(dtype) if line["case"] == case.name]
-    assert any(line["modality"] == "media" and {"far-0 mass", "far-1 deviation"} <= set(line["errors"]) for line in lines)
+    assert any(
+        line["modality"] == "media" and {"far-0 mass", "far-1 deviation"} <= set(line["errors"]) for line in lines
+    )
     eps = torch.finfo(getattr(torch, dtype)).eps
     for line in lines:
         for name, error in line["errors"].items():

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mminference_sgl.method.config import (
-    LARGEST_ERROR,
     IMPLEMENTATIONS,
+    LARGEST_ERROR,
     LARGEST_INTEGER,
     Config,
     ConfigError,

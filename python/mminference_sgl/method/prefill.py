@@ -256,7 +256,9 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
         if listens and layout.search is not None:
             assert isinstance(probed, probe.WeightProbe)
             layout.search.listen(probed)
-        selection = select.Selection(group.view, probed, budget_of(probed.output, bound, layer.config), layer.stages.search)
+        selection = select.Selection(
+            group.view, probed, budget_of(probed.output, bound, layer.config), layer.stages.search
+        )
         blocks.append(propose(selection, layer.config, pairs))
         outputs.append(probed.output)
     output = torch.cat(outputs)
