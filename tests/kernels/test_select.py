@@ -414,7 +414,7 @@ def test_picks_are_carried_to_the_next_chunk_of_the_same_layer_and_request(monke
 
     def run(layer: int | None) -> torch.Tensor:
         out = torch.empty_like(problem.query)
-        prefill.run_layer(problem.operands, problem.plan, specs, Config(), out, "torch", layer)
+        prefill.run_layer(problem.operands, problem.plan, specs, loose(1.0), out, "torch", layer)
         return out
 
     def carried(layer: int | None) -> torch.Tensor:

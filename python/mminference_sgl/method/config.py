@@ -79,7 +79,7 @@ class Config:
     pattern: str = "auto"
     implementation: str = "auto"
     error: float = 0.1
-    text_error: float = 0.015
+    text_error: float = 0.01
     error_ceiling: float | None = None
     max_density: float = 1.0
     probe_rows: int = 256
