@@ -113,11 +113,15 @@ class Twin:
         """See :class:`Reader`."""
         return float(twin.divergence(self._model, reading, reference).mean())
 
-    def _read_sparse(self, tokens: torch.Tensor, settings: dict[str, Any]) -> Sparse:
+    def context(self, tokens: torch.Tensor, settings: dict[str, Any]) -> Sparse:
+        """The first half under the method, the half that is judged densely: what a question finds behind a context."""
+        return self._read_sparse(tokens, settings, until=len(tokens) // 2)
+
+    def _read_sparse(self, tokens: torch.Tensor, settings: dict[str, Any], until: int | None = None) -> Sparse:
         config = from_sources(("--set", settings)).for_chunks(CHUNK, SMALLEST_TILE)
         shape, pattern = self._model.shape, catalog.load(config.pattern)
         specs = [pattern.specs(layer, range(shape.heads)) for layer in range(shape.layers)]
-        method = twin.Method(config, specs, len(tokens), CHUNK, shape.scale)
+        method = twin.Method(config, specs, len(tokens), CHUNK, shape.scale, until)
         return _with_reports(twin.read(self._model, tokens, CHUNK, method), method.chunks, len(tokens))
 
 

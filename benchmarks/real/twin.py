@@ -56,13 +56,21 @@ class ChunkReport:
 class Method:
     """The method as attention of one document: a plan for each chunk, and what its layers reported.
 
-    ``config``: with ``tile_queries`` filled in; ``specs``: by layer, one per query head.
+    ``config``: with ``tile_queries`` filled in; ``specs``: by layer, one per query head. ``until``: the token position
+    from which on chunks are dense, None for none.
     """
 
     def __init__(
-        self, config: Config, specs: Sequence[Sequence[HeadSpec]], length: int, chunk: int, scale: float
+        self,
+        config: Config,
+        specs: Sequence[Sequence[HeadSpec]],
+        length: int,
+        chunk: int,
+        scale: float,
+        until: int | None = None,
     ) -> None:
         self.config, self.scale = config, scale
+        self._until = length if until is None else until
         self._specs, self._chunk = specs, chunk
         layout = _core.Layout(
             length, [], chunk_tokens=chunk, tile_queries=config.tile_queries, cell_size=config.cell_size
@@ -76,7 +84,7 @@ class Method:
         self, layer: int, start: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """Attention of one layer, see :class:`~.model.Attend`."""
-        if start + len(query) < (self.config.min_tokens or 0):
+        if start >= self._until or start + len(query) < (self.config.min_tokens or 0):
             return dense_model.dense(layer, start, query, keys, values)
         if self.plan is None or self.plan.requests[0].prefix != start:
             self.plan = self._planned(start, len(query))

@@ -18,6 +18,7 @@ from mminference_sgl.backend.geometry import GeometryError, ModelGeometry
 from mminference_sgl.backend.interface import delegate
 from mminference_sgl.backend.layers import Survey, layer_reason
 from mminference_sgl.backend.layout import LayoutCache
+from mminference_sgl.backend.samples import Samples
 from mminference_sgl.backend.sglang_compat import head_offset, set_kv_buffer
 from mminference_sgl.backend.start import Start
 from mminference_sgl.backend.sub_batch import sub_batch, without_media
@@ -81,6 +82,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         self._layers = layers
         self._device = torch.device(runner.device)
         self._start = start = Start.of(runner, layers)
+        self._samples = Samples(start.config.bound("media"))
         self._head_offset = head_offset(runner)
         self._layouts = LayoutCache(
             ModelGeometry.of(runner.model_config.hf_config),
@@ -97,6 +99,7 @@ class MMInferenceAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plans the forward: which requests run sparse, and the dense backend's metadata for the others."""
         self._forward = None
+        self._samples.tell()
         sparse = self._sparse_requests(forward_batch)
         if not sparse:
             self.dense.init_forward_metadata(forward_batch)
@@ -298,9 +301,10 @@ class MMInferenceAttnBackend(AttentionBackend):
 
     def _report(self, forward: _Forward) -> None:
         """One debug line per sparse request; the only place that waits for the device, and only when asked to log."""
+        assert forward.plan is not None
+        self._samples.take(forward.plan.requests, forward.reports)
         if not logger.isEnabledFor(logging.DEBUG):
             return
-        assert forward.plan is not None
         for index, request in enumerate(forward.plan.requests):
             reports = [report for report in forward.reports if report.request == index]
             tiles, causal = (sum(float(getattr(r, name)) for r in reports) for name in ("tiles", "causal"))

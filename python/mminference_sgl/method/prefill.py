@@ -21,7 +21,7 @@ from mminference_sgl.method.config import Config
 from mminference_sgl.method.plan import ForwardPlan, RowGroup
 
 PROBE_BYTES = 128 << 20
-"""Bound on the probe's weights, or on its mass by key tile, held at a time; there are three such masses."""
+"""Bound on the probe's weights, or on what its key tiles hold, held at a time; there are three of the latter."""
 PROBE_BYTES_CPU = 16 << 20
 """The same on a CPU, where temporaries beyond 32 MiB are mapped anew each time, at more than the arithmetic's cost."""
 AIM = 0.8
@@ -203,7 +203,7 @@ class _Layer:
         bound = PROBE_BYTES_CPU if self.operands.query.device.type == "cpu" else PROBE_BYTES
         held = group.keys.sequence.slots.numel() * group.probe_rows.rows.numel()
         if not with_weights and not self.stages.waits:
-            held //= group.keys.sequence.tile_keys
+            held = held * probe.HELD // group.keys.sequence.tile_keys
         step = max(1, bound // (4 * held * per_group)) * per_group
         return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
 
