@@ -112,14 +112,14 @@ class Probe(Protocol):
 class WeightProbe:
     """A probe that holds all weights.
 
-    ``weights`` fp32 [H, P, n * tile_keys]: softmax weights over the request's keys in sequence order, 0 in the future
-    and behind the last key. ``parts`` fp32 [KV heads, n * tile_keys, HELD]: 1 and the projected value of each key.
-    ``projected`` fp32 [SKETCH, H, P]: the projected output.
+    ``by_key`` fp32 [KV heads, n * tile_keys, group * P]: softmax weights over the request's keys in sequence order, 0
+    in the future and behind the last key. ``parts`` fp32 [KV heads, n * tile_keys, HELD]: 1 and the projected value of
+    each key. ``projected`` fp32 [SKETCH, H, P]: the projected output.
     """
 
     rows: ProbeRows
     keys: ProbeKeys
-    weights: torch.Tensor
+    by_key: torch.Tensor
     output: torch.Tensor
     parts: torch.Tensor
     projected: torch.Tensor
@@ -130,42 +130,55 @@ class WeightProbe:
         return self.keys.sequence.tile_keys
 
     @cached_property
+    def weights(self) -> torch.Tensor:
+        """The weights by row: fp32 [H, P, n * tile_keys]."""
+        return self.by_key.transpose(1, 2).reshape(*self.output.shape[:2], -1)
+
+    @cached_property
     def held(self) -> torch.Tensor:
         """See :class:`Probe`."""
-        return self._by_tile(self.weights)
+        return self._sums(self.by_key, self.parts)
 
     def near(self, region: Reach) -> torch.Tensor:
         """See :class:`Probe`."""
-        keys = torch.arange(self.weights.shape[2], device=self.weights.device)
-        near = element_mask(Region.NEAR, self.rows.positions[:, None], keys, *region)
-        return self._by_tile(self.weights * near)
+        keys = torch.arange(self.by_key.shape[1], device=self.by_key.device)
+        near = element_mask(Region.NEAR, self.rows.positions, keys[:, None], *region)
+        return self._sums((self._by_row * near[:, None]).flatten(2), self.parts)
 
     def far(self, regions: Sequence[Reach]) -> list[torch.Tensor]:
         """See :class:`Probe`."""
-        return [self._far(sink, reach) for sink, reach in regions]
+        return [self._far(*region) for region in regions]
 
     def _far(self, sink: int, reach: int) -> torch.Tensor:
         # The near region is a few keys: what they hold is taken out of what their tiles hold.
         positions = self.rows.positions.long()[:, None]
         first = torch.arange(min(sink, self.cell_tile.numel()), device=positions.device).expand(len(positions), -1)
-        window = positions - torch.arange(min(reach, self.weights.shape[2]), device=positions.device)
+        window = positions - torch.arange(min(reach, self.by_key.shape[1]), device=positions.device)
         index = torch.cat([first, window.clamp_min(0)], dim=1)
         near = torch.cat([first <= positions, window >= sink], dim=1)
-        heads, kv_heads = self.weights.shape[0], self.parts.shape[0]
-        weights = (self.weights.gather(2, index.expand(heads, -1, -1)) * near).view(kv_heads, -1, *index.shape)
+        kv_heads, _, group, rows = self._by_row.shape
+        picked = self._by_row.gather(1, index.T[None, :, None].expand(kv_heads, -1, group, -1))
+        weights = picked.permute(0, 2, 3, 1) * near
         parts = self.parts[:, index].permute(3, 0, 1, 2).unsqueeze(2)
-        tile = self.cell_tile[index].expand(heads, -1, -1)
+        tile = self.cell_tile[index].expand(kv_heads * group, -1, -1)
         held = self._cell_held.clone()
         held[0].scatter_add_(2, tile, -weights.flatten(0, 1)).clamp_min_(0)
         for channel in range(SKETCH):
-            deviation = parts[1 + channel] - self.projected[channel].view(*weights.shape[:3], 1)
+            deviation = parts[1 + channel] - self.projected[channel].view(kv_heads, group, rows, 1)
             held[1 + channel].scatter_add_(2, tile, (weights * -deviation).flatten(0, 1))
         return held
 
     @property
     def cell_tile(self) -> torch.Tensor:
-        """Cell-order key tile of the keys that ``weights`` has and the layout knows: int64 [known]."""
-        return self.rows.key_tile[: self.weights.shape[2]]
+        """Cell-order key tile of the keys that there are weights of and that the layout knows: int64 [known]."""
+        return self.rows.key_tile[: self.by_key.shape[1]]
+
+    @property
+    def _by_row(self) -> torch.Tensor:
+        """[KV heads, n * tile_keys, group, P]."""
+        heads, rows = self.output.shape[:2]
+        kv_heads, keys = self.by_key.shape[:2]
+        return self.by_key.view(kv_heads, keys, heads // kv_heads, rows)
 
     @cached_property
     def _cell_held(self) -> torch.Tensor:
@@ -174,23 +187,21 @@ class WeightProbe:
         tiles, count = self.keys.present(order)
         tiles = tiles[: int(count)].long()
         positions = order.positions[tiles].flatten()
-        known = positions < self.weights.shape[2]
+        known = positions < self.by_key.shape[1]
         index = torch.where(known, positions, 0)
         # Keys that are not there yet have the first one's weight here, and no part in the sums.
-        parts = self.parts[:, index] * known[:, None]
-        found = self._sums(self.weights.index_select(2, index), parts)
+        found = self._sums(self.by_key.index_select(1, index), self.parts[:, index] * known[:, None])
         held = found.new_zeros(*found.shape[:3], order.tile_min.numel())
         return held.index_copy_(3, tiles, found)
 
-    def _by_tile(self, weights: torch.Tensor) -> torch.Tensor:
-        return self._sums(weights, self.parts)
-
-    def _sums(self, weights: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-        """Sums by tile of weighted parts, as deviations: [H, P, n * tile_keys], [KV heads, .., HELD] -> [HELD, ..]."""
-        heads, rows, kv_heads = *weights.shape[:2], parts.shape[0]
-        tiled = weights.view(kv_heads, heads // kv_heads * rows, -1, self.tile_keys).transpose(1, 2)
-        sums = torch.matmul(tiled, parts.view(kv_heads, -1, self.tile_keys, HELD))
-        held = sums.permute(3, 0, 2, 1).reshape(HELD, heads, rows, -1).contiguous()
+    def _sums(self, by_key: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+        """Sums by tile of weighted parts, as deviations: fp32 [HELD, H, P, tiles] from weights and parts by key."""
+        heads, rows = self.output.shape[:2]
+        kv_heads = parts.shape[0]
+        weights = by_key.view(-1, self.tile_keys, by_key.shape[2])
+        sums = torch.bmm(parts.view(-1, self.tile_keys, HELD).transpose(1, 2), weights)
+        held = sums.view(kv_heads, -1, HELD, by_key.shape[2]).permute(2, 0, 3, 1).reshape(HELD, heads, rows, -1)
+        held = held.contiguous()
         held[1:] -= held[0] * self.projected[..., None]
         return held
 
@@ -198,20 +209,23 @@ class WeightProbe:
 def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
     """Computes the probe rows' attention over a request's keys."""
     slots = keys.sequence.slots
-    k = operands.key_pool.index_select(0, slots.flatten()).permute(1, 2, 0).float()
-    v = operands.value_pool.index_select(0, slots.flatten()).transpose(0, 1).float()
+    k, v = (
+        pool.index_select(0, slots.flatten()).transpose(0, 1).float()
+        for pool in (operands.key_pool, operands.value_pool)
+    )
     q = operands.query[rows.rows].float() * (operands.scale * operands.key_scale)
-    heads, kv_heads = q.shape[1], k.shape[0]
-    grouped = q.view(-1, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)
-    weights = torch.matmul(grouped, k).view(heads, len(rows.rows), -1)
+    heads, kv_heads, count = q.shape[1], k.shape[0], len(rows.rows)
+    grouped = q.view(count, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 3, 2, 0).flatten(2)
+    by_key = torch.matmul(k, grouped)
     # Keys before the first row are seen by all; padding lies behind the last key, so it is in the future as well.
-    late = torch.arange(rows.first + 1, k.shape[2], device=slots.device)
-    weights[..., rows.first + 1 :].masked_fill_(late > rows.positions[:, None], float("-inf"))
-    weights = torch.softmax(weights, dim=-1)
-    output = torch.matmul(weights.view(kv_heads, -1, weights.shape[2]), v).view(heads, len(rows.rows), -1)
+    late = torch.arange(rows.first + 1, k.shape[1], device=slots.device)
+    future = (late[:, None] > rows.positions).repeat(1, heads // kv_heads)
+    by_key[:, rows.first + 1 :].masked_fill_(future, float("-inf"))
+    by_key = torch.softmax(by_key, dim=1)
+    output = torch.matmul(by_key.transpose(1, 2), v).view(heads, count, -1)
     if operands.value_scale != 1:
         output *= operands.value_scale
     project = signs(v.shape[2], v.device)
     parts = torch.cat([v.new_ones(*v.shape[:2], 1), torch.matmul(v, project) * operands.value_scale], dim=2)
-    projected = torch.matmul(output.view(kv_heads, -1, v.shape[2]), project)
-    return WeightProbe(rows, keys, weights, output, parts, projected.view(heads, -1, SKETCH).permute(2, 0, 1))
+    projected = torch.matmul(output, project).permute(2, 0, 1)
+    return WeightProbe(rows, keys, by_key, output, parts, projected)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ class _Sample:
     chunk: int
     layers: int
     values: torch.Tensor
-    ready: torch.cuda.Event | None
+    ready: Any
+    """A CUDA event, None where the figures are there at once."""
 
 
 class Samples:
@@ -59,8 +61,7 @@ class Samples:
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
+            ready = torch.cuda.current_stream().record_event()
         self._pending = _Sample(request.prefix, request.chunk, len(own), values, ready)
 
     def tell(self) -> None:
