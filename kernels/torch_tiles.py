@@ -2,8 +2,9 @@
 
 Keys and values are copied once per pass into the pass's order, so that a list gathers whole tiles. Lists are sorted
 by length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their batch, and
-each batch is one gather and one fused attention call. On the CPU that call is PyTorch's
-flash kernel, which returns the LSE; elsewhere scores are materialised within the same bound.
+each batch is one gather and one fused attention call. On the CPU that call is PyTorch's flash kernel, which returns the
+LSE; elsewhere scores are materialised within the same bound. A mask over all scores costs about what attention does, so
+the full tiles of long lists are attended to by themselves, in batches of lists that are equally long, and merged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from .tiles import ABSENT, Region, TileLists, TilePass
 
 WORKSPACE_BYTES = 8 << 20
 """Bound on the mask (or score) matrix of one batch."""
+
+LONG = 32
+"""Key tiles from which on a list is long; two calls instead of one cost a short one more than its mask."""
 
 _POSITION_SCALE = 2.0**80
 """Token positions below 2**24 times this are exact in fp32, and a difference of one is a mask of -1.2e24: it vanishes
@@ -49,13 +53,18 @@ def attend(
     )
     part = query.new_zeros(heads * tile_pass.rows.numel() + 1, operands.value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
-    lengths = lists.count.long()
     row_counts = tile_pass.indptr.diff().long().repeat(heads)
-    work = torch.nonzero(lengths).squeeze(1)
-    # Longest lists first; among equal ones those with the same number of rows stay together.
-    work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
-    for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys):
-        _attend_batch(problem, batch, tiles, part, part_lse)
+    full = torch.where((lists.count >= LONG) & (2 * lists.full >= lists.count), lists.full, 0).long()
+    for begin, lengths, whole in (
+        (lists.begin.long(), full, True),
+        (lists.begin + full, lists.count - full, False),
+    ):
+        work = torch.nonzero(lengths).squeeze(1)
+        # Longest lists first; among equal ones those with the same number of rows stay together.
+        work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
+        for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys, alike=whole):
+            entries = None if whole else full
+            _attend_batch(problem, batch, tiles, begin[batch], lengths[batch], entries, part, part_lse)
     part, part_lse = part[:-1], part_lse[:-1]
     if operands.value_scale != 1:
         part *= operands.value_scale
@@ -104,8 +113,13 @@ def _tile_major(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return rows.view(*slots.shape, *pool.shape[1:]).permute(2, 0, 1, 3).flatten(2)
 
 
-def _batches(work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor, tile_keys: int) -> list[torch.Tensor]:
-    """Cuts the sorted work so that a batch's padded score matrix fits and at most a third of it is padding."""
+def _batches(
+    work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor, tile_keys: int, *, alike: bool
+) -> list[torch.Tensor]:
+    """Cuts the sorted work so that a batch's padded score matrix fits and at most a third of it is padding.
+
+    ``alike``: nothing is padding.
+    """
     batches = []
     host_lengths, host_rows = lengths[work].tolist(), row_counts[work].tolist()
     start = 0
@@ -115,7 +129,7 @@ def _batches(work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor
             rows_with = max(rows, host_rows[end])
             if 4 * (end + 1 - start) * rows_with * longest * tile_keys > WORKSPACE_BYTES:
                 break
-            if 3 * host_lengths[end] < 2 * longest:
+            if 3 * host_lengths[end] < 2 * longest or (alike and host_lengths[end] != longest):
                 break
             rows, end = rows_with, end + 1
         batches.append(work[start:end])
@@ -123,8 +137,24 @@ def _batches(work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor
     return batches
 
 
-def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Attention of some lists, each ``head * tiles + query tile``; the last row of ``out`` and ``lse`` is spare."""
+def _attend_batch(
+    problem: _Problem,
+    work: torch.Tensor,
+    tiles: int,
+    first: torch.Tensor,
+    count: torch.Tensor,
+    before: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Attention over a part of some lists, each ``head * tiles + query tile``.
+
+    Args:
+        first, count: the part's first entry and entries, int64 [B].
+        before: entries of each list that ``out`` and ``lse`` already hold, int64 [lists]. None: no list holds any, and
+            the parts are full tiles, as many for each.
+        out, lse: of all rows of all heads; the last row is spare.
+    """
     tile_pass, lists, keys = problem.tile_pass, problem.lists, problem.tile_pass.keys
     device = work.device
     head, tile = work // tiles, work % tiles
@@ -138,14 +168,13 @@ def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.
     row_index = head[:, None] * tile_pass.rows.numel() + row_slot
 
     # Key tiles [B, L]; entries past a short list repeat its first tile and are masked.
-    first, count = lists.begin[work].long(), lists.count[work]
     lane = torch.arange(int(count.max()), device=device)
     listed = lane < count[:, None]
     entry = first[:, None] + torch.where(listed, lane, 0)
     key_tile = keys.tile_indptr[tile_pass.request[tile].long()][:, None].long() + lists.tiles[entry]
 
     mask = None
-    if not bool((lists.full[work] == int(listed.shape[1])).all()):
+    if before is not None and not bool((lists.full[work] - before[work] == int(listed.shape[1])).all()):
         key_pos = torch.where(listed[..., None], keys.positions[key_tile], ABSENT).flatten(1)
         sink, reach = lists.sink[head, tile], lists.reach[head, tile]
         mask = _mask(tile_pass.region, tile_pass.positions[row_slot], key_pos, sink, reach)
@@ -162,6 +191,11 @@ def _attend_batch(problem: _Problem, work: torch.Tensor, tiles: int, out: torch.
         no_key = part_lse <= _NO_KEY_LSE
         part.masked_fill_(no_key[..., None], 0)
         part_lse.masked_fill_(no_key, float("-inf"))
+    if before is not None and bool(before[work].any()):
+        held, held_lse = out[row_index].float(), lse[row_index]
+        total = torch.logaddexp(held_lse, part_lse)
+        share = torch.exp(part_lse - total).nan_to_num_(0.0)[..., None]
+        part, part_lse = torch.lerp(held, part.float(), share).to(out.dtype), total
     # The last row of the outputs is nobody's; leaving rows out costs more than writing them there.
     target = torch.where(row_valid, row_index, out.shape[0] - 1).flatten()
     out.index_copy_(0, target, part.flatten(0, 1))

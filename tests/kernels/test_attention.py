@@ -127,6 +127,27 @@ def test_grid_at_error_zero_uses_both_passes() -> None:
     assert all(int(report.tiles) > int(report.causal) for report in reports), "the cell pass comes on top"
 
 
+@pytest.mark.parametrize("error", [0.0, 0.7])
+@pytest.mark.parametrize("pattern", ["grid", "vertical_slash"])
+def test_full_tiles_by_themselves_change_nothing(pattern: str, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of every length have their full tiles attended to without a mask, and the others merged."""
+    problem = problems.make(tile_queries=32, tile_keys=16)
+    settings = LOOSE | {"error": error, "text_error": error}
+    plain, _ = run(problem, pattern, "reference", **settings)
+    alone: list[int] = []
+    attention = torch_tiles._attention
+
+    def counting(q, k, v, mask, scale):
+        alone.append(mask is None)
+        return attention(q, k, v, mask, scale)
+
+    monkeypatch.setattr(torch_tiles, "_attention", counting)
+    monkeypatch.setattr(torch_tiles, "LONG", 1)
+    fast, _ = run(problem, pattern, "torch", **settings)
+    torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-4)
+    assert 0 < sum(alone) < len(alone)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_torch_equals_reference_beyond_error_zero(pattern: str) -> None:
     problem = problems.make(tile_queries=32, tile_keys=16, probe_rows=7)
