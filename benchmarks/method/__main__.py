@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="8K and 16K tokens only, few cases")
     parser.add_argument("--case", action="append", default=[], metavar="PART", help="only cases whose name contains it")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="a setting, e.g. coverage=0.9")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="a setting, e.g. error=0.05")
     parser.add_argument("--why", action="store_true", help="also tell what the lost mass was planted as; slow")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a verdict is missed")
