@@ -78,7 +78,7 @@ class Config:
     min_tokens: int | None = None
     pattern: str = "auto"
     implementation: str = "auto"
-    error: float = 0.1
+    error: float = 0.07
     text_error: float = 0.01
     error_ceiling: float | None = None
     max_density: float = 1.0
