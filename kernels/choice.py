@@ -15,8 +15,6 @@ import torch
 from .levels import FAIR, LEVELS, PER_OCTAVE, TINY, Curves
 from .tiles import UNBOUNDED, Region, tile_visibility
 
-EASE = 0.1
-"""Share of its price by which dense attention counts as cheaper: what it computes is known to be right."""
 LOYALTY = 0.1
 """Share of its price by which a pattern counts as cheaper to a head that ran it in the chunk before."""
 
@@ -276,12 +274,14 @@ class Budget:
 
     ``energy`` fp32 [H]: that of each head's dense output, mean over the probe rows. ``bound``: the largest error of the
     heads' output together, relative to it; 0 leaves nothing out. ``max_density``: tiles that are computed over causal
-    ones, whatever the bound, over all heads; what is always read is not counted.
+    ones, whatever the bound, over all heads; what is always read is not counted. ``ease``: share of its price by which
+    dense attention counts as cheaper than as many tiles.
     """
 
     energy: torch.Tensor
     bound: float
     max_density: float = 1.0
+    ease: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -306,8 +306,7 @@ def decide(
     At a price per tile, each head has that proposal and threshold, or dense attention, whose error and price together
     are least. The highest price at which the heads stay within the budget is the one, so a head gets tiles where they
     help the layer's output most; what is left of the budget goes to heads that the next higher price would have sooner.
-    Dense attention must cost clearly more than what is chosen instead of it (:data:`EASE`). Heads with one proposal and
-    nothing to search have that, and neither draw on the budget nor add to it.
+    Heads with one proposal and nothing to search have that, and neither draw on the budget nor add to it.
 
     Args:
         wanted: which heads may have which proposal, bool [proposals, H]; heads without any run dense.
@@ -338,7 +337,7 @@ def decide(
     bound_to = wanted.any(0) if budget.exact else fixed
     barred = torch.cat([~wanted.T.repeat_interleave(thresholds, dim=1), bound_to[:, None]], dim=1)
     loyal = (previous[:, None] == torch.arange(len(proposals), device=device)).repeat_interleave(thresholds, dim=1)
-    favour = torch.nn.functional.pad(1 - LOYALTY * loyal, (0, 1), value=1 - EASE)
+    favour = torch.nn.functional.pad(1 - LOYALTY * loyal, (0, 1), value=1 - budget.ease)
     paid = (error * favour).masked_fill(barred, torch.inf)[..., None] + (tiles * favour)[..., None] * price
     option = paid.argmin(1)
     lost = error.gather(1, option).masked_fill(fixed[:, None], 0.0)

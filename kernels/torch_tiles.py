@@ -4,7 +4,8 @@ Keys and values are copied once per pass into the pass's order, so that a list g
 by length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their batch, and
 each batch is one gather and one fused attention call. On the CPU that call is PyTorch's flash kernel, which returns the
 LSE; elsewhere scores are materialised within the same bound. A mask over all scores costs about what attention does, so
-the full tiles of long lists are attended to by themselves, in batches of lists that are equally long, and merged.
+the full tiles of long lists are attended to by themselves, in batches of lists that are equally long, and merged. Heads
+that list every causal tile of a request are attended to at once, without tiles, which takes half the time per key.
 """
 
 from __future__ import annotations
@@ -54,11 +55,9 @@ def attend(
     part = query.new_zeros(heads * tile_pass.rows.numel() + 1, operands.value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
     row_counts = tile_pass.indptr.diff().long().repeat(heads)
-    full = torch.where((lists.count >= LONG) & (2 * lists.full >= lists.count), lists.full, 0).long()
-    for begin, lengths, whole in (
-        (lists.begin.long(), full, True),
-        (lists.begin + full, lists.count - full, False),
-    ):
+    count = torch.where(_attend_dense(problem, part, part_lse), 0, lists.count)
+    full = torch.where((count >= LONG) & (2 * lists.full >= count), lists.full, 0).long()
+    for begin, lengths, whole in ((lists.begin.long(), full, True), (lists.begin + full, count - full, False)):
         work = torch.nonzero(lengths).squeeze(1)
         # Longest lists first; among equal ones those with the same number of rows stay together.
         work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
@@ -111,6 +110,45 @@ def _tile_major(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Pool rows of each key tile: [slots, KV heads, D] -> [KV heads, key tiles, tile_keys * D]."""
     rows = pool.index_select(0, slots.flatten())
     return rows.view(*slots.shape, *pool.shape[1:]).permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend_dense(problem: _Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Attention of the heads that list every causal tile of a request; which lists that were, bool [H * T].
+
+    ``out``, ``lse``: of all rows of all heads; the last row is spare.
+    """
+    tile_pass, lists = problem.tile_pass, problem.lists
+    done = torch.zeros_like(lists.reach, dtype=torch.bool)
+    if tile_pass.region is Region.FAR or out.device.type != "cpu" or problem.keys.shape != problem.values.shape:
+        return done.flatten()
+    causal = torch.div(tile_pass.max_pos, tile_pass.keys.tile_keys, rounding_mode="floor") + 1
+    every = (lists.count.view_as(done) == causal) & (lists.reach > tile_pass.max_pos)
+    slots = tile_pass.rows.numel()
+    for request in sorted(set(tile_pass.request.tolist())):
+        tiles = (tile_pass.request == request).nonzero()[:, 0]
+        heads = every[:, tiles].all(1).nonzero()[:, 0]
+        rows = slice(*tile_pass.indptr[[int(tiles[0]), int(tiles[-1]) + 1]].tolist())
+        positions = tile_pass.positions[rows]
+        first, end = int(positions[0]), int(positions[-1]) + 1
+        if heads.numel() == 0 or end - first != len(positions):
+            continue
+        key_tile = slice(*tile_pass.keys.tile_indptr[[request, request + 1]].tolist())
+        k, v = (
+            operand[heads // problem.group, key_tile].view(1, len(heads), -1, out.shape[1])[:, :, :end]
+            for operand in (problem.keys, problem.values)
+        )
+        q = problem.query.view(-1, slots, out.shape[1])[heads, rows][None]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        part, part_lse = flash(q, k[:, :, first:], v[:, :, first:], 0.0, True, scale=problem.scale)
+        if first:
+            before, before_lse = flash(q, k[:, :, :first], v[:, :, :first], 0.0, False, scale=problem.scale)
+            total = torch.logaddexp(before_lse, part_lse)
+            part = torch.lerp(before, part, torch.exp(part_lse - total)[..., None].to(part.dtype))
+            part_lse = total
+        out[:-1].view(-1, slots, out.shape[1])[heads, rows] = part[0]
+        lse[:-1].view(-1, slots)[heads, rows] = part_lse[0]
+        done[heads[:, None], tiles] = True
+    return done.flatten()
 
 
 def _batches(

@@ -197,6 +197,10 @@ class _Layer:
         run = probe.run if with_weights else self.stages.probe
         return run(self.operands, group.keys, group.probe_rows)
 
+    def budget(self, output: torch.Tensor, bound: float) -> Budget:
+        """What heads may lose whose probe rows have this dense output, fp32 [H, P, Dv]."""
+        return budget_of(output, bound, self.config, self.stages.ease)
+
     def probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
         """Blocks of whole GQA groups whose probe stays within the bound of the device."""
         heads, per_group = self.operands.heads, self.operands.group
@@ -256,20 +260,18 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
         if listens and layout.search is not None:
             assert isinstance(probed, probe.WeightProbe)
             layout.search.listen(probed)
-        selection = select.Selection(
-            group.view, probed, budget_of(probed.output, bound, layer.config), layer.stages.search
-        )
+        selection = select.Selection(group.view, probed, layer.budget(probed.output, bound), layer.stages.search)
         blocks.append(propose(selection, layer.config, pairs))
         outputs.append(probed.output)
     output = torch.cat(outputs)
-    choice, picked = choose(group.view, blocks, pairs, budget_of(output, bound, layer.config), carried[layer.heads])
+    choice, picked = choose(group.view, blocks, pairs, layer.budget(output, bound), carried[layer.heads])
     carried[layer.heads] = picked
     return choice, output
 
 
-def budget_of(output: torch.Tensor, bound: float, config: Config) -> Budget:
-    """What heads may lose whose probe rows have this dense output, fp32 [H, P, Dv]."""
-    return Budget(output.square().sum(2).mean(1), AIM * bound, config.max_density)
+def budget_of(output: torch.Tensor, bound: float, config: Config, ease: float) -> Budget:
+    """What heads may lose whose probe rows have this dense output, fp32 [H, P, Dv]; ``ease``: see ``Stages``."""
+    return Budget(output.square().sum(2).mean(1), AIM * bound, config.max_density, ease)
 
 
 Pair = tuple[str, str]
