@@ -128,16 +128,18 @@ def _attend_dense(problem: _Problem, out: torch.Tensor, lse: torch.Tensor) -> to
         tiles = (tile_pass.request == request).nonzero()[:, 0]
         heads = every[:, tiles].all(1).nonzero()[:, 0]
         rows = slice(*tile_pass.indptr[[int(tiles[0]), int(tiles[-1]) + 1]].tolist())
-        positions = tile_pass.positions[rows]
+        # Text rows lie before media rows here.
+        positions, order = tile_pass.positions[rows].sort()
         first, end = int(positions[0]), int(positions[-1]) + 1
-        if heads.numel() == 0 or end - first != len(positions):
+        if heads.numel() == 0 or not torch.equal(positions, torch.arange(first, end, dtype=positions.dtype)):
             continue
+        order = order + rows.start
         key_tile = slice(*tile_pass.keys.tile_indptr[[request, request + 1]].tolist())
         k, v = (
             operand[heads // problem.group, key_tile].view(1, len(heads), -1, out.shape[1])[:, :, :end]
             for operand in (problem.keys, problem.values)
         )
-        q = problem.query.view(-1, slots, out.shape[1])[heads, rows][None]
+        q = problem.query.view(-1, slots, out.shape[1])[heads[:, None], order][None]
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         part, part_lse = flash(q, k[:, :, first:], v[:, :, first:], 0.0, True, scale=problem.scale)
         if first:
@@ -145,8 +147,8 @@ def _attend_dense(problem: _Problem, out: torch.Tensor, lse: torch.Tensor) -> to
             total = torch.logaddexp(before_lse, part_lse)
             part = torch.lerp(before, part, torch.exp(part_lse - total)[..., None].to(part.dtype))
             part_lse = total
-        out[:-1].view(-1, slots, out.shape[1])[heads, rows] = part[0]
-        lse[:-1].view(-1, slots)[heads, rows] = part_lse[0]
+        out[:-1].view(-1, slots, out.shape[1])[heads[:, None], order] = part[0]
+        lse[:-1].view(-1, slots)[heads[:, None], order] = part_lse[0]
         done[heads[:, None], tiles] = True
     return done.flatten()
 
