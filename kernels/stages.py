@@ -17,8 +17,8 @@ from .tiles import TileLists, TilePass
 _FUSED = ("triton", "flashinfer")
 EASE = 0.1
 """Until a GPU has told: dense attention must be clearly dearer, as what it computes is known to be right."""
-PORTABLE_EASE = 0.4
-"""On a CPU dense attention takes 0.5 to 0.6 of the time of as many tiles that are gathered."""
+CPU_EASE = 0.4
+"""There dense attention takes 0.5 to 0.6 of the time of as many tiles that are gathered."""
 
 
 class Stages(NamedTuple):
@@ -26,7 +26,6 @@ class Stages(NamedTuple):
 
     ``waits``: whether the host may ask the device for a value, because both are the same.
     ``repair``: the implementation for the guard's pass, whose lists are nearly always empty.
-    ``ease``: share of its tiles' price by which dense attention is cheaper than the same tiles chosen one by one.
     """
 
     probe: Callable[[Operands, ProbeKeys, ProbeRows], Probe]
@@ -34,14 +33,18 @@ class Stages(NamedTuple):
     lists: Callable[[TilePass, torch.Tensor, torch.Tensor, torch.Tensor], TileLists]
     waits: bool
     repair: str
-    ease: float
 
 
 def stages_of(implementation: str) -> Stages:
     """The stages that go with an implementation of attention: those in Triton on devices, or the portable ones."""
     if implementation not in _FUSED:
-        return Stages(probe.run, search, tiles.lists_from_map, waits=True, repair=implementation, ease=PORTABLE_EASE)
+        return Stages(probe.run, search, tiles.lists_from_map, waits=True, repair=implementation)
     probe_triton, search_triton, lists_triton = (
         importlib.import_module(f".{name}_triton", __package__) for name in ("probe", "search", "lists")
     )
-    return Stages(probe_triton.run, search_triton, lists_triton.lists_from_map, waits=False, repair="triton", ease=EASE)
+    return Stages(probe_triton.run, search_triton, lists_triton.lists_from_map, waits=False, repair="triton")
+
+
+def ease_on(device: torch.device) -> float:
+    """Share of its tiles' price by which dense attention is cheaper on a device than as many tiles of lists."""
+    return CPU_EASE if device.type == "cpu" else EASE

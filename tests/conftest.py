@@ -32,4 +32,4 @@ def _small_problems_run_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small problems need most of their tiles, so that on a CPU dense attention would nearly always be quicker."""
     from mminference_sgl.kernels import stages
 
-    monkeypatch.setattr(stages, "PORTABLE_EASE", stages.EASE)
+    monkeypatch.setattr(stages, "CPU_EASE", stages.EASE)

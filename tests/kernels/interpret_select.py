@@ -12,7 +12,7 @@ import torch
 
 import problems
 from interpret import BATCH, distance
-from mminference_sgl.kernels import lists_triton, probe, search, search_triton
+from mminference_sgl.kernels import lists_triton, probe, search, search_triton, stages
 from mminference_sgl.kernels.levels import Curves
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map
 from mminference_sgl.method import prefill
@@ -155,4 +155,6 @@ def compare_lists(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tenso
 if __name__ == "__main__":
     # Memory that nothing was written to is NaN, or the largest integer.
     torch.use_deterministic_algorithms(True)
+    # Small problems need most of their tiles.
+    stages.CPU_EASE = stages.EASE
     main()

@@ -30,7 +30,7 @@ def probed(problem: problems.Problem, group) -> probe.WeightProbe:
 
 def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
     rows, pairs = probed(problem, group), [(pattern, pattern)] * problem.query.shape[1]
-    budget = prefill.budget_of(rows.output, config.bound(group.modality), config, 0.1)
+    budget = prefill.budget_of(rows.output, config.bound(group.modality), config)
     blocks = [prefill.propose(select.Selection(group.view, rows, budget, search), config, pairs)]
     nothing = torch.full((len(pairs),), -1)
     return prefill.choose(group.view, blocks, pairs, budget, nothing)[0]

@@ -14,7 +14,7 @@ from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import ops, probe, select
 from mminference_sgl.kernels.choice import Budget, Choice, Proposal
 from mminference_sgl.kernels.operands import Operands
-from mminference_sgl.kernels.stages import Stages, stages_of
+from mminference_sgl.kernels.stages import Stages, ease_on, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
@@ -197,10 +197,6 @@ class _Layer:
         run = probe.run if with_weights else self.stages.probe
         return run(self.operands, group.keys, group.probe_rows)
 
-    def budget(self, output: torch.Tensor, bound: float) -> Budget:
-        """What heads may lose whose probe rows have this dense output, fp32 [H, P, Dv]."""
-        return budget_of(output, bound, self.config, self.stages.ease)
-
     def probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
         """Blocks of whole GQA groups whose probe stays within the bound of the device."""
         heads, per_group = self.operands.heads, self.operands.group
@@ -260,18 +256,20 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
         if listens and layout.search is not None:
             assert isinstance(probed, probe.WeightProbe)
             layout.search.listen(probed)
-        selection = select.Selection(group.view, probed, layer.budget(probed.output, bound), layer.stages.search)
+        selection = select.Selection(
+            group.view, probed, budget_of(probed.output, bound, layer.config), layer.stages.search
+        )
         blocks.append(propose(selection, layer.config, pairs))
         outputs.append(probed.output)
     output = torch.cat(outputs)
-    choice, picked = choose(group.view, blocks, pairs, layer.budget(output, bound), carried[layer.heads])
+    choice, picked = choose(group.view, blocks, pairs, budget_of(output, bound, layer.config), carried[layer.heads])
     carried[layer.heads] = picked
     return choice, output
 
 
-def budget_of(output: torch.Tensor, bound: float, config: Config, ease: float) -> Budget:
-    """What heads may lose whose probe rows have this dense output, fp32 [H, P, Dv]; ``ease``: see ``Stages``."""
-    return Budget(output.square().sum(2).mean(1), AIM * bound, config.max_density, ease)
+def budget_of(output: torch.Tensor, bound: float, config: Config) -> Budget:
+    """What heads may lose whose probe rows have this dense output, fp32 [H, P, Dv]."""
+    return Budget(output.square().sum(2).mean(1), AIM * bound, config.max_density, ease_on(output.device))
 
 
 Pair = tuple[str, str]
