@@ -20,14 +20,12 @@ from . import search
 from .choice import CellTiles, CellView, SlashTiles
 from .launch_table import OPTIONS
 from .levels import TINY, Curves
-from .probe import HELD
+from .probe_triton import CHANNELS_ALL, CHANNELS_HELD
 
 ALWAYS = tl.constexpr(scale.ALWAYS)
 PER_OCTAVE = tl.constexpr(scale.PER_OCTAVE)
 FAIR = tl.constexpr(scale.FAIR)
 THRESHOLDS = tl.constexpr(scale.LEVELS + 1)
-CHANNELS_HELD = tl.constexpr(HELD)
-CHANNELS = tl.constexpr(16)
 LEAST = tl.constexpr(scale.LEAST)
 TINIEST = tl.constexpr(TINY)
 NUMBERS = ["rows", "query_tiles", "tiles", "candidates", "bands", "always", "margin"]
@@ -96,8 +94,8 @@ def rows_kernel(
     i_index = i_head * rows + i_row
     channel, size = tl.num_programs(1).to(tl.int64) * rows * tiles, tl.load(p_size + i_index)
     p_held += i_index * tiles
-    o_c = tl.arange(0, CHANNELS)
-    b_sums = tl.zeros([CHANNELS], tl.float32)
+    o_c = tl.arange(0, CHANNELS_ALL)
+    b_sums = tl.zeros([CHANNELS_ALL], tl.float32)
     b_alone = tl.zeros([BLOCK], tl.float32)
     b_beside = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, tiles, BLOCK):
@@ -241,8 +239,8 @@ def lost_kernel(p_held, p_size, p_levels, p_row_tile, p_error, p_kept, tiles, st
     i_index = i_head * rows + i_row
     channel = tl.num_programs(1).to(tl.int64) * rows * tiles
     p_levels += i_head * stride_head + tl.load(p_row_tile + i_row) * tiles
-    o_threshold, o_c = tl.arange(0, THRESHOLDS), tl.arange(0, CHANNELS)
-    b_lost = tl.zeros([THRESHOLDS, CHANNELS], tl.float32)
+    o_threshold, o_c = tl.arange(0, THRESHOLDS), tl.arange(0, CHANNELS_ALL)
+    b_lost = tl.zeros([THRESHOLDS, CHANNELS_ALL], tl.float32)
     for first in tl.range(0, tiles, BLOCK):
         o_tile = first + tl.arange(0, BLOCK)
         m_tile = o_tile < tiles

@@ -70,12 +70,18 @@ def attend(
     part = part.view(heads, -1, part.shape[1]).transpose(0, 1)
     part_lse = part_lse.view(heads, -1).transpose(0, 1)
     if merge:
-        old_lse = lse[tile_pass.rows]
-        total = torch.logaddexp(old_lse, part_lse)
-        share = torch.exp(part_lse - total).nan_to_num_(0.0)[..., None]
-        part, part_lse = torch.lerp(out[tile_pass.rows].float(), part.float(), share).to(out.dtype), total
+        part, part_lse = _merged(out[tile_pass.rows], lse[tile_pass.rows], part, part_lse)
     out[tile_pass.rows] = part.to(out.dtype)
     lse[tile_pass.rows] = part_lse
+
+
+def _merged(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the keys of both, output [..., D] in the first one's dtype and LSE [...]; a row may see none."""
+    total = torch.logaddexp(lse, part_lse)
+    share = torch.exp(part_lse - total).nan_to_num_(0.0)[..., None]
+    return torch.lerp(out.float(), part.float(), share).to(out.dtype), total
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -144,9 +150,7 @@ def _attend_dense(problem: _Problem, out: torch.Tensor, lse: torch.Tensor) -> to
         part, part_lse = flash(q, k[:, :, first:], v[:, :, first:], 0.0, True, scale=problem.scale)
         if first:
             before, before_lse = flash(q, k[:, :, :first], v[:, :, :first], 0.0, False, scale=problem.scale)
-            total = torch.logaddexp(before_lse, part_lse)
-            part = torch.lerp(before, part, torch.exp(part_lse - total)[..., None].to(part.dtype))
-            part_lse = total
+            part, part_lse = _merged(before, before_lse, part, part_lse)
         out[:-1].view(-1, slots, out.shape[1])[heads[:, None], order] = part[0]
         lse[:-1].view(-1, slots)[heads[:, None], order] = part_lse[0]
         done[heads[:, None], tiles] = True
@@ -232,10 +236,7 @@ def _attend_batch(
         part.masked_fill_(no_key[..., None], 0)
         part_lse.masked_fill_(no_key, float("-inf"))
     if before is not None and bool(before[work].any()):
-        held, held_lse = out[row_index].float(), lse[row_index]
-        total = torch.logaddexp(held_lse, part_lse)
-        share = torch.exp(part_lse - total).nan_to_num_(0.0)[..., None]
-        part, part_lse = torch.lerp(held, part.float(), share).to(out.dtype), total
+        part, part_lse = _merged(out[row_index], lse[row_index], part, part_lse)
     # The last row of the outputs is nobody's; leaving rows out costs more than writing them there.
     target = torch.where(row_valid, row_index, out.shape[0] - 1).flatten()
     out.index_copy_(0, target, part.flatten(0, 1))

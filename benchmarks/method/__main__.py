@@ -27,10 +27,8 @@ from typing import Any
 from benchmarks.method.cases import CASES
 from benchmarks.method.measure import Result, run
 from benchmarks.method.verdicts import judge
+from benchmarks.toy.serving import GUARD_OFF
 from mminference_sgl.method.config import from_sources
-
-GUARD_OFF = 1e9
-"""Error ceiling that no head reaches: what is measured is selection alone."""
 
 
 def describe(result: Result) -> str:
@@ -64,6 +62,7 @@ def main() -> int:
         print(*(case.name for case in cases), sep="\n")
         return 0
     keep_freed_memory()
+    # What is measured is selection alone.
     config = from_sources(("defaults", {"error_ceiling": GUARD_OFF}), ("--set", settings(arguments.set)))
     start, results = time.perf_counter(), []
     titles = "".join(f"{title:>9}" for title in ("needed", "planted", "density", "coverage", "mass", "error"))

@@ -40,8 +40,6 @@ class Result:
     guarded: int
     mass_by_kind: dict[str, float]
     mass_by_head: list[float]
-    mass_as_chunked: dict[int, float]
-    """In one chunk: the mass of the rows that the same case in chunks of that size measures."""
     seconds: float
     why: list[str]
     """One line per measured chunk, if asked for."""
@@ -102,9 +100,6 @@ def measure(
         "mass_by_kind": by_kind,
         "mass_by_head": [float(np.average(column[used], weights=weight[used])) for column in mass.T],
         "why": lines,
-        "mass_as_chunked": {
-            size: mean(mass.mean(1), other) for size, other in truth.weight.items() if not chunk and size
-        },
     }
 
 

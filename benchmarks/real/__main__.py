@@ -30,6 +30,7 @@ from benchmarks.real.documents import DOCUMENTS, HALVES, KINDS
 from benchmarks.real.measures import Distance, distance
 from benchmarks.real.passkeys import DEPTHS, passkeys
 from benchmarks.real.readers import Served, Twin
+from benchmarks.toy.serving import GUARD_OFF
 from mminference_sgl.testing import ServerError
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def window(density: float, length: int) -> int:
 def _controls(
     reader: Reader, rows: Sequence[Row], prompts: list[torch.Tensor], dense: list[Reading], settings: dict[str, Any]
 ) -> list[Row]:
-    control = {"pattern": str(A_SHAPE), "error_ceiling": 1e9, "min_tokens": settings["min_tokens"]}
+    control = {"pattern": str(A_SHAPE), "error_ceiling": GUARD_OFF, "min_tokens": settings["min_tokens"]}
     budgets = [{"sink": SINK, "window": window(row.mean_density, row.length)} for row in rows]
     sparse = reader.sparse(prompts, [control | {"patterns": {"a_shape": budget}} for budget in budgets])
     return _rows(reader, [(row.document, row.length) for row in rows], dense, sparse)

@@ -270,7 +270,9 @@ def _key_order(requests: Sequence[_Tiled], *, contiguous: bool = False) -> KeyOr
 
 
 def rows_to_probe(chunk: int) -> int:
-    """Probe rows of a chunk: one in 128, which is 0.8 % of dense attention; of chunks below 8K tokens one in 64."""
+    """Probe rows of a chunk: one in 128, which is 0.8 % of dense attention; 64 of chunks
+    below 8K tokens, one in 32 below 2K, at least 16.
+    """
     return max(16, min(64, chunk // 32), chunk // 128)
 
 

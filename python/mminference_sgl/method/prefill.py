@@ -250,7 +250,7 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
     listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
     carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.operands.query.device)
     pairs = [spec.of(group.modality) for spec in layer.specs]
-    blocks, outputs = [], []
+    blocks, outputs, energies = [], [], []
     for part in layer.probe_parts(group, with_weights=listens):
         probed = part.probe(group, with_weights=listens)
         if listens and layout.search is not None:
@@ -261,10 +261,11 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
         )
         blocks.append(propose(selection, layer.config, pairs))
         outputs.append(probed.output)
-    output = torch.cat(outputs)
-    choice, picked = choose(group.view, blocks, pairs, budget_of(output, bound, layer.config), carried[layer.heads])
+        energies.append(selection.budget.energy)
+    budget = replace(selection.budget, energy=torch.cat(energies))
+    choice, picked = choose(group.view, blocks, pairs, budget, carried[layer.heads])
     carried[layer.heads] = picked
-    return choice, output
+    return choice, torch.cat(outputs)
 
 
 def budget_of(output: torch.Tensor, bound: float, config: Config) -> Budget:
