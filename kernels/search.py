@@ -55,6 +55,8 @@ def lines(
     if min_lines:
         take_lines(levels[:, : energy.shape[2]], min_lines)
     line, band, wide = torch.split(levels, [energy.shape[2], cell.num_bands, 1], dim=1)
+    # A band's few rows may miss what a neighbour's show: rows that read everything lie together, not band by band.
+    band = torch.nn.functional.max_pool1d(band.float(), 3, stride=1, padding=1).to(torch.int8)
     on_tiles = torch.maximum(line[:, None], band[:, cell.bands, None])
     on_tiles = torch.where(cell.beside, torch.maximum(on_tiles, wide[..., None]), on_tiles)
     return on_tiles.masked_fill_(cell.own, ALWAYS).masked_fill_(~tiles.visible, -1)

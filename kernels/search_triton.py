@@ -182,7 +182,10 @@ def level_of_tiles(p_levels, o_tile, tiles, low, high, width, margin, band, band
     m_tile = o_tile < tiles
     b_level = tl.load(p_levels + o_tile, mask=m_tile, other=-1).to(tl.int32)
     if LINES:
-        b_level = tl.maximum(b_level, tl.load(p_levels + tiles + band).to(tl.int32))
+        o_band = band - 1 + tl.arange(0, 4)
+        m_band = (o_band >= 0) & (o_band < bands) & (o_band <= band + 1)
+        b_band = tl.load(p_levels + tiles + o_band, mask=m_band, other=-1).to(tl.int32)
+        b_level = tl.maximum(b_level, tl.max(b_band, 0))
         m_beside = (o_tile >= low - width) & (o_tile < high + width)
         beside = tl.load(p_levels + tiles + bands).to(tl.int32)
         b_level = tl.where(m_beside, tl.maximum(b_level, beside), b_level)

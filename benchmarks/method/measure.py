@@ -37,6 +37,8 @@ class Result:
     coverage: float
     mass: float
     error: float
+    error_bound_slack: float
+    """By how much an error may exceed its bound that as many rows as were probed were found to keep: a factor."""
     guarded: int
     mass_by_kind: dict[str, float]
     mass_by_head: list[float]
@@ -52,7 +54,8 @@ def measure(
     weight = truth.weight[chunk]
     lines = []
     tiles = near_tiles = guarded = 0
-    coverage, squares, norm = [], 0.0, 0.0
+    coverage, norm, probed = [], 0.0, 0
+    squares = np.zeros(len(truth.positions))
     kept = torch.full(truth.lse.shape, torch.nan)
     for one in forwards:
         own = np.flatnonzero((truth.positions >= one.start) & (truth.positions < one.end))
@@ -73,7 +76,8 @@ def measure(
             error = (out[rows] - truth.out[own]).square().sum(-1)
             kept[own] = torch.where(error < 1e-8 * truth.out[own].square().sum(-1), 1.0, kept[own])
         own_weight = torch.from_numpy(weight[own])
-        squares += float(((out[rows] - truth.out[own]).square().sum((1, 2)) * own_weight).sum())
+        squares[own] = (out[rows] - truth.out[own]).square().sum((1, 2)).double().numpy()
+        probed += sum(len(group.probe_rows.rows) for group in one.sampled_plan.groups if group.modality == "media")
         norm += float((truth.out[own].square().sum((1, 2)) * own_weight).sum())
         if why:
             lines.append(losses(one, truth, passes, weight))
@@ -95,12 +99,22 @@ def measure(
         "density_near": near_tiles / sum(one.causal for one in forwards),
         "coverage": float(np.mean(coverage)),
         "mass": mean(mass.mean(1), weight),
-        "error": (squares / norm) ** 0.5,
+        "error": float(squares @ weight / norm) ** 0.5,
+        "error_bound_slack": _slack(squares, weight, probed),
         "guarded": guarded,
         "mass_by_kind": by_kind,
         "mass_by_head": [float(np.average(column[used], weights=weight[used])) for column in mass.T],
         "why": lines,
     }
+
+
+def _slack(squares: np.ndarray, weight: np.ndarray, probed: int) -> float:
+    """By how much a root of a mean square may exceed the one of ``probed`` rows drawn from the same: two deviations."""
+    mean = squares @ weight
+    if mean == 0:
+        return 1.0
+    deviation = (weight @ (squares - mean) ** 2 / probed) ** 0.5
+    return float(1 + 2 * deviation / mean) ** 0.5
 
 
 def run(cases: Sequence[Case], config: Config, *, why: bool = False) -> Iterator[Result]:

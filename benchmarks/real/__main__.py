@@ -134,8 +134,10 @@ def judge(rows: Sequence[Row], found: Sequence[Found], controls: Sequence[Row] =
             failures.append(f"{where}: loses {100 * loss:.2f} +- {100 * interval:.2f} % likelihood")
         if agreement < AGREEMENT:
             failures.append(f"{where}: {100 * agreement:.1f} % agreement")
-        if controls:
-            failures += [f"{where}: {what}" for what in _beside(own, [controls[index] for index in members])]
+    if controls:
+        for length in sorted({row.length for row in rows}):
+            pairs = [pair for pair in zip(rows, controls, strict=True) if pair[0].length == length]
+            failures += [f"all at {length} tokens: {what}" for what in _beside(*zip(*pairs, strict=True))]
     failures += [
         f"passkey at {each.length} tokens, depth {each.depth:.2f}: found densely only"
         for each in found

@@ -255,7 +255,7 @@ def test_check_fails_when_a_verdict_is_missed(monkeypatch, capsys) -> None:
     monkeypatch.setattr(verdicts, "CASES", small)
     monkeypatch.setattr(command, "CASES", small)
     # No loss at all is wanted of rows that may lose something.
-    monkeypatch.setattr(verdicts, "EXCESS", 0.0)
+    monkeypatch.setattr(measure, "_slack", lambda *_: 0.0)
     monkeypatch.setattr(sys, "argv", ["method.py", "--check"])
     assert command.main() == 1
     assert "MISSED" in capsys.readouterr().out

@@ -385,6 +385,6 @@ def test_a_rough_run_is_no_better_than_its_control(folder: Path, tmp_path: Path,
         # It is what it is compared with.
         assert control["divergence"] == pytest.approx(row["divergence"], rel=0.3)
     kept = [failure for failure in record["failures"] if "the control by" in failure]
-    assert [failure.split(":")[0] for failure in kept] == ["prose at 768 tokens", "code at 768 tokens"]
+    assert [failure.split(":")[0] for failure in kept] == ["all at 768 tokens"]
     text = capsys.readouterr().out
     assert all(f"FAILED: {failure}" in text for failure in record["failures"])

@@ -228,6 +228,23 @@ def test_h_lines_read_everything() -> None:
     assert read[:, h_line].mean() > 4 * read[:, others].mean()
 
 
+def test_what_a_band_would_lose_counts_for_the_bands_beside_it() -> None:
+    problem = problems.make([LONG_VIDEO], tile_queries=32, tile_keys=16, head_dim=128, cell_size=4)
+    group = media_group(problem)
+    cell = group.view.cell
+    assert cell is not None
+    tiles = cell.tiles(4, 1)
+    assert cell.num_bands > 8
+    rows = (cell.band_of_row == 4).nonzero()[:, 0]
+    held = torch.zeros(probe.HELD, 1, len(group.probe_rows.rows), tiles.visible.shape[1])
+    # As much in every tile that is not read anyhow: no line stands out, but all of them together.
+    held[:2, 0, rows] = 0.5 / tiles.visible.shape[1] * ~cell.own_at_rows[rows]
+    size = torch.ones(held.shape[1:3])
+    levels = search.lines(held, size, cell, tiles, group.view.causal_tiles, torch.ones(1), min_lines=0)
+    near, loose_tiles = (cell.bands - 4).abs() <= 1, tiles.visible & ~cell.own
+    assert levels[0][loose_tiles & near[:, None]].min() > levels[0][loose_tiles & ~near[:, None]].max()
+
+
 def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
     """Rows that look at the cells before and behind their own along the curve."""
     problem = problems.make([LONG_VIDEO], tile_queries=32, tile_keys=16, head_dim=128, cell_size=4)
