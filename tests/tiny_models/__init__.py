@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_models import gemma, glm, internvl, kimi, llava, qwen
+from tiny_models import gemma, glm, internvl, kimi, llava, qwen, vila
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": qwen.build_qwen2_vl,
@@ -26,6 +26,9 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "llava_onevision": llava.build,
     "gemma3": gemma.build,
     "kimi_vl": kimi.build,
+    "longvila": vila.build_qwen,
+    "longvila_llama": vila.build_llama,
+    "longvila_pooled": vila.build_pooled,
 }
 
 

@@ -16,6 +16,7 @@ InternVL                video: one per frame, all videos in one item;  squares o
                         image: one of several tiles                    configuration
 NVILA                   an item per frame or tile                      the same
 LLaVA-OneVision         none: ``image_offsets``, ``image_pad_len``     squares, unless an image is cut into tiles
+this package's own      one per frame or video                         :data:`SPAN_GRIDS`, in tokens
 ======================  =============================================  ================================================
 
 Where none of this is there, or it does not match the spans, the span is opaque. Frames that come as spans of their own
@@ -38,6 +39,9 @@ _GRID_KEYS = ("video_grid_thw", "image_grid_thw", "grid_thws", "image_grid_hws")
 _NVILA_POOLING = {"NVILAForConditionalGeneration": 2, "NVILALiteForConditionalGeneration": 3}
 _LLAVA_POOLS_BEYOND = 16
 """Images of one request beyond which LLaVA reserves the tokens of pooled frames for each."""
+SPAN_GRIDS, SPAN_FRAMES = "mminference_span_grids", "mminference_span_frames"
+"""What this package's own processors say of each span: (frames, rows, columns) in tokens, and its first frame's number
+in the clip."""
 MAX_FRAME_GAP = 64
 """Most text tokens between two spans that are frames of one clip."""
 
@@ -81,12 +85,16 @@ class ModelGeometry:
 
 @dataclass(frozen=True)
 class _Piece:
-    """An item in the making; ``frame``: one frame of a video, which may go on in the next piece."""
+    """An item in the making; ``frame``: one frame of a video, which may go on in the next piece.
+
+    ``number``: of its first frame in its clip, None where that is not recorded.
+    """
 
     modality: int
     spans: Spans
     grid: Grid | None
     frame: bool = False
+    number: int | None = None
 
 
 def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
@@ -108,12 +116,18 @@ def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
             reserved = item.offsets is None
             offsets = _reserved(mm_inputs, number) if reserved else item.offsets
             spans = [(int(start), int(end)) for start, end in offsets]
+            own = _own(data, len(spans))
             grids = _grids(data, geometry)
         except (TypeError, ValueError, OverflowError, IndexError, RuntimeError) as error:
             raise GeometryError(f"item {number}: offsets or grid cannot be read: {error}") from None
         if not spans:
             raise GeometryError(f"item {number}: no token spans")
-        if grids:
+        if own:
+            pieces.extend(
+                _Piece(modality, [span], grid, number=number)
+                for span, (grid, number) in zip(spans, own, strict=True)
+            )
+        elif grids:
             pieces.extend(_by_grid_key(modality, spans, grids, positions))
         elif reserved:
             pieces.extend(_reserved_square(modality, span, data, len(mm_inputs.mm_items)) for span in spans)
@@ -135,6 +149,16 @@ def _reserved(mm_inputs: Any, number: int) -> Spans:
         raise ValueError(f"{len(starts)} offsets and {len(lengths)} lengths for {len(mm_inputs.mm_items)} items")
     start = int(starts[number])
     return [(start, start + int(lengths[number]) - 1)]
+
+
+def _own(data: Any, spans: int) -> list[tuple[Grid, int]]:
+    """Grid and first frame of each span, where this package's processors said so."""
+    grids, numbers = data.get(SPAN_GRIDS), data.get(SPAN_FRAMES)
+    if grids is None:
+        return []
+    if not len(grids) == len(numbers) == spans:
+        raise ValueError(f"{len(grids)} grids and {len(numbers)} frame numbers for {spans} spans")
+    return [((int(t), int(h), int(w)), int(number)) for (t, h, w), number in zip(grids, numbers, strict=True)]
 
 
 def _grids(data: Any, geometry: ModelGeometry) -> list[Grid]:
@@ -258,6 +282,10 @@ def _clips(pieces: Sequence[_Piece]) -> list[_Piece]:
 
 
 def _continues(frame: _Piece, following: _Piece) -> bool:
+    if frame.grid is None or following.grid is None or frame.modality != following.modality:
+        return False
+    if frame.number is not None:
+        return frame.grid[1:] == following.grid[1:] and frame.number + frame.grid[0] == following.number
     gap = following.spans[0][0] - frame.spans[-1][1] - 1
     return frame.frame and following.frame and frame.grid == following.grid and 0 <= gap <= MAX_FRAME_GAP
 
@@ -267,7 +295,7 @@ def _joined(frames: Sequence[_Piece]) -> _Piece:
     if len(frames) == 1 or first.grid is None:
         return first
     spans = [span for frame in frames for span in frame.spans]
-    return _Piece(first.modality, spans, (len(frames), *first.grid[1:]))
+    return _Piece(first.modality, spans, (sum(piece.grid[0] for piece in frames if piece.grid), *first.grid[1:]))
 
 
 def _length(span: tuple[int, int]) -> int:

@@ -1,0 +1,70 @@
+"""The entry point that lets SGLang serve the models of this package; `SGLANG_PLUGINS` can leave it out.
+
+SGLang calls :func:`register` in each of its processes before it reads the command line. Nothing here imports a model or
+SGLang's registry of them: they are looked for when a model is loaded. What another plugin or transformers itself
+already knows is left alone. `mminference doctor` lists the models and says when a hook no longer fits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODELS, PROCESSORS = "mminference_sgl.models", "mminference_sgl.processors"
+HOOKS = {
+    "sglang.srt.model_loader.utils.get_model_architecture": "register_models",
+    "sglang.srt.managers.multimodal_processor.import_processors": "register_processors",
+    "sglang.srt.utils.hf_transformers.tokenizer.get_tokenizer": "tokenizer_of_folder",
+}
+"""What of SGLang is wrapped, and by what of this module."""
+
+
+def register() -> None:
+    """Name configurations and chat templates, and hook into what has no registry."""
+    from sglang.srt.multimodal.customized_mm_processor_utils import register_customized_processor
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+    from mminference_sgl.models import configs
+    from mminference_sgl.processors import chat
+
+    for config, processor in ((configs.VilaConfig, chat.VilaChat), (configs.VilaRemoteConfig, chat.VilaChat)):
+        if config.model_type not in CONFIG_MAPPING:
+            AutoConfig.register(config.model_type, config)
+            register_customized_processor(processor)(config)
+    for target, name in HOOKS.items():
+        HookRegistry.register(target, globals()[name], HookType.AROUND)
+
+
+def register_models(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before SGLang looks for a model's class, ours are in its registry where nobody else's are."""
+    from sglang.srt.models.registry import ModelRegistry, import_model_classes
+
+    known = ModelRegistry.get_supported_archs()
+    for name, model in import_model_classes(MODELS).items():
+        if name not in known:
+            ModelRegistry.models[name] = model
+    return original(*args, **kwargs)
+
+
+def register_processors(original: Any, package_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Behind SGLang's processors come ours."""
+    found = original(package_name, *args, **kwargs)
+    if package_name == "sglang.srt.multimodal.processors":
+        original(PROCESSORS, overwrite=True)
+    return found
+
+
+def tokenizer_of_folder(original: Any, tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
+    """VILA keeps the tokenizer with the language model."""
+    from transformers import PretrainedConfig
+
+    from mminference_sgl.models.configs import VilaConfig, VilaRemoteConfig
+
+    if "subfolder" not in kwargs:
+        try:
+            config, _ = PretrainedConfig.get_config_dict(tokenizer_name, revision=kwargs.get("tokenizer_revision"))
+        except (OSError, ValueError):
+            config = {}
+        if config.get("model_type") in {VilaConfig.model_type, VilaRemoteConfig.model_type}:
+            kwargs["subfolder"] = "llm"
+    return original(tokenizer_name, *args, **kwargs)

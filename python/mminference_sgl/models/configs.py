@@ -1,0 +1,112 @@
+"""Configurations of checkpoints that neither transformers nor SGLang knows.
+
+Each has ``text_config`` and ``vision_config``, by which SGLang sees a multimodal model. What cannot be served is
+refused here, by name and with the value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig
+
+_LANGUAGE: dict[str, type[PretrainedConfig]] = {"qwen2": Qwen2Config, "llama": LlamaConfig}
+
+
+class UnsupportedCheckpointError(ValueError):
+    """A checkpoint with a part that is not implemented; the message names it."""
+
+
+def refuse(what: str, value: Any, known: str) -> UnsupportedCheckpointError:
+    """The error for a part that is not implemented."""
+    return UnsupportedCheckpointError(f"mminference: {what} {value!r} is not supported; known: {known}")
+
+
+class VilaConfig(PretrainedConfig):  # type: ignore[misc]
+    """LongVILA and NVILA as VILA's code writes them: ``llm/``, ``vision_tower/`` and ``mm_projector/`` in one folder.
+
+    ``side``: tokens along a side of a frame. ``pool``: frames that become one (TSP encoders), 1 for none.
+    ``image_size``: side of the tower's frames in pixels.
+
+    Facts: NVlabs/VILA ``llava/model/configuration_llava.py``, NVlabs/Long-RL ``configuration_vila.py``.
+    """
+
+    model_type = "llava_llama"
+    architecture: ClassVar[str] = "LlavaLlamaModel"
+    PROJECTORS: ClassVar[tuple[str, ...]] = ("mlp_downsample", "mlp_downsample_fix", "mlp_downsample_2x2_fix")
+    """One and the same: two by two patches become a token."""
+
+    def __init__(
+        self,
+        llm_cfg: dict[str, Any] | None = None,
+        vision_tower_cfg: dict[str, Any] | None = None,
+        mm_projector_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.llm_cfg = llm_cfg or {}
+        self.vision_tower_cfg = vision_tower_cfg or {}
+        self.mm_projector_cfg = mm_projector_cfg or {}
+        for name in ("llm_cfg", "vision_tower_cfg", "mm_projector_cfg"):
+            if not isinstance(getattr(self, name), dict):
+                raise refuse(name, getattr(self, name), "the part's own configuration, written out")
+        kind = self.llm_cfg.get("model_type", "qwen2")
+        if kind not in _LANGUAGE:
+            raise refuse("llm_cfg.model_type", kind, ", ".join(_LANGUAGE))
+        self.text_config = _LANGUAGE[kind](**_own(self.llm_cfg))
+        self.vision_config = SiglipVisionConfig(**_own(self.vision_tower_cfg))
+        self.mm_vision_select_layer = kwargs.pop("mm_vision_select_layer", None) or -2
+        self.num_video_frames = kwargs.pop("num_video_frames", None) or 8
+        self.fps = kwargs.pop("fps", None) or 0.0
+        self.video_encoder = kwargs.pop("video_encoder", None)
+        if self.llm_cfg:
+            self._check(kwargs)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        dtype = kwargs.pop("model_dtype", None) or kwargs.pop("torch_dtype", None) or self.llm_cfg.get("torch_dtype")
+        if isinstance(dtype, str):
+            kwargs.setdefault("dtype", dtype.removeprefix("torch."))
+        kwargs["architectures"] = [self.architecture]
+        super().__init__(**kwargs)
+
+    def _check(self, others: dict[str, Any]) -> None:
+        tower = self.vision_tower_cfg.get("model_type", "siglip_vision_model")
+        if tower != "siglip_vision_model":
+            raise refuse("vision_tower_cfg.model_type", tower, "siglip_vision_model")
+        projector = self.mm_projector_cfg.get("mm_projector_type")
+        if projector not in self.PROJECTORS:
+            raise refuse("mm_projector_type", projector, ", ".join(self.PROJECTORS))
+        for name in ("s2", "dynamic_s2"):
+            if others.get(name):
+                raise refuse(name, others[name], "false")
+        if self.mm_vision_select_layer >= 0 or -self.mm_vision_select_layer > self.vision_config.num_hidden_layers:
+            raise refuse("mm_vision_select_layer", self.mm_vision_select_layer, "from the end, as -2")
+        encoder = self.video_encoder or {}
+        name = str(encoder.get("_target_", "BasicVideoEncoder")).rpartition(".")[2]
+        if name not in {"BasicVideoEncoder", "TSPVideoEncoder"}:
+            raise refuse("video_encoder", name, "BasicVideoEncoder, TSPVideoEncoder")
+        sizes = encoder.get("pool_sizes", [[1, 1, 1]])
+        if len(sizes) != 1 or list(sizes[0])[1:] != [1, 1]:
+            raise refuse("video_encoder.pool_sizes", sizes, "one size, of frames alone, as [[8, 1, 1]]")
+
+    @property
+    def pool(self) -> int:
+        """Frames that become one."""
+        return int((self.video_encoder or {}).get("pool_sizes", [[1]])[0][0])
+
+    @property
+    def side(self) -> int:
+        """Tokens along a side of a frame."""
+        patches = self.vision_config.image_size // self.vision_config.patch_size
+        return -(-patches // 2)
+
+
+class VilaRemoteConfig(VilaConfig):
+    """The same as the checkpoints with remote code write it."""
+
+    model_type = "vila"
+    architecture: ClassVar[str] = "VILAForCausalLM"
+
+
+def _own(part: dict[str, Any]) -> dict[str, Any]:
+    """A part's configuration without what names it."""
+    return {name: value for name, value in part.items() if name not in {"model_type", "architectures", "transformers_version"}}
