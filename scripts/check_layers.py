@@ -20,7 +20,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mminference_sgl"
 
-LAYERS = ("plugin", "model_plugin", "run", "cli", "testing", "processors", "models", "portable", "backend", "method", "kernels", "_core", "")
+LAYERS = (
+    "plugin",
+    "model_plugin",
+    "run",
+    "cli",
+    "testing",
+    "processors",
+    "models",
+    "portable",
+    "backend",
+    "method",
+    "kernels",
+    "_core",
+    "",
+)
 """Parts of the package from top to bottom; "" is the package's own ``__init__``."""
 WITHOUT_SGLANG = ("method", "kernels")
 """Parts that know neither SGLang nor models."""

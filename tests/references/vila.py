@@ -22,7 +22,13 @@ from transformers import (
 
 from references.prompt import Prompt, Reference, below, tensors
 
-MUTANTS = ("no newline", "rows and columns swapped", "another hidden state", "frames reversed", "one newline at the end")
+MUTANTS = (
+    "no newline",
+    "rows and columns swapped",
+    "another hidden state",
+    "frames reversed",
+    "one newline at the end",
+)
 
 
 class Vila(Reference):

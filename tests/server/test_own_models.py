@@ -1,8 +1,8 @@
 """Real servers of the models that this package adds, against references made of transformers' parts.
 
-One server is stock but for the model, and prefills in one chunk; the other is sparse at error 0, in chunks of 509 tokens,
-and is asked once of an empty radix cache and once behind a cached prefix. What both say of every token of a prompt must
-be what a reference in float64 says, within a few times what the same reference in float32 is off by.
+One server is stock but for the model, and prefills in one chunk; the other is sparse at error 0, in chunks of 509
+tokens, and is asked once of an empty radix cache and once behind a cached prefix. What both say of every token of a
+prompt must be what a reference in float64 says, within a few times what the same reference in float32 is off by.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ SCENARIOS = ("video", "two videos", "image and video")
 
 @dataclass(frozen=True)
 class Model:
-    """``layouts``: by scenario, as the log must tell it; ``rendered``: a question about a video as its authors ask it."""
+    """``layouts``: by scenario, as the log must tell it; ``rendered``: a question about a video as its authors ask."""
 
     reference: type[Reference]
     layouts: dict[str, tuple[str, ...]]
@@ -178,7 +177,7 @@ def distance(answer: Answer, prompt: Prompt, wanted: list[float | None], skipped
     pairs: Iterator[Any] = zip(rows, prompt.ids[skipped:], wanted[skipped:], strict=True)
     worst = 0.0
     for (logprob, token, _), one, want in pairs:
-        if one != MEDIUM and token != one:
+        if one not in {MEDIUM, token}:
             return float("inf")
         if want is not None and logprob is not None:
             worst = max(worst, abs(logprob - want))

@@ -77,7 +77,9 @@ def _write(
         own = {key: weight.contiguous() for key, weight in tensors.items()}
         save_file(own, folder / part / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder / "llm", special, chat_template(""), **({"bos_token": special[0]} if special else {}))
-    write_json(folder / "vision_tower" / "preprocessor_config.json", {"size": {"height": IMAGE, "width": IMAGE}, **HALF})
+    write_json(
+        folder / "vision_tower" / "preprocessor_config.json", {"size": {"height": IMAGE, "width": IMAGE}, **HALF}
+    )
     kind = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}[name]
     root = {
         "architectures": ["VILAForCausalLM" if config.get("model_type") == "vila" else "LlavaLlamaModel"],

@@ -124,8 +124,7 @@ def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
             raise GeometryError(f"item {number}: no token spans")
         if own:
             pieces.extend(
-                _Piece(modality, [span], grid, number=number)
-                for span, (grid, number) in zip(spans, own, strict=True)
+                _Piece(modality, [span], grid, number=number) for span, (grid, number) in zip(spans, own, strict=True)
             )
         elif grids:
             pieces.extend(_by_grid_key(modality, spans, grids, positions))

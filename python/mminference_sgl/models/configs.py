@@ -22,7 +22,7 @@ def refuse(what: str, value: Any, known: str) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(f"mminference: {what} {value!r} is not supported; known: {known}")
 
 
-class VilaConfig(PretrainedConfig):  # type: ignore[misc]
+class VilaConfig(PretrainedConfig):
     """LongVILA and NVILA as VILA's code writes them: ``llm/``, ``vision_tower/`` and ``mm_projector/`` in one folder.
 
     ``side``: tokens along a side of a frame. ``pool``: frames that become one (TSP encoders), 1 for none.
@@ -96,7 +96,8 @@ class VilaConfig(PretrainedConfig):  # type: ignore[misc]
     @property
     def side(self) -> int:
         """Tokens along a side of a frame."""
-        patches = self.vision_config.image_size // self.vision_config.patch_size
+        vision: Any = self.vision_config
+        patches = int(vision.image_size // vision.patch_size)
         return -(-patches // 2)
 
 
@@ -106,7 +107,15 @@ class VilaRemoteConfig(VilaConfig):
     model_type = "vila"
     architecture: ClassVar[str] = "VILAForCausalLM"
 
+    # transformers writes one for subclasses that have none.
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
 
 def _own(part: dict[str, Any]) -> dict[str, Any]:
     """A part's configuration without what names it."""
-    return {name: value for name, value in part.items() if name not in {"model_type", "architectures", "transformers_version"}}
+    return {
+        name: value
+        for name, value in part.items()
+        if name not in {"model_type", "architectures", "transformers_version"}
+    }

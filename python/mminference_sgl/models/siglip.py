@@ -24,7 +24,7 @@ class SiglipTower(nn.Module):
         shortened.num_hidden_layers += 1 + select
         shortened.vision_use_head = False
         self.vision_model = SiglipVisionModel(shortened)
-        self.vision_model.post_layernorm = nn.Identity()
+        self.vision_model.post_layernorm = nn.Identity()  # type: ignore[assignment]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels uint8 [T, 3, H, W] -> states [T, patches, width]."""

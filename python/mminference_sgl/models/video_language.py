@@ -64,7 +64,8 @@ class VideoLanguageModel(nn.Module):
 
     def pad_input_ids(self, input_ids: array[int], mm_inputs: MultimodalInputs) -> array[int]:
         """Puts each item's hash in place of its placeholders, as SGLang asks."""
-        return pad_mm_tokens(input_ids, mm_inputs)
+        padded: array[int] = pad_mm_tokens(input_ids, mm_inputs)
+        return padded
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""

@@ -34,7 +34,13 @@ class _Projector(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        parts = (nn.Identity(), nn.LayerNorm(4 * width), nn.Linear(4 * width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        parts = (
+            nn.Identity(),
+            nn.LayerNorm(4 * width),
+            nn.Linear(4 * width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+        )
         self.layers = nn.Sequential(*parts)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

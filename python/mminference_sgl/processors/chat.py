@@ -54,7 +54,7 @@ class Chat:
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Chat:
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Chat:
         """As transformers' processors; reads the tokenizer of the folder."""
         known = {name: kwargs[name] for name in ("trust_remote_code", "revision") if name in kwargs}
         return cls(AutoTokenizer.from_pretrained(path, subfolder=cls.subfolder, **known), cls.template(path, **known))

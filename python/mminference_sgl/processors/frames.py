@@ -54,5 +54,6 @@ def square(picture: Any, side: int) -> torch.Tensor:
 
 def _resized(frames: torch.Tensor, side: int) -> torch.Tensor:
     size = [side, side]
-    resized = functional.resize(frames, size, functional.InterpolationMode.BICUBIC, antialias=True)
-    return resized.cpu().contiguous()
+    resized: torch.Tensor = functional.resize(frames, size, functional.InterpolationMode.BICUBIC, antialias=True)
+    resized = resized.cpu()
+    return resized.contiguous()

@@ -63,7 +63,7 @@ def frame_by_frame(frames: int, tokens: int, between: list[int]) -> list[int]:
     return ([PLACEHOLDER] * tokens + between) * frames
 
 
-class PromptProcessor(BaseMultimodalProcessor):  # type: ignore[misc]
+class PromptProcessor(BaseMultimodalProcessor):
     """A processor whose subclass says what an image and a video become."""
 
     IMAGE: ClassVar[str] = "<image>"
@@ -102,7 +102,7 @@ class PromptProcessor(BaseMultimodalProcessor):  # type: ignore[misc]
         return list(self._tokenizer.encode(text, add_special_tokens=special))
 
     async def process_mm_data_async(
-        self, image_data: Any, audio_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
+        self, image_data: Any, audio_data: Any, input_text: Any, request_obj: Any, **_: Any
     ) -> MultimodalProcessorOutput:
         """See SGLang's base class. Decoding and resizing do not block the event loop."""
         if audio_data:
