@@ -31,8 +31,16 @@ MUTANTS = (
 )
 
 
+def square_pixels(side: int) -> SiglipImageProcessor:
+    """Transformers' preprocessing to a square."""
+    size = {"height": side, "width": side}
+    return SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
+
+
 class Vila(Reference):
     video_token = "<vila/video>"
+    block, copies = 2, 1
+    """Side of the square of patches that become a token, and how often the channels are repeated."""
 
     def __init__(self, folder: Path, mutant: str = "", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(folder, mutant, dtype)
@@ -50,8 +58,7 @@ class Vila(Reference):
         for part, name in ((norm, "layers.1."), (first, "layers.2."), (last, "layers.4.")):
             self.load(part, below(weights, name))
         self.projector = nn.Sequential(norm, first, nn.GELU(), last)
-        size = {"height": vision["image_size"], "width": vision["image_size"]}
-        self.pixels = SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
+        self.pixels = square_pixels(vision["image_size"])
 
     @torch.no_grad()
     def frame(self, picture: np.ndarray) -> torch.Tensor:
@@ -62,13 +69,13 @@ class Vila(Reference):
         side = round(len(states) ** 0.5)
         nothing = torch.zeros_like(states[0])
         tokens = []
-        for row in range(0, side, 2):
-            for column in range(0, side, 2):
-                four = [(row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)]
+        for row in range(0, side, self.block):
+            for column in range(0, side, self.block):
+                around = [(row + r, column + c) for r in range(self.block) for c in range(self.block)]
                 if self.mutant == "rows and columns swapped":
-                    four[1], four[2] = four[2], four[1]
-                inside = [states[r * side + c] if r < side and c < side else nothing for r, c in four]
-                tokens.append(self.projector(torch.cat(inside)))
+                    around = [(row + r, column + c) for c in range(self.block) for r in range(self.block)]
+                inside = [states[r * side + c] if r < side and c < side else nothing for r, c in around]
+                tokens.append(self.projector(torch.cat([patch.repeat(self.copies) for patch in inside])))
         return torch.stack(tokens)
 
     def newline(self) -> list[int]:

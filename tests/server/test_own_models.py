@@ -18,7 +18,7 @@ import torch
 
 import serving
 from mminference_sgl.testing import Answer, fallbacks, layouts, png_url, prefills, user_message, write_mp4
-from references import vila
+from references import nvila, vila
 from references.prompt import MEDIUM, Prompt, Reference
 from serving import ModelPath, squares, words
 
@@ -60,12 +60,17 @@ def frames(count: int, rows: int, columns: int) -> dict[str, tuple[str, ...]]:
 
 
 QUESTION = "<vila/video>what is it?"
+TINY = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+"""The template of tiny checkpoints that bring one."""
+NVILA = ("--trust-remote-code", "--mm-process-config", '{"video": {"num_frames": 24}}')
 MODELS = {
     "longvila": Model(
         vila.Vila, frames(24, 7, 7), QWEN.format("You are a helpful assistant", QUESTION), mutants=vila.MUTANTS
     ),
     "longvila_llama": Model(vila.Vila, frames(24, 7, 7), LLAMA.format(LLAVA_SYSTEM, QUESTION)),
     "longvila_pooled": Model(vila.Vila, frames(6, 7, 7), QWEN.format("You are a helpful assistant", QUESTION)),
+    "nvila": Model(nvila.Nvila, frames(24, 4, 4), TINY.format(QUESTION), vila.MUTANTS, args=NVILA),
+    "nvila_lite": Model(nvila.Nvila, frames(24, 3, 3), TINY.format(QUESTION), vila.MUTANTS, args=NVILA),
 }
 models = pytest.mark.parametrize("name", MODELS)
 cases = pytest.mark.parametrize(
@@ -140,7 +145,7 @@ def told(model_path: ModelPath, asked: Callable[[str], dict[str, Asked]], clips:
                         log = server.log(mark)
                         found[way].layouts[scenario] = layouts(log)
                         found[way].sparse_tokens[scenario] = sum(line.chunk for line in prefills(log))
-                chat = server.chat([user_message(" what is it? ", videos=clips[:1])], 4)
+                chat = server.chat([user_message("what is it?", videos=clips[:1])], 4)
                 rendered = server.generate(MODELS[name].rendered, video_data=clips[:1], max_tokens=4)
                 assert (chat.prompt_tokens, chat.text) == (rendered.prompt_tokens, rendered.text)
                 for way in ways:

@@ -43,9 +43,9 @@ def build_pooled(folder: Path) -> None:
     _write(folder, language, "Qwen2ForCausalLM", text, (), model_type="vila", video_encoder=encoder)
 
 
-def siglip(image: int, width: int, layers: int) -> tuple[dict[str, Any], SiglipVisionModel]:
+def siglip(image: int, width: int, layers: int, inner: int = 128) -> tuple[dict[str, Any], SiglipVisionModel]:
     """A tower's configuration and a tower with random weights."""
-    vision = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    vision = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
     vision |= {"num_attention_heads": 4, "image_size": image, "patch_size": PATCH}
     return vision, SiglipVisionModel(SiglipVisionConfig(**vision))
 

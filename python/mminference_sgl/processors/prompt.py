@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
@@ -66,8 +66,8 @@ def frame_by_frame(frames: int, tokens: int, between: list[int]) -> list[int]:
 class PromptProcessor(BaseMultimodalProcessor):
     """A processor whose subclass says what an image and a video become."""
 
-    IMAGE: ClassVar[str] = "<image>"
-    VIDEO: ClassVar[str] = "<video>"
+    IMAGE: str = "<image>"
+    VIDEO: str = "<video>"
 
     def __init__(self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, server_args, _processor, *args, **kwargs)
