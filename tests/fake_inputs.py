@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
-from mminference_sgl.backend.geometry import ModelGeometry
+from mminference_sgl.backend.geometry import SPAN_FRAMES, SPAN_GRIDS, ModelGeometry
 from mminference_sgl.backend.layout import LayoutCache
 
 CPU = torch.device("cpu")
@@ -17,6 +17,11 @@ MERGED = ModelGeometry(2)
 def media(modality: str, offsets: Any, **data: Any) -> MultimodalDataItem:
     """A processor's item with its model-specific data, grids among them."""
     return MultimodalDataItem(modality=Modality[modality], offsets=offsets, model_specific_data=data)
+
+
+def own(modality: str, offsets: Any, grids: list[tuple[int, int, int]], frames: list[int]) -> MultimodalDataItem:
+    """An item of this package's own processors: grid and first frame by span."""
+    return media(modality, offsets, **{SPAN_GRIDS: [list(one) for one in grids], SPAN_FRAMES: frames})
 
 
 def request(*items: Any, prompt: int | None = None) -> MultimodalInputs:

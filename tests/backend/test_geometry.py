@@ -12,7 +12,7 @@ import torch
 import transformers
 from sglang.srt.managers.schedule_batch import MultimodalDataItem
 
-from fake_inputs import CPU, MERGED, cache_of, frame_spans, grid, media, request
+from fake_inputs import CPU, MERGED, cache_of, frame_spans, grid, media, own, request
 from mminference_sgl import _core
 from mminference_sgl.backend.geometry import GeometryError, ModelGeometry, items_of
 from mminference_sgl.method.items import AUDIO, IMAGE, VIDEO, Item
@@ -83,9 +83,43 @@ FAMILIES: dict[str, tuple[list[MultimodalDataItem], list[Item]]] = {
         [media("IMAGE", [(4, 4 + 256 * 7 - 1)])],
         [(IMAGE, [(4, 4 + 256 * 7 - 1)], None)],
     ),
-    "nvila an item per frame": (
+    "an item per frame without a grid": (
         [media("VIDEO", [(3 + 122 * frame, 123 + 122 * frame)]) for frame in range(3)],
         [(VIDEO, [(3 + 122 * frame, 123 + 122 * frame)], None) for frame in range(3)],
+    ),
+    "own: an item per frame": (
+        [
+            *(own("VIDEO", [(3 + 5 * frame, 6 + 5 * frame)], [(1, 2, 2)], [frame]) for frame in range(3)),
+            *(own("VIDEO", [(18 + 5 * frame, 21 + 5 * frame)], [(1, 2, 2)], [frame]) for frame in range(2)),
+        ],
+        [
+            (VIDEO, [(3 + 5 * frame, 6 + 5 * frame) for frame in range(3)], (3, 2, 2)),
+            (VIDEO, [(18, 21), (23, 26)], (2, 2, 2)),
+        ],
+    ),
+    "own: one run, and what belongs to no frame": (
+        [own("VIDEO", [(2, 13), (14, 14)], [(2, 2, 3), (1, 1, 1)], [0, 0])],
+        [(VIDEO, [(2, 13)], (2, 2, 3)), (VIDEO, [(14, 14)], (1, 1, 1))],
+    ),
+    "own: frames of other sizes, and a frame that is missing": (
+        [
+            own(
+                "VIDEO",
+                [(0, 3), (4, 9), (12, 15), (16, 19)],
+                [(1, 2, 2), (1, 2, 3), (1, 2, 2), (1, 2, 2)],
+                [0, 1, 2, 4],
+            )
+        ],
+        [
+            (VIDEO, [(0, 3)], (1, 2, 2)),
+            (VIDEO, [(4, 9)], (1, 2, 3)),
+            (VIDEO, [(12, 15)], (1, 2, 2)),
+            (VIDEO, [(16, 19)], (1, 2, 2)),
+        ],
+    ),
+    "own: an image is no frame of the video behind it": (
+        [own("IMAGE", [(0, 3)], [(1, 2, 2)], [0]), own("VIDEO", [(4, 7), (9, 12)], [(1, 2, 2)] * 2, [0, 1])],
+        [(IMAGE, [(0, 3)], (1, 2, 2)), (VIDEO, [(4, 7), (9, 12)], (2, 2, 2))],
     ),
     "kimi image_grid_hws": (
         [media("IMAGE", [(7, 12), (20, 27)], image_grid_hws=grid((4, 6), (8, 4)))],

@@ -23,8 +23,8 @@ from mminference_sgl.backend.geometry import MAX_FRAME_GAP, GeometryError, Model
 from mminference_sgl.method.items import AUDIO, IMAGE, VIDEO, Item
 
 TEXT_ID, START_ID, END_ID, IMAGE_ID, VIDEO_ID = 1, 2, 3, 4, 5
-INTERNVL = ModelGeometry(square=16, stacked=True)
-NVILA_LITE = ModelGeometry(square=11)
+INTERNVL = ModelGeometry(square=16)
+ELEVEN = ModelGeometry(square=11)
 
 Clip = tuple[str, tuple[int, int, int]]
 """Modality and grid after merging."""
@@ -175,38 +175,24 @@ def test_mrope_settles_a_grid_that_contradicts_its_spans() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "square", "stacked"),
+    ("config", "square"),
     [
-        ({"force_image_size": 448, "downsample_ratio": 0.5, "vision": {"patch_size": 14, "image_size": 336}}, 16, True),
-        (
-            {"force_image_size": None, "downsample_ratio": 0.5, "vision": {"patch_size": 14, "image_size": 448}},
-            16,
-            True,
-        ),
-        ({"downsample_ratio": 0.5, "vision": {"patch_size": [28, 28], "image_size": [448, 448]}}, 8, True),
-        ({"downsample_ratio": 1, "vision": {"patch_size": 32, "image_size": 448}}, 14, True),
-        (
-            {"architectures": ["NVILAForConditionalGeneration"], "vision": {"patch_size": 14, "image_size": 448}},
-            16,
-            False,
-        ),
-        (
-            {"architectures": ["NVILALiteForConditionalGeneration"], "vision": {"patch_size": 14, "image_size": 448}},
-            11,
-            False,
-        ),
-        ({"architectures": ["LlavaQwenForCausalLM"], "vision": {"patch_size": 14, "image_size": 384}}, 0, False),
-        ({"downsample_ratio": 0.5, "vision": {"patch_size": 14}}, 0, False),
-        ({"downsample_ratio": "0.5", "vision": {"patch_size": 14, "image_size": 448}}, 0, False),
-        ({"downsample_ratio": 0.5, "vision": {"patch_size": 0, "image_size": []}}, 0, False),
-        ({"architectures": None, "vision": {"patch_size": 14, "image_size": 448}}, 0, False),
+        ({"force_image_size": 448, "downsample_ratio": 0.5, "vision": {"patch_size": 14, "image_size": 336}}, 16),
+        ({"force_image_size": None, "downsample_ratio": 0.5, "vision": {"patch_size": 14, "image_size": 448}}, 16),
+        ({"downsample_ratio": 0.5, "vision": {"patch_size": [28, 28], "image_size": [448, 448]}}, 8),
+        ({"downsample_ratio": 1, "vision": {"patch_size": 32, "image_size": 448}}, 14),
+        ({"architectures": ["LlavaQwenForCausalLM"], "vision": {"patch_size": 14, "image_size": 384}}, 0),
+        ({"downsample_ratio": 0.5, "vision": {"patch_size": 14}}, 0),
+        ({"downsample_ratio": "0.5", "vision": {"patch_size": 14, "image_size": 448}}, 0),
+        ({"downsample_ratio": 0.5, "vision": {"patch_size": 0, "image_size": []}}, 0),
+        ({"architectures": None, "vision": {"patch_size": 14, "image_size": 448}}, 0),
     ],
     ids=repr,
 )
-def test_the_square_of_a_model(config: dict[str, Any], square: int, stacked: bool) -> None:
+def test_the_square_of_a_model(config: dict[str, Any], square: int) -> None:
     vision = SimpleNamespace(**config["vision"])
     rest = {name: value for name, value in config.items() if name != "vision"}
-    assert ModelGeometry.of(SimpleNamespace(vision_config=vision, **rest)) == ModelGeometry(2, square, stacked)
+    assert ModelGeometry.of(SimpleNamespace(vision_config=vision, **rest)) == ModelGeometry(2, square)
 
 
 def spans_of(start: int, frames: int, tokens: int, stride: int) -> list[tuple[int, int]]:
@@ -239,15 +225,10 @@ def test_audio_of_a_whole_square_is_opaque() -> None:
     assert items_of(request(media("AUDIO", [(4, 259)])), INTERNVL) == [(AUDIO, [(4, 259)], None)]
 
 
-def test_nvila_items_are_frames_of_one_clip_also_out_of_order() -> None:
+def test_items_of_a_frame_each_are_one_clip_also_out_of_order() -> None:
     spans = spans_of(3, 8, 121, 122)
     given = [media("IMAGE", [(1500, 1620)]), *(media("VIDEO", [span]) for span in reversed(spans))]
-    assert items_of(request(*given), NVILA_LITE) == [(IMAGE, [(1500, 1620)], (1, 11, 11)), (VIDEO, spans, (8, 11, 11))]
-
-
-def test_nvila_images_of_several_tiles_are_opaque() -> None:
-    """Their tiles are merged to one raster whose rows and columns are not recorded."""
-    assert items_of(request(media("IMAGE", [(3, 244)])), NVILA_LITE) == [(IMAGE, [(3, 244)], None)]
+    assert items_of(request(*given), ELEVEN) == [(IMAGE, [(1500, 1620)], (1, 11, 11)), (VIDEO, spans, (8, 11, 11))]
 
 
 # -- clips -------------------------------------------------------------------------------------------------------------
@@ -256,26 +237,26 @@ def test_nvila_images_of_several_tiles_are_opaque() -> None:
 @pytest.mark.parametrize(("gap", "clips"), [(0, 1), (1, 1), (MAX_FRAME_GAP, 1), (MAX_FRAME_GAP + 1, 2), (500, 2)])
 def test_text_between_frames_parts_clips(gap: int, clips: int) -> None:
     spans = [(0, 120), (121 + gap, 241 + gap)]
-    items = items_of(request(*(media("VIDEO", [span]) for span in spans)), NVILA_LITE)
+    items = items_of(request(*(media("VIDEO", [span]) for span in spans)), ELEVEN)
     assert len(items) == clips
     assert [span for _, found, _ in items for span in found] == spans
 
 
 def test_an_image_between_two_frames_parts_clips() -> None:
     frames, image = [(0, 120), (160, 280)], (125, 155)
-    items = items_of(request(media("VIDEO", frames), media("IMAGE", [image])), NVILA_LITE)
+    items = items_of(request(media("VIDEO", frames), media("IMAGE", [image])), ELEVEN)
     assert items == [(VIDEO, [frames[0]], (1, 11, 11)), (VIDEO, [frames[1]], (1, 11, 11)), (IMAGE, [image], None)]
 
 
 def test_an_opaque_run_between_two_frames_parts_clips() -> None:
     spans = [(0, 120), (122, 140), (142, 262)]
-    grids = [found for _, _, found in items_of(request(media("VIDEO", spans)), NVILA_LITE)]
+    grids = [found for _, _, found in items_of(request(media("VIDEO", spans)), ELEVEN)]
     assert grids == [(1, 11, 11), None, (1, 11, 11)]
 
 
 def test_images_are_no_clip() -> None:
     spans = [(0, 120), (122, 242)]
-    assert len(items_of(request(media("IMAGE", spans)), NVILA_LITE)) == 2
+    assert len(items_of(request(media("IMAGE", spans)), ELEVEN)) == 2
 
 
 def test_frames_of_other_sizes_part_clips() -> None:
@@ -368,7 +349,7 @@ spans_strategy = strategies.lists(
 @hypothesis.settings(deadline=None, max_examples=300)
 @hypothesis.given(
     spans_strategy,
-    strategies.sampled_from([MERGED, INTERNVL, NVILA_LITE]),
+    strategies.sampled_from([MERGED, INTERNVL, ELEVEN]),
     strategies.data(),
 )
 def test_no_token_is_lost_and_all_can_be_laid_out(

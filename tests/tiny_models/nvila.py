@@ -17,7 +17,7 @@ from tiny_models.vila import original, siglip
 
 IMAGE, WIDTH = 98, 1152
 _SPECIAL = ("<image>", "<vila/video>")
-_CONFIGURATION = '''
+_CONFIGURATION = """
 from transformers import PretrainedConfig, Qwen2Config, SiglipVisionConfig
 
 class Config(PretrainedConfig):
@@ -28,7 +28,7 @@ class Config(PretrainedConfig):
         self.vision_config = SiglipVisionConfig(**(vision_config or {}))
         self.image_token_id, self.video_token_id = image_token_id, video_token_id
         super().__init__(**kwargs)
-'''
+"""
 _PROCESSOR = '''
 import torch
 from transformers import AutoTokenizer, BatchFeature, SiglipImageProcessor

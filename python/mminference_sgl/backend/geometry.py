@@ -14,9 +14,9 @@ any of these, encoder   as above, or an item per frame                 no key: f
 apart (EPD)
 InternVL                video: one per frame, all videos in one item;  squares of tokens, their side from the
                         image: one of several tiles                    configuration
-NVILA                   an item per frame or tile                      the same
 LLaVA-OneVision         none: ``image_offsets``, ``image_pad_len``     squares, unless an image is cut into tiles
-this package's own      one per frame or video                         :data:`SPAN_GRIDS`, in tokens
+LongVILA, NVILA and     one per frame or video                         :data:`SPAN_GRIDS`, in tokens
+others of this package
 ======================  =============================================  ================================================
 
 Where none of this is there, or it does not match the spans, the span is opaque. Frames that come as spans of their own
@@ -36,7 +36,6 @@ from mminference_sgl.method.items import AUDIO, IMAGE, VIDEO, Grid, Item, Spans
 
 _MODALITIES = {"IMAGE": IMAGE, "MULTI_IMAGES": IMAGE, "VIDEO": VIDEO, "AUDIO": AUDIO}
 _GRID_KEYS = ("video_grid_thw", "image_grid_thw", "grid_thws", "image_grid_hws")
-_NVILA_POOLING = {"NVILAForConditionalGeneration": 2, "NVILALiteForConditionalGeneration": 3}
 _LLAVA_POOLS_BEYOND = 16
 """Images of one request beyond which LLaVA reserves the tokens of pooled frames for each."""
 SPAN_GRIDS, SPAN_FRAMES = "mminference_span_grids", "mminference_span_frames"
@@ -55,12 +54,11 @@ class ModelGeometry:
     """What of a model's configuration the geometry needs.
 
     ``merge``: side of the square of patches per token. ``square``: side of the square of tokens that a tile or frame is
-    in models that record no grid, 0 where there is none. ``stacked``: whether a span may hold several such tiles.
+    in models that record no grid, 0 where there is none; a span may hold several.
     """
 
     merge: int = 2
     square: int = 0
-    stacked: bool = False
 
     @classmethod
     def of(cls, hf_config: object) -> ModelGeometry:
@@ -77,10 +75,8 @@ class ModelGeometry:
             return cls()
         ratio = getattr(hf_config, "downsample_ratio", None)
         if isinstance(ratio, int | float) and 0 < ratio <= 1:
-            return cls(square=int(image // patch * ratio), stacked=True)
-        architecture = next(iter(getattr(hf_config, "architectures", None) or ()), None)
-        pooling = _NVILA_POOLING.get(str(architecture), 0)
-        return cls(square=math.ceil(image // patch / pooling)) if pooling else cls()
+            return cls(square=int(image // patch * ratio))
+        return cls()
 
 
 @dataclass(frozen=True)
@@ -216,7 +212,7 @@ def _without_key(modality: int, span: tuple[int, int], positions: Any, geometry:
     tiles, rest = divmod(_length(span), area) if area else (0, 1)
     if raster is not None:
         yield _of_raster(modality, span, raster)
-    elif modality == AUDIO or tiles < 1 or rest or (tiles > 1 and not geometry.stacked):
+    elif modality == AUDIO or tiles < 1 or rest:
         yield _Piece(modality, [span], None)
     elif modality == VIDEO:
         # The tiles of a frame lie below one another: their rasters follow each other.

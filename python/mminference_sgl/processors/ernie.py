@@ -14,7 +14,9 @@ from sglang.srt.multimodal.processors import ernie45_vl
 from torchvision.transforms.v2 import functional
 
 
-async def preprocess_video(video: Any, image_factor: int = ernie45_vl.IMAGE_FACTOR) -> tuple[torch.Tensor, dict[str, Any]]:
+async def preprocess_video(
+    video: Any, image_factor: int = ernie45_vl.IMAGE_FACTOR
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Frames uint8 [T, H, W, 3] resized to whole patches, and what is known of the video, as SGLang's own does."""
     total, rate = len(video), float(video.avg_fps)
     wanted = ernie45_vl.smart_nframes({}, total_frames=total, video_fps=rate)
