@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+NAME = "mminference_models"
 MODELS, PROCESSORS = "mminference_sgl.models", "mminference_sgl.processors"
 HOOKS = {
     "sglang.srt.model_loader.utils.get_model_architecture": "register_models",
@@ -35,12 +36,37 @@ def register() -> None:
         HookRegistry.register(target, globals()[name], HookType.AROUND)
 
 
+def model_classes() -> dict[str, Any]:
+    """The models by architecture name; imports them."""
+    from sglang.srt.models.registry import import_model_classes
+
+    return dict(import_model_classes(MODELS, strict=True))
+
+
+def processor_classes() -> dict[str, Any]:
+    """The processors of this package by name of the architecture; imports them."""
+    import pkgutil
+    from importlib import import_module
+
+    from mminference_sgl.processors.prompt import PromptProcessor
+
+    package = import_module(PROCESSORS)
+    modules = [import_module(f"{PROCESSORS}.{name}") for _, name, _ in pkgutil.iter_modules(package.__path__)]
+    found = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, PromptProcessor)
+    }
+    return {model.__name__: processor for processor in found for model in processor.models}
+
+
 def register_models(original: Any, *args: Any, **kwargs: Any) -> Any:
     """Before SGLang looks for a model's class, ours are in its registry where nobody else's are."""
-    from sglang.srt.models.registry import ModelRegistry, import_model_classes
+    from sglang.srt.models.registry import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
-    for name, model in import_model_classes(MODELS).items():
+    for name, model in model_classes().items():
         if name not in known:
             ModelRegistry.models[name] = model
     return original(*args, **kwargs)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import platform
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
 from mminference_sgl import BACKEND_NAME
+from mminference_sgl.cli.report import print_rows, quiet
 from mminference_sgl.portable.cpu import PLATFORM_NAME
 
 _DISTRIBUTIONS = (
@@ -41,15 +39,16 @@ class Check:
 
 def run() -> int:
     """Print versions, machine, plugin and implementations; 0 when a server would find a working backend, else 1."""
-    with _quiet():
+    with quiet():
         print("versions")
-        _print_rows([("python", platform.python_version()), *((name, _version(name)) for name in _DISTRIBUTIONS)])
+        print_rows([("python", platform.python_version()), *((name, _version(name)) for name in _DISTRIBUTIONS)])
 
         _report("machine", [_attempt(name, check) for name, check in _MACHINE])
         plugin = _report("plugin", [_attempt(name, check) for name, check in _PLUGIN])
+        models = _report("models", [_attempt(name, check) for name, check in _MODELS])
         implementations = _report("implementations on this machine", _attempt_implementations())
 
-    broken = [check for check in plugin if not check.ok]
+    broken = [check for check in (*plugin, *models) if not check.ok]
     if not any(check.ok for check in implementations):
         broken += implementations
     for check in broken:
@@ -164,6 +163,27 @@ def _check_backend() -> str:
     return "imports"
 
 
+def _check_models() -> str:
+    from mminference_sgl import model_plugin
+
+    return ", ".join(model_plugin.model_classes())
+
+
+def _check_hooks() -> str:
+    """Whether SGLang still has what the models hook into; after `load_plugins`, unless they are left out."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from mminference_sgl import model_plugin
+
+    allowed = {name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")} - {""}
+    if allowed and model_plugin.NAME not in allowed:
+        return f"SGLANG_PLUGINS={','.join(sorted(allowed))} leaves the models out"
+    broken = [target for target in model_plugin.HOOKS if target not in HookRegistry._patched]
+    if broken:
+        raise RuntimeError(f"SGLang no longer has {', '.join(broken)}; models of this package cannot be served with it")
+    return "fit"
+
+
 def _attempt_implementations() -> list[Check]:
     try:
         from mminference_sgl.backend import selfcheck
@@ -176,31 +196,13 @@ def _attempt_implementations() -> list[Check]:
 
 def _report(title: str, checks: list[Check]) -> list[Check]:
     print(f"\n{title}")
-    _print_rows([(check.name, _verdict(check)) for check in checks])
+    print_rows([(check.name, _verdict(check)) for check in checks])
     return checks
 
 
 def _verdict(check: Check) -> str:
     word = "ok" if check.ok else "no"
     return f"{word}, {check.detail}" if check.detail else word
-
-
-def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """SGLang and its dependencies warn at length when imported; the report is about the plugin."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(level)
 
 
 _MACHINE: tuple[tuple[str, Callable[[], str]], ...] = (
@@ -216,4 +218,8 @@ _PLUGIN: tuple[tuple[str, Callable[[], str]], ...] = (
     ("load_plugins()", _check_loaded),
     ("register()", _check_register),
     ("backend module", _check_backend),
+)
+_MODELS: tuple[tuple[str, Callable[[], str]], ...] = (
+    ("added", _check_models),
+    ("hooks", _check_hooks),
 )

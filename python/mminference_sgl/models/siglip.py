@@ -21,7 +21,7 @@ class SiglipTower(nn.Module):
     def __init__(self, config: SiglipVisionConfig, select: int) -> None:
         super().__init__()
         shortened = SiglipVisionConfig(**config.to_dict())
-        shortened.num_hidden_layers += 1 + select
+        shortened.num_hidden_layers = layers_read(config, select)
         shortened.vision_use_head = False
         self.vision_model = SiglipVisionModel(shortened)
         self.vision_model.post_layernorm = nn.Identity()  # type: ignore[assignment]
@@ -36,9 +36,21 @@ class SiglipTower(nn.Module):
             states.append(self.vision_model(scaled).last_hidden_state)
         return torch.cat(states)
 
-    def parameter_of(self, name: str) -> str:
-        """The parameter that a weight of a whole tower sets; "" if it is behind the layer that is read."""
-        name = name.removeprefix("vision_model.")
-        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-        behind = layer is not None and int(layer[1]) >= len(self.vision_model.encoder.layers)
-        return "" if behind or name.startswith(("post_layernorm.", "head.")) else f"vision_model.{name}"
+
+def layers_read(config: SiglipVisionConfig, select: int) -> int:
+    """Layers up to the hidden state that is read."""
+    return int(config.num_hidden_layers) + 1 + select
+
+
+def parameter_of(name: str, layers: int) -> str:
+    """The parameter of a tower of so many layers that a whole tower's weight sets; "" if it is behind them."""
+    name = name.removeprefix("vision_model.")
+    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+    behind = layer is not None and int(layer[1]) >= layers
+    return "" if behind or name.startswith(("post_layernorm.", "head.")) else f"vision_model.{name}"
+
+
+def tensors(config: SiglipVisionConfig) -> dict[str, torch.Size]:
+    """Names and shapes of a whole tower as published."""
+    with torch.device("meta"):
+        return {f"vision_model.{name}": weight.shape for name, weight in SiglipVisionModel(config).state_dict().items()}

@@ -36,8 +36,14 @@ class VideoLanguageModel(nn.Module):
         """Embeddings of one item's placeholders, in prompt order: [rows, hidden size]."""
         raise NotImplementedError
 
-    def parameter_of(self, name: str) -> str | None:
+    @classmethod
+    def parameter_of(cls, config: Any, name: str) -> str | None:
         """The parameter that a weight of the checkpoint sets; "" if it is not read, None if the language model's."""
+        raise NotImplementedError
+
+    @classmethod
+    def tensors(cls, config: Any) -> dict[str, torch.Size]:
+        """Names and shapes of what a checkpoint holds beside the language model, also of what is not read."""
         raise NotImplementedError
 
     def forward(
@@ -82,7 +88,7 @@ class VideoLanguageModel(nn.Module):
 
         def of_language_model() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in weights:
-                target = self.parameter_of(name)
+                target = self.parameter_of(self.config, name)
                 if target is None:
                     yield name, weight
                 elif target:

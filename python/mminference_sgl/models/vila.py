@@ -13,6 +13,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from torch import nn
 from torch.nn import functional
 
+from mminference_sgl.models import siglip
 from mminference_sgl.models.siglip import FRAMES_AT_A_TIME, SiglipTower
 from mminference_sgl.models.video_language import VideoLanguageModel
 
@@ -50,6 +51,8 @@ class _Projector(nn.Module):
 class VilaModel(VideoLanguageModel):
     """Reads the three folders of a checkpoint as they are published."""
 
+    FOLDERS: ClassVar[dict[str, str]] = {"llm": "", "vision_tower": "vision_tower.", "mm_projector": "mm_projector."}
+    """Folders of a checkpoint, and what SGLang puts before the names of their weights."""
     allow_patterns_overrides: ClassVar[list[str]] = ["llm/*.safetensors"]
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
@@ -60,10 +63,11 @@ class VilaModel(VideoLanguageModel):
             DefaultModelLoader.Source(
                 config._name_or_path,
                 None,
-                prefix=f"{folder}.",
+                prefix=prefix,
                 allow_patterns_overrides=[f"{folder}/*.safetensors"],
             )
-            for folder in ("vision_tower", "mm_projector")
+            for folder, prefix in self.FOLDERS.items()
+            if prefix
         ]
 
     def encode(self, item: MultimodalDataItem) -> torch.Tensor:
@@ -75,13 +79,25 @@ class VilaModel(VideoLanguageModel):
             tokens.append(each.view(*some.shape[:2], *each.shape[1:]).mean(1))
         return torch.cat(tokens).flatten(0, 1)
 
-    def parameter_of(self, name: str) -> str | None:
+    @classmethod
+    def parameter_of(cls, config: Any, name: str) -> str | None:
         """See :class:`VideoLanguageModel`."""
         part, _, rest = name.partition(".")
         if part == "vision_tower":
-            known = self.vision_tower.parameter_of(rest)
+            read = siglip.layers_read(config.vision_config, config.mm_vision_select_layer)
+            known = siglip.parameter_of(rest, read)
             return known and f"vision_tower.{known}"
         return name if part == "mm_projector" else None
+
+    @classmethod
+    def tensors(cls, config: Any) -> dict[str, torch.Size]:
+        """See :class:`VideoLanguageModel`."""
+        with torch.device("meta"):
+            projector = _Projector(config.vision_config.hidden_size, config.text_config.hidden_size).state_dict()
+        tower = siglip.tensors(config.vision_config)
+        return {f"vision_tower.{name}": shape for name, shape in tower.items()} | {
+            f"mm_projector.{name}": weight.shape for name, weight in projector.items()
+        }
 
 
 class LlavaLlamaModel(VilaModel):

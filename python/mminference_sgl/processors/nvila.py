@@ -21,6 +21,12 @@ _POOLING = {NVILAForConditionalGeneration.__name__: 2, NVILALiteForConditionalGe
 """Side of the square of patches that become a token."""
 
 
+def side_of(config: Any) -> int:
+    """Tokens along a side of a frame."""
+    vision = config.vision_config
+    return -(-(int(vision.image_size) // int(vision.patch_size)) // _POOLING[config.architectures[0]])
+
+
 class NvilaProcessor(PromptProcessor):
     """Frames at equal distances, each a square of tokens and a newline."""
 
@@ -29,11 +35,16 @@ class NvilaProcessor(PromptProcessor):
     def __init__(self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any) -> None:
         self.IMAGE, self.VIDEO = _processor.tokenizer.image_token, _processor.tokenizer.video_token
         super().__init__(hf_config, server_args, _processor, *args, **kwargs)
-        vision = hf_config.vision_config
-        self.size = int(vision.image_size)
-        self.side = -(-(self.size // vision.patch_size) // _POOLING[hf_config.architectures[0]])
+        self.size = int(hf_config.vision_config.image_size)
+        self.side = side_of(hf_config)
         self.frames = self.number_of_frames(FRAMES)
         self.newline = self.text_ids("\n")
+
+    @classmethod
+    def describe(cls, config: Any) -> str:
+        """See :class:`PromptProcessor`."""
+        side = side_of(config)
+        return f"a square of {side} x {side} tokens and a newline for each frame"
 
     def image(self, picture: Any) -> Medium:
         """One or several tiles, each a plane of its own or all of them one, as the checkpoint's processor cuts them."""

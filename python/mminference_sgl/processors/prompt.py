@@ -80,6 +80,11 @@ class PromptProcessor(BaseMultimodalProcessor):
         # Whatever stands there is overwritten; an id of the vocabulary fits wherever ids are looked at.
         self.placeholder_id = int(self._tokenizer.eos_token_id or 0)
 
+    @classmethod
+    def describe(cls, config: Any) -> str:
+        """How the tokens of a video lie, in words."""
+        raise NotImplementedError
+
     def image(self, picture: Any) -> Medium:
         """What an image becomes."""
         raise NotImplementedError

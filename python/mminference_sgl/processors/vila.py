@@ -33,6 +33,12 @@ class VilaProcessor(PromptProcessor):
         # One token: what a tokenizer puts in front of any text is not part of a line break.
         self.newline = self.text_ids("\n")
 
+    @classmethod
+    def describe(cls, config: Any) -> str:
+        """See :class:`PromptProcessor`."""
+        pooled = f", one for {config.pool} frames" if config.pool > 1 else ""
+        return f"a square of {config.side} x {config.side} tokens and a newline for each frame{pooled}"
+
     def image(self, picture: Any) -> Medium:
         """One frame."""
         return self._medium(Modality.IMAGE, frames.square(picture, self.size)[:, None])
