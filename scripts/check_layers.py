@@ -22,10 +22,10 @@ PACKAGE = "mminference_sgl"
 
 LAYERS = (
     "plugin",
-    "model_plugin",
     "run",
     "cli",
     "testing",
+    "model_plugin",
     "processors",
     "models",
     "portable",

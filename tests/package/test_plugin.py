@@ -30,11 +30,12 @@ def test_import_is_light(module):
     ("distribution", "group", "name", "value"),
     [
         ("mminference-sgl", "sglang.srt.plugins", "mminference", "mminference_sgl.plugin:register"),
+        ("mminference-sgl", "sglang.srt.plugins", "mminference_models", "mminference_sgl.model_plugin:register"),
         ("mminference-sgl-cpu", "sglang.srt.plugins", "portable_cpu", "mminference_sgl.portable.cpu:register"),
         ("mminference-sgl-cpu", "sglang.srt.platforms", "portable_cpu", "mminference_sgl.portable.cpu:activate"),
         ("mminference-sgl", "console_scripts", "mminference", "mminference_sgl.cli:main"),
     ],
-    ids=["plugin", "portable_cpu_plugin", "platform", "script"],
+    ids=["plugin", "models", "portable_cpu_plugin", "platform", "script"],
 )
 def test_entry_points(distribution, group, name, value):
     (point,) = [point for point in metadata.entry_points(group=group) if point.name == name]
@@ -123,9 +124,14 @@ print(sorted(name for name in sys.modules if name.startswith("mminference_sgl"))
                 "mminference_sgl",
                 "mminference_sgl.backend",
                 "mminference_sgl.backend.resolution",
+                "mminference_sgl.model_plugin",
+                "mminference_sgl.models",
+                "mminference_sgl.models.configs",
                 "mminference_sgl.plugin",
                 "mminference_sgl.portable",
                 "mminference_sgl.portable.cpu",
+                "mminference_sgl.processors",
+                "mminference_sgl.processors.chat",
             ]
         ),
     ]
@@ -145,3 +151,57 @@ print(args.attention_backend, args.decode_attention_backend)
         SGLANG_PLATFORM="portable_cpu",
     )
     assert out.splitlines()[-1] == "mminference portable_dense"
+
+
+MODELS = """
+import sys
+from sglang.srt.plugins import load_plugins
+BEFORE
+load_plugins()
+print("sglang.srt.models.registry" in sys.modules, "mminference_sgl.models.vila" in sys.modules)
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print(CONFIG_MAPPING["vila"].__module__, CONFIG_MAPPING["llava"].__module__)
+from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.model_loader.utils import get_model_architecture
+from types import SimpleNamespace
+from sglang.srt.configs.model_config import ModelImpl
+model = SimpleNamespace(architectures=["ARCHITECTURE"])
+config = SimpleNamespace(hf_config=model, quantization=None, model_impl=ModelImpl.SGLANG)
+print(get_model_architecture(config)[0].__module__)
+"""
+
+
+def test_models_are_registered_when_one_is_looked_for():
+    out = python(MODELS.replace("BEFORE", "").replace("ARCHITECTURE", "VILAForCausalLM")).splitlines()
+    assert out[-3:] == [
+        "False False",
+        "mminference_sgl.models.configs transformers.models.llava.configuration_llava",
+        "mminference_sgl.models.vila",
+    ]
+
+
+def test_models_stand_back_where_a_type_is_known():
+    """Another plugin's configuration and model stay; SGLang's own models are what they were."""
+    another = """
+from transformers import AutoConfig, PretrainedConfig
+class Config(PretrainedConfig):
+    model_type = "vila"
+AutoConfig.register("vila", Config)
+"""
+    out = python(MODELS.replace("BEFORE", another).replace("ARCHITECTURE", "Qwen2_5_VLForConditionalGeneration"))
+    assert out.splitlines()[-2:] == [
+        "__main__ transformers.models.llava.configuration_llava",
+        "sglang.srt.models.qwen2_5_vl",
+    ]
+
+
+def test_models_can_be_left_out():
+    code = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print("vila" in CONFIG_MAPPING)
+"""
+    left_out, there = (python(code, SGLANG_PLUGINS=plugins) for plugins in ("mminference", "mminference_models"))
+    assert (left_out.split()[-1], there.split()[-1]) == ("False", "True")
