@@ -18,7 +18,7 @@ import torch
 
 import serving
 from mminference_sgl.testing import Answer, fallbacks, layouts, png_url, prefills, user_message, write_mp4
-from references import vila
+from references import videochat_flash, vila
 from references.prompt import MEDIUM, Prompt, Reference
 from serving import ModelPath, squares, words
 
@@ -66,6 +66,16 @@ MODELS = {
     ),
     "longvila_llama": Model(vila.Vila, frames(24, 7, 7), LLAMA.format(LLAVA_SYSTEM, QUESTION)),
     "longvila_pooled": Model(vila.Vila, frames(6, 7, 7), QWEN.format("You are a helpful assistant", QUESTION)),
+    "videochat_flash": Model(
+        videochat_flash.VideoChatFlash,
+        {
+            "video": ("video:opaque",),
+            "two videos": ("video:opaque", "video:opaque"),
+            "image and video": ("image:opaque", "video:opaque"),
+        },
+        QWEN.format("You are a helpful assistant.", "<video>what is it?"),
+        mutants=videochat_flash.MUTANTS,
+    ),
 }
 models = pytest.mark.parametrize("name", MODELS)
 cases = pytest.mark.parametrize(

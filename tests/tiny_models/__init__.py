@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_models import gemma, glm, internvl, kimi, llava, qwen, vila
+from tiny_models import gemma, glm, internvl, kimi, llava, qwen, videochat_flash, vila
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": qwen.build_qwen2_vl,
@@ -29,6 +29,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "longvila": vila.build_qwen,
     "longvila_llama": vila.build_llama,
     "longvila_pooled": vila.build_pooled,
+    "videochat_flash": videochat_flash.build,
 }
 
 
