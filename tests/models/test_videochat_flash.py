@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
 from transformers import AutoConfig, Qwen2Config
 
 import tiny_models
+from mminference_sgl.backend.geometry import ModelGeometry, items_of
+from mminference_sgl.method.items import VIDEO
 from mminference_sgl.models.configs import UnsupportedCheckpointError, VideoChatFlashConfig
+from mminference_sgl.processors.chat import VideoChatFlashChat
 from mminference_sgl.processors.frames import middles
 from mminference_sgl.processors.prompt import PLACEHOLDER, spans
-from mminference_sgl.processors.videochat_flash import number_of_frames
+from mminference_sgl.processors.videochat_flash import VideoChatFlashProcessor, number_of_frames
 from references.videochat_flash import VideoChatFlash, merged, sampled
 from serving import squares
 
@@ -135,6 +143,86 @@ def test_frames_are_middles_of_equal_parts(count: int, rate: float, most: int, f
     assert indices == sampled(count, rate or 1.0, most)
     assert len(indices) == wanted
     assert all(0 <= index < count for index in indices)
+
+
+class Video:
+    """As SGLang's decoder: ``count`` frames of one colour each, at a rate."""
+
+    def __init__(self, count: int, avg_fps: float) -> None:
+        self.count, self.avg_fps = count, avg_fps
+
+    def __len__(self) -> int:
+        return self.count
+
+    def get_frames_at(self, indices: list[int]) -> np.ndarray:
+        return np.array(indices, dtype=np.uint8)[:, None, None, None] * np.ones((1, 20, 30, 3), dtype=np.uint8)
+
+
+def processor(most: int = 512) -> VideoChatFlashProcessor:
+    """One that makes a token of every character, for a tower of 32 x 32 pixels."""
+    made = VideoChatFlashProcessor.__new__(VideoChatFlashProcessor)
+    made.size, made.clip, made.tokens, made.most = 32, 4, 64, most
+    made.placeholder_id = 0
+    made.mm_tokens = SimpleNamespace(get_combined_regex=lambda: re.compile("(<image>|<video>)"))
+    made.asked = []
+
+    def text_ids(text: str, *, first: bool = False) -> list[int]:
+        made.asked.append((text, first))
+        return [ord(one) for one in text]
+
+    made.text_ids = text_ids
+    return made
+
+
+def test_prompt_and_items() -> None:
+    """As ``chat`` of the published checkpoints' code writes it; text behind a video is tokenized in one piece."""
+    one = processor()
+    loaded = SimpleNamespace(
+        images=[Image.new("RGB", (9, 5))],
+        videos=[Video(30, 4.0), [np.zeros((5, 9, 3), dtype=np.uint8)] * 3],
+        input_text="user\n<video>what is it?<image><video>end",
+    )
+    found = one.assemble(loaded)
+    sentence = "\nThe video lasts for 7.50 seconds, and 28 frames are uniformly sampled from it. "
+    assert one.asked == [("user\n", True), (f"{sentence}what is it?", False), ("\n", False), ("\nend", False)]
+    video, image, short = found.mm_items
+    assert (video.feature.shape, video.feature.dtype) == ((7, 4, 3, 32, 32), torch.uint8)
+    assert video.feature[:, :, 0, 0, 0].flatten().tolist() == sampled(30, 4.0)
+    assert (image.feature.shape, short.feature.shape) == ((1, 1, 3, 32, 32), (1, 4, 3, 32, 32))
+    spans = [*video.offsets, *image.offsets, *short.offsets]
+    assert {last + 1 - first for first, last in spans} == {64}
+    assert video.offsets == [(5 + 64 * clip, 5 + 64 * clip + 63) for clip in range(7)]
+    assert sorted({place for first, last in spans for place in range(first, last + 1)}) == [
+        place for place, token in enumerate(found.input_ids) if token == 0
+    ]
+
+
+def test_sglang_embeds_clip_by_clip_and_the_geometry_joins_them() -> None:
+    loaded = SimpleNamespace(images=[], videos=[Video(30, 4.0)], input_text="<video>?")
+    items = get_new_expanded_mm_items(processor().assemble(loaded).mm_items)
+    assert [tuple(item.feature.shape[:2]) for item in items] == [(1, 4)] * 7
+    assert items_of(SimpleNamespace(mm_items=items), ModelGeometry()) == [(VIDEO, [(0, 7 * 64 - 1)], None)]
+
+
+def test_most_frames() -> None:
+    loaded = SimpleNamespace(images=[], videos=[Video(200, 25.0)], input_text="<video>?")
+    found = processor(most=18).assemble(loaded)
+    assert found.mm_items[0].feature.shape[:2] == (4, 4)
+    assert "16 frames" in "".join(map(chr, found.input_ids))
+
+
+def test_chat_template(tmp_path: Path) -> None:
+    tiny_models.build("videochat_flash", tmp_path)
+    AutoConfig.register("videochat_flash_qwen", VideoChatFlashConfig, exist_ok=True)
+    chat = VideoChatFlashChat.from_pretrained(tmp_path)
+    parts = [{"type": "video"}, {"type": "text", "text": " what is it? "}]
+    text = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<video>what is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_a_run_is_cut_into_clips() -> None:

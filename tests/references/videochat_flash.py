@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
-    AutoTokenizer,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     SiglipImageProcessor,
@@ -33,7 +33,6 @@ MUTANTS = (
     "other rounds",
     "positions of one frame",
     "no sentence about time",
-    "question apart",
 )
 TRAINED = 14
 CLIP, TOKENS = 4, 64
@@ -55,7 +54,8 @@ class VideoChatFlash(Reference):
     def __init__(self, folder: Path, mutant: str = "", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(folder, mutant, dtype)
         self.config = config = json.loads((folder / "config.json").read_text())
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        # As it is: the automatic one would ask whether it may run the code that the configuration names.
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         weights = tensors(folder)
         vision = config["vision_config"]
         language = {name: weight for name, weight in weights.items() if "vision_tower" not in name}
@@ -113,9 +113,6 @@ class VideoChatFlash(Reference):
         prompt.behind += " from it. "
         if self.mutant == "no sentence about time":
             prompt.behind = "\n"
-        if self.mutant == "question apart":
-            prompt.text(self.tokenizer.encode(prompt.behind, add_special_tokens=False))
-            prompt.behind = ""
 
 
 def videomae(weights: dict[str, torch.Tensor], vision: dict[str, Any], blocks: int) -> VideoMAEModel:
