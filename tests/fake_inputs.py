@@ -19,9 +19,10 @@ def media(modality: str, offsets: Any, **data: Any) -> MultimodalDataItem:
     return MultimodalDataItem(modality=Modality[modality], offsets=offsets, model_specific_data=data)
 
 
-def own(modality: str, offsets: Any, grids: list[tuple[int, int, int]], frames: list[int]) -> MultimodalDataItem:
-    """An item of this package's own processors: grid and first frame by span."""
-    return media(modality, offsets, **{SPAN_GRIDS: [list(one) for one in grids], SPAN_FRAMES: frames})
+def own(modality: str, offsets: Any, grids: list[Any], frames: list[int] | None = None) -> MultimodalDataItem:
+    """An item of this package's own processors: grid and first frame by span, or numbers from 0."""
+    numbers = list(range(len(offsets))) if frames is None else frames
+    return media(modality, offsets, **{SPAN_GRIDS: [one and list(one) for one in grids], SPAN_FRAMES: numbers})
 
 
 def request(*items: Any, prompt: int | None = None) -> MultimodalInputs:

@@ -28,7 +28,11 @@ def register() -> None:
     from mminference_sgl.models import configs
     from mminference_sgl.processors import chat
 
-    for config, processor in ((configs.VilaConfig, chat.VilaChat), (configs.VilaRemoteConfig, chat.VilaChat)):
+    for config, processor in (
+        (configs.VilaConfig, chat.VilaChat),
+        (configs.VilaRemoteConfig, chat.VilaChat),
+        (configs.VideoChatFlashConfig, chat.VideoChatFlashChat),
+    ):
         if config.model_type not in CONFIG_MAPPING:
             AutoConfig.register(config.model_type, config)
             register_customized_processor(processor)(config)

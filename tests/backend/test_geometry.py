@@ -16,11 +16,17 @@ from fake_inputs import CPU, MERGED, cache_of, frame_spans, grid, media, own, re
 from mminference_sgl import _core
 from mminference_sgl.backend.geometry import GeometryError, ModelGeometry, items_of
 from mminference_sgl.method.items import AUDIO, IMAGE, VIDEO, Item
+from mminference_sgl.method.stride import MIN_RUN, StrideSearch
 
 # -- families ----------------------------------------------------------------------------------------------------------
 
 QWEN3_SPANS = frame_spans(10, 11, 24, [9, 9, 10])
 INTERNVL_SPANS = frame_spans(20, 5, 256, [12, 13])
+
+
+def adjacent(start: int, count: int, length: int) -> list[tuple[int, int]]:
+    return [(at, at + length - 1) for at in range(start, start + count * length, length)]
+
 
 FAMILIES: dict[str, tuple[list[MultimodalDataItem], list[Item]]] = {
     "qwen2.5-vl image": (
@@ -129,6 +135,38 @@ FAMILIES: dict[str, tuple[list[MultimodalDataItem], list[Item]]] = {
         [media("IMAGE", [(7, 12)], grid_thws=grid((1, 4, 6)))],
         [(IMAGE, [(7, 12)], (1, 2, 3))],
     ),
+    "our own, a span per frame": (
+        [own("VIDEO", frame_spans(0, 5, 6, [1]), [[1, 2, 3]] * 5)],
+        [(VIDEO, frame_spans(0, 5, 6, [1]), (5, 2, 3))],
+    ),
+    "our own, clips without places": (
+        [own("VIDEO", adjacent(7, 5, 64), [None] * 5)],
+        [(VIDEO, [(7, 7 + 5 * 64 - 1)], None)],
+    ),
+    "our own, an item per clip without places": (
+        [own("VIDEO", [span], [None], [number]) for number, span in enumerate(adjacent(7, 5, 64))],
+        [(VIDEO, [(7, 7 + 5 * 64 - 1)], None)],
+    ),
+    "our own, two videos and an image without places, all side by side": (
+        [
+            own("VIDEO", adjacent(7, 3, 64), [None] * 3),
+            own("VIDEO", adjacent(7 + 3 * 64, 2, 64), [None] * 2),
+            own("IMAGE", adjacent(7 + 5 * 64, 1, 64), [None]),
+        ],
+        [
+            (VIDEO, [(7, 7 + 3 * 64 - 1)], None),
+            (VIDEO, [(7 + 3 * 64, 7 + 5 * 64 - 1)], None),
+            (IMAGE, [(7 + 5 * 64, 7 + 6 * 64 - 1)], None),
+        ],
+    ),
+    "our own, clips without places and text between": (
+        [own("VIDEO", [(0, 63), (64, 127), (130, 193)], [None] * 3)],
+        [(VIDEO, [(0, 127)], None), (VIDEO, [(130, 193)], None)],
+    ),
+    "our own, a clip with places and one without": (
+        [own("VIDEO", [(0, 63), (64, 127)], [[1, 8, 8], None])],
+        [(VIDEO, [(0, 63)], (1, 8, 8)), (VIDEO, [(64, 127)], None)],
+    ),
     "by modality, not by position": (
         [
             media("IMAGE", [(396, 411)], image_grid_thw=grid((1, 8, 8))),
@@ -171,6 +209,13 @@ def test_frames_with_timestamps_keep_their_real_distance() -> None:
     assert all(kinds[start:end].tolist() == [1] * (end - start) for start, end in QWEN3_SPANS)
     assert set(kinds[QWEN3_SPANS[0][1] + 1 : starts[1]]) == {2}, "a timestamp between two frames"
     assert set(kinds[QWEN3_SPANS[-1][1] + 1 :]) == {0}
+
+
+def test_clips_without_places_are_long_enough_to_search_for_a_stride() -> None:
+    spans = adjacent(7, MIN_RUN // 64, 64)
+    (item,) = items_of(request(own("VIDEO", spans, [None] * len(spans))), MERGED)
+    assert StrideSearch.of([item], None) is not None
+    assert StrideSearch.of([(VIDEO, [span], None) for span in spans], None) is None
 
 
 def test_items_listed_by_modality_are_laid_out_by_position() -> None:

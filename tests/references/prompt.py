@@ -18,10 +18,14 @@ MEDIUM = -1
 
 @dataclass
 class Prompt:
-    """Ids, :data:`MEDIUM` where an embedding stands, and these embeddings in order."""
+    """Ids, :data:`MEDIUM` where an embedding stands, and these embeddings in order.
+
+    `behind`: text of a medium that is tokenized with what follows.
+    """
 
     ids: list[int] = field(default_factory=list)
     embeddings: list[torch.Tensor] = field(default_factory=list)
+    behind: str = ""
 
     def text(self, ids: Sequence[int]) -> None:
         self.ids += ids
@@ -60,7 +64,8 @@ class Reference:
             elif part == self.video_token:
                 self.video(found, load_video(next(clips), use_gpu=False))
             else:
-                found.text(self.tokenizer.encode(part, add_special_tokens=False))
+                found.text(self.tokenizer.encode(found.behind + part, add_special_tokens=False))
+                found.behind = ""
         return found
 
     @torch.no_grad()

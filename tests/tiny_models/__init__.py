@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_models import gemma, glm, internvl, kimi, llava, nvila, qwen, vila
+from tiny_models import gemma, glm, internvl, kimi, llava, nvila, qwen, videochat_flash, vila
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": qwen.build_qwen2_vl,
@@ -31,6 +31,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "longvila_pooled": vila.build_pooled,
     "nvila": nvila.build,
     "nvila_lite": nvila.build_lite,
+    "videochat_flash": videochat_flash.build,
 }
 
 

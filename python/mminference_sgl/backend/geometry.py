@@ -15,12 +15,13 @@ apart (EPD)
 InternVL                video: one per frame, all videos in one item;  squares of tokens, their side from the
                         image: one of several tiles                    configuration
 LLaVA-OneVision         none: ``image_offsets``, ``image_pad_len``     squares, unless an image is cut into tiles
-LongVILA, NVILA and     one per frame or video                         :data:`SPAN_GRIDS`, in tokens
+LongVILA, NVILA and     one per frame, clip or video                   :data:`SPAN_GRIDS`, in tokens
 others of this package
 ======================  =============================================  ================================================
 
 Where none of this is there, or it does not match the spans, the span is opaque. Frames that come as spans of their own
-are one clip where they have the same grid and little text between them.
+are one clip where they have the same grid and little text between them. Spans without a grid are one where our own
+processors number them and nothing is between.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _LLAVA_POOLS_BEYOND = 16
 """Images of one request beyond which LLaVA reserves the tokens of pooled frames for each."""
 SPAN_GRIDS, SPAN_FRAMES = "mminference_span_grids", "mminference_span_frames"
 """What this package's own processors say of each span: (frames, rows, columns) in tokens, and its first frame's number
-in the clip."""
+in the clip. A span whose tokens have no places has None instead of a grid, and its own number among those of its video.
+"""
 MAX_FRAME_GAP = 64
 """Most text tokens between two spans that are frames of one clip."""
 
@@ -83,7 +85,7 @@ class ModelGeometry:
 class _Piece:
     """An item in the making; ``frame``: one frame of a video, which may go on in the next piece.
 
-    ``number``: of its first frame in its clip, None where that is not recorded.
+    ``number``: of its first frame in its clip, or of a span without a grid in its video; None where not recorded.
     """
 
     modality: int
@@ -146,14 +148,19 @@ def _reserved(mm_inputs: Any, number: int) -> Spans:
     return [(start, start + int(lengths[number]) - 1)]
 
 
-def _own(data: Any, spans: int) -> list[tuple[Grid, int]]:
-    """Grid and first frame of each span, where this package's processors said so."""
+def _own(data: Any, spans: int) -> list[tuple[Grid | None, int]]:
+    """Grid and number of each span, where this package's processors said so."""
     grids, numbers = data.get(SPAN_GRIDS), data.get(SPAN_FRAMES)
     if grids is None:
         return []
     if not len(grids) == len(numbers) == spans:
         raise ValueError(f"{len(grids)} grids and {len(numbers)} frame numbers for {spans} spans")
-    return [((int(t), int(h), int(w)), int(number)) for (t, h, w), number in zip(grids, numbers, strict=True)]
+    return [(grid and _grid(grid), int(number)) for grid, number in zip(grids, numbers, strict=True)]
+
+
+def _grid(sizes: Any) -> Grid:
+    t, h, w = sizes
+    return int(t), int(h), int(w)
 
 
 def _grids(data: Any, geometry: ModelGeometry) -> list[Grid]:
@@ -277,18 +284,23 @@ def _clips(pieces: Sequence[_Piece]) -> list[_Piece]:
 
 
 def _continues(frame: _Piece, following: _Piece) -> bool:
-    if frame.grid is None or following.grid is None or frame.modality != following.modality:
+    gap = following.spans[0][0] - frame.spans[-1][1] - 1
+    if frame.modality != following.modality:
         return False
+    if frame.grid is None or following.grid is None:
+        numbered = frame.number is not None and frame.number + 1 == following.number
+        return numbered and frame.grid is following.grid and gap == 0
     if frame.number is not None:
         return frame.grid[1:] == following.grid[1:] and frame.number + frame.grid[0] == following.number
-    gap = following.spans[0][0] - frame.spans[-1][1] - 1
     return frame.frame and following.frame and frame.grid == following.grid and 0 <= gap <= MAX_FRAME_GAP
 
 
 def _joined(frames: Sequence[_Piece]) -> _Piece:
     first = frames[0]
-    if len(frames) == 1 or first.grid is None:
+    if len(frames) == 1:
         return first
+    if first.grid is None:
+        return _Piece(first.modality, [(first.spans[0][0], frames[-1].spans[-1][1])], None)
     spans = [span for frame in frames for span in frame.spans]
     return _Piece(first.modality, spans, (sum(piece.grid[0] for piece in frames if piece.grid), *first.grid[1:]))
 

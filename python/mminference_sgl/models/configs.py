@@ -6,11 +6,16 @@ refused here, by name and with the value.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig, VideoMAEConfig
 
 _LANGUAGE: dict[str, type[PretrainedConfig]] = {"qwen2": Qwen2Config, "llama": LlamaConfig}
+_QWEN2 = {field.name for field in dataclasses.fields(Qwen2Config)} - {
+    field.name for field in dataclasses.fields(PretrainedConfig)
+} | {"rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype"}
+"""Fields of a flat configuration that are the language model's."""
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -110,6 +115,88 @@ class VilaRemoteConfig(VilaConfig):
     # transformers writes one for subclasses that have none.
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+
+
+class VideoChatFlashConfig(PretrainedConfig):
+    """VideoChat-Flash with a UMT tower: Qwen2's fields and the media's, flat, as in its ``config.json``.
+
+    ``vision_config``: the tower, as ``VideoMAEConfig`` names sizes; UMT-L at the side that ``mm_vision_tower`` stands
+    for. A ``vision_config`` in the file, which published checkpoints have not, replaces some of these sizes.
+    ``clip``: frames that the tower sees at once. ``clip_tokens``: tokens that they, or one image, become.
+
+    Facts: OpenGVLab/VideoChat-Flash ``llava/model/multimodal_encoder/{builder,umt_encoder}.py``,
+    ``llava/model/multimodal_projector/tome16_mlp_hd64.py``, ``llava/model/llava_arch.py``.
+    """
+
+    model_type = "videochat_flash_qwen"
+    architecture: ClassVar[str] = "VideoChatFlashQwenForCausalLM"
+    clip: ClassVar[int] = 4
+    clip_tokens: ClassVar[int] = 64
+    ONLY: ClassVar[dict[str, Any]] = {
+        "mm_projector_type": "tome16_mlp_hd64",
+        "mm_local_num_frames": clip,
+        "mm_newline_position": "nothing",
+        "mm_llm_compress": False,
+        "vision_encode_type": "video_image",
+        "frame_aspect_ratio": "square",
+        "mm_use_im_start_end": False,
+    }
+    """What published checkpoints say where they say it, and all that is implemented."""
+
+    def __init__(
+        self,
+        mm_vision_tower: str = "umt-hd-large",
+        mm_vision_select_layer: int = -2,
+        vision_config: VideoMAEConfig | dict[str, Any] | None = None,
+        text_config: Qwen2Config | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.mm_vision_tower, self.mm_vision_select_layer = mm_vision_tower, mm_vision_select_layer
+        for name, known in self.ONLY.items():
+            setattr(self, name, kwargs.pop(name, known))
+        dtype = kwargs.pop("torch_dtype", None)
+        if isinstance(dtype, str):
+            kwargs.setdefault("dtype", dtype.removeprefix("torch."))
+        if not isinstance(text_config, PretrainedConfig):
+            text_config = Qwen2Config(**(text_config or {name: kwargs[name] for name in _QWEN2 if name in kwargs}))
+        self.text_config = text_config
+        if not isinstance(vision_config, PretrainedConfig):
+            vision_config = VideoMAEConfig(**{**self._umt_large(), **_own(vision_config or {})})
+        self.vision_config = vision_config
+        self._check()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        kwargs["architectures"] = [self.architecture]
+        super().__init__(**kwargs)
+
+    def _umt_large(self) -> dict[str, Any]:
+        tower = str(self.mm_vision_tower).lower()
+        if "umt" not in tower or "internvideo" in tower:
+            raise refuse("mm_vision_tower", self.mm_vision_tower, "umt-hd-large (448), umt-large (224)")
+        return {
+            "image_size": 448 if "umt-hd" in tower else 224,
+            "patch_size": 16,
+            "num_frames": self.clip,
+            "tubelet_size": 1,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "layer_norm_eps": 1e-6,
+            "use_mean_pooling": False,
+        }
+
+    def _check(self) -> None:
+        for name, known in self.ONLY.items():
+            if getattr(self, name) != known:
+                raise refuse(name, getattr(self, name), repr(known))
+        select: Any = self.mm_vision_select_layer
+        vision: Any = self.vision_config
+        if not isinstance(select, int) or not -vision.num_hidden_layers <= select < 0:
+            raise refuse("mm_vision_select_layer", select, "from the end, as -2")
+        patches = (vision.image_size // vision.patch_size) ** 2
+        if patches <= self.clip_tokens:
+            raise refuse("patches of a frame", patches, f"more than {self.clip_tokens}, to which they are merged")
 
 
 def _own(part: dict[str, Any]) -> dict[str, Any]:

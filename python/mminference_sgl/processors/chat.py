@@ -78,3 +78,12 @@ class VilaChat(Chat):
                 "<vila/video>",
             )
         return chatml("You are a helpful assistant", "<vila/video>")
+
+
+class VideoChatFlashChat(Chat):
+    """VideoChat-Flash's, which its authors call qwen_2."""
+
+    @classmethod
+    def template(cls, path: str | Path, **kwargs: Any) -> str:  # noqa: ARG003 - as the base class has it
+        """The same for all."""
+        return chatml("You are a helpful assistant.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ def at_rate(count: int, rate: float, wanted_rate: float, most: int) -> list[int]
     """Every ``1 / wanted_rate`` seconds a frame, the first ``most`` of them."""
     step = max(1.0, rate / wanted_rate) if rate > 0 else 1.0
     return [int(index) for index in np.arange(0, count, step)[:most]]
+
+
+def middles(count: int, wanted: int) -> list[int]:
+    """The middle frames of ``wanted`` equal parts of ``count`` frames; of each frame one where there are fewer."""
+    ends = np.linspace(0, count, min(count, wanted) + 1).astype(int).tolist()
+    return [(first + after - 1) // 2 for first, after in itertools.pairwise(ends)]
 
 
 def rate_of(video: Any) -> float:

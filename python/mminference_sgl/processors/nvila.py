@@ -53,12 +53,12 @@ class NvilaProcessor(PromptProcessor):
         ids = [PLACEHOLDER if one == token else int(one) for one in found["input_ids"].flatten().tolist()]
         blocks = found.get("block_sizes")
         whole = [block or (1, 1) for block in blocks] if blocks is not None else []
-        grids = [(1, self.side * rows, self.side * columns) for rows, columns in whole]
+        grids: list[Any] = [(1, self.side * rows, self.side * columns) for rows, columns in whole]
         lengths = [last - first + 1 for first, last in spans(ids)]
         if [rows * columns for _, rows, columns in grids] != lengths:
-            grids = [(1, self.side, self.side)] * len(lengths) if set(lengths) == {self.side**2} else []
+            grids = [(1, self.side, self.side) if length == self.side**2 else None for length in lengths]
         data = {} if blocks is None else {"block_sizes": blocks}
-        return Medium(Modality.IMAGE, ids, found["pixel_values"], grids, [0] * len(grids), data)
+        return Medium(Modality.IMAGE, ids, found["pixel_values"], grids, [0] * len(grids), data=data)
 
     def video(self, video: Any) -> Medium:
         """Frames one after the other."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,37 +22,40 @@ PLACEHOLDER = -1
 class Medium:
     """An image or a video as the prompt shows it.
 
-    ``ids``: token ids, :data:`PLACEHOLDER` where an embedding of its own belongs; runs of these are its spans.
-    ``feature``: what the model's ``encode`` reads; SGLang makes an item of every span if its first dimension is the
-    number of spans. ``grids`` (frames, rows, columns) by span, and each span's first frame in its clip: what the
-    geometry reads; empty where tokens have no places. ``data``: more for the model.
+    ``ids``: token ids, :data:`PLACEHOLDER` where an embedding of its own belongs; runs of these are its spans, cut into
+    spans of ``longest`` tokens unless that is 0. ``feature``: what the model's ``encode`` reads; SGLang makes an item
+    of every span if its first dimension is the number of spans. ``grids`` (frames, rows, columns) by span, None where
+    its tokens have no places, and each span's first frame in its clip, or its number in the video: what the geometry
+    reads. ``behind``: text that is tokenized with what follows. ``data``: more for the model.
     """
 
     modality: Modality
     ids: list[int]
     feature: torch.Tensor
-    grids: list[tuple[int, int, int]]
+    grids: Sequence[tuple[int, int, int] | None]
     first_frames: list[int]
+    longest: int = 0
+    behind: str = ""
     data: dict[str, Any] = field(default_factory=dict)
 
     def item(self, start: int) -> MultimodalDataItem:
         """SGLang's item, for ids that begin at a position of the prompt."""
-        grid = {SPAN_GRIDS: [list(grid) for grid in self.grids], SPAN_FRAMES: self.first_frames} if self.grids else {}
+        grids = [grid and list(grid) for grid in self.grids]
         return MultimodalDataItem(
             modality=self.modality,
             feature=self.feature,
-            offsets=[(start + first, start + last) for first, last in spans(self.ids)],
-            model_specific_data={**grid, **self.data},
+            offsets=[(start + first, start + last) for first, last in spans(self.ids, self.longest)],
+            model_specific_data={SPAN_GRIDS: grids, SPAN_FRAMES: self.first_frames, **self.data},
         )
 
 
-def spans(ids: list[int]) -> list[tuple[int, int]]:
-    """First and last index of every run of placeholders."""
+def spans(ids: list[int], longest: int = 0) -> list[tuple[int, int]]:
+    """First and last index of every run of placeholders, or of every ``longest`` of a run."""
     found: list[tuple[int, int]] = []
     for index, one in enumerate(ids):
         if one != PLACEHOLDER:
             continue
-        if found and found[-1][1] == index - 1:
+        if found and found[-1][1] == index - 1 and index - found[-1][0] != longest:
             found[-1] = found[-1][0], index
         else:
             found.append((index, index))
@@ -127,12 +131,15 @@ class PromptProcessor(BaseMultimodalProcessor):
         images, videos = iter(loaded.images), iter(loaded.videos)
         ids: list[int] = []
         items: list[MultimodalDataItem] = []
+        behind = ""
         for number, part in enumerate(re.split(self.mm_tokens.get_combined_regex(), loaded.input_text)):
             if part not in {self.IMAGE, self.VIDEO}:
-                ids += self.text_ids(part, first=number == 0) if part or number == 0 else []
+                text, behind = behind + part, ""
+                ids += self.text_ids(text, first=number == 0) if text or number == 0 else []
                 continue
             medium = self.image(next(images)) if part == self.IMAGE else self.video(next(videos))
             items.append(medium.item(len(ids)))
+            behind = medium.behind
             ids += [self.placeholder_id if one == PLACEHOLDER else one for one in medium.ids]
         return MultimodalProcessorOutput(
             input_ids=ids, mm_items=items, im_token_id=self.placeholder_id, video_token_id=self.placeholder_id
