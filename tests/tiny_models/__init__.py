@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_models import gemma, glm, internvl, kimi, llava, qwen, vila
+from tiny_models import gemma, glm, internvl, kimi, llava, llava_video, qwen, vila
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": qwen.build_qwen2_vl,
@@ -29,6 +29,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "longvila": vila.build_qwen,
     "longvila_llama": vila.build_llama,
     "longvila_pooled": vila.build_pooled,
+    "llava_video": llava_video.build_grid,
+    "llava_video_frame": llava_video.build_frame,
 }
 
 

@@ -42,6 +42,8 @@ _LLAVA_POOLS_BEYOND = 16
 SPAN_GRIDS, SPAN_FRAMES = "mminference_span_grids", "mminference_span_frames"
 """What this package's own processors say of each span: (frames, rows, columns) in tokens, and its first frame's number
 in the clip."""
+SPAN_TAILS = "mminference_span_tails"
+"""How many tokens at the end of each span lie outside its grid, as a newline behind a frame; none without this key."""
 MAX_FRAME_GAP = 64
 """Most text tokens between two spans that are frames of one clip."""
 
@@ -124,7 +126,8 @@ def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
             raise GeometryError(f"item {number}: no token spans")
         if own:
             pieces.extend(
-                _Piece(modality, [span], grid, number=number) for span, (grid, number) in zip(spans, own, strict=True)
+                _Piece(modality, [(start, end - tail)], grid, number=number)
+                for (start, end), (grid, number, tail) in zip(spans, own, strict=True)
             )
         elif grids:
             pieces.extend(_by_grid_key(modality, spans, grids, positions))
@@ -150,14 +153,16 @@ def _reserved(mm_inputs: Any, number: int) -> Spans:
     return [(start, start + int(lengths[number]) - 1)]
 
 
-def _own(data: Any, spans: int) -> list[tuple[Grid, int]]:
-    """Grid and first frame of each span, where this package's processors said so."""
+def _own(data: Any, spans: int) -> list[tuple[Grid, int, int]]:
+    """Grid, first frame and tail of each span, where this package's processors said so."""
     grids, numbers = data.get(SPAN_GRIDS), data.get(SPAN_FRAMES)
     if grids is None:
         return []
-    if not len(grids) == len(numbers) == spans:
-        raise ValueError(f"{len(grids)} grids and {len(numbers)} frame numbers for {spans} spans")
-    return [((int(t), int(h), int(w)), int(number)) for (t, h, w), number in zip(grids, numbers, strict=True)]
+    tails = data.get(SPAN_TAILS, [0] * spans)
+    if not len(grids) == len(numbers) == len(tails) == spans:
+        raise ValueError(f"{len(grids)} grids, {len(numbers)} frame numbers and {len(tails)} tails for {spans} spans")
+    rows = zip(grids, numbers, tails, strict=True)
+    return [((int(t), int(h), int(w)), int(number), int(tail)) for (t, h, w), number, tail in rows]
 
 
 def _grids(data: Any, geometry: ModelGeometry) -> list[Grid]:

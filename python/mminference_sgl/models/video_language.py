@@ -53,13 +53,14 @@ class VideoLanguageModel(nn.Module):
             input_ids=input_ids,
             forward_batch=forward_batch,
             language_model=self.language_model,
-            data_embedding_funcs={Modality.IMAGE: self._encode_all, Modality.VIDEO: self._encode_all},
+            data_embedding_funcs={Modality.IMAGE: self.encode_all, Modality.VIDEO: self.encode_all},
             get_embedding=get_embedding,
             positions=positions,
             **kwargs,
         )
 
-    def _encode_all(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+    def encode_all(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+        """The same of several items of one modality, one after the other."""
         return torch.cat([self.encode(item) for item in items])
 
     def pad_input_ids(self, input_ids: array[int], mm_inputs: MultimodalInputs) -> array[int]:

@@ -78,3 +78,7 @@ class VilaChat(Chat):
                 "<vila/video>",
             )
         return chatml("You are a helpful assistant", "<vila/video>")
+
+
+LLAVA_VIDEO = chatml("You are a helpful assistant.")
+"""What LLaVA-NeXT calls ``qwen_1_5``."""

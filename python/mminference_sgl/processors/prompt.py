@@ -11,7 +11,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
-from mminference_sgl.backend.geometry import SPAN_FRAMES, SPAN_GRIDS
+from mminference_sgl.backend.geometry import SPAN_FRAMES, SPAN_GRIDS, SPAN_TAILS
 
 PLACEHOLDER = -1
 """Stands for an embedding among the ids of a medium."""
@@ -24,7 +24,9 @@ class Medium:
     ``ids``: token ids, :data:`PLACEHOLDER` where an embedding of its own belongs; runs of these are its spans.
     ``feature``: what the model's ``encode`` reads; SGLang makes an item of every span if its first dimension is the
     number of spans. ``grids`` (frames, rows, columns) by span, and each span's first frame in its clip: what the
-    geometry reads; empty where tokens have no places. ``data``: more for the model.
+    geometry reads; empty where tokens have no places. ``tails``: by span, how many tokens at its end are not of the
+    grid; none where it is empty. A run of placeholders that is longer than a grid and its tail goes on with the next
+    span. ``data``: more for the model. ``behind``: text that the prompt has behind the medium.
     """
 
     modality: Modality
@@ -33,28 +35,42 @@ class Medium:
     grids: list[tuple[int, int, int]]
     first_frames: list[int]
     data: dict[str, Any] = field(default_factory=dict)
+    tails: list[int] = field(default_factory=list)
+    behind: str = ""
 
     def item(self, start: int) -> MultimodalDataItem:
         """SGLang's item, for ids that begin at a position of the prompt."""
         grid = {SPAN_GRIDS: [list(grid) for grid in self.grids], SPAN_FRAMES: self.first_frames} if self.grids else {}
+        tails = {SPAN_TAILS: self.tails} if self.tails else {}
+        lengths = [
+            frames * rows * columns + tail
+            for (frames, rows, columns), tail in zip(self.grids, self.tails or [0] * len(self.grids), strict=True)
+        ]
         return MultimodalDataItem(
             modality=self.modality,
             feature=self.feature,
-            offsets=[(start + first, start + last) for first, last in spans(self.ids)],
-            model_specific_data={**grid, **self.data},
+            offsets=[(start + first, start + last) for first, last in spans(self.ids, lengths)],
+            model_specific_data={**grid, **tails, **self.data},
         )
 
 
-def spans(ids: list[int]) -> list[tuple[int, int]]:
-    """First and last index of every run of placeholders."""
+def spans(ids: list[int], lengths: list[int] | None = None) -> list[tuple[int, int]]:
+    """First and last index of every run of placeholders, which ends earlier where its length is reached.
+
+    Raises:
+        ValueError: there are lengths, and they are not what the runs can be cut into.
+    """
     found: list[tuple[int, int]] = []
     for index, one in enumerate(ids):
         if one != PLACEHOLDER:
             continue
-        if found and found[-1][1] == index - 1:
+        full = lengths and len(found) <= len(lengths) and found and index - found[-1][0] == lengths[len(found) - 1]
+        if found and found[-1][1] == index - 1 and not full:
             found[-1] = found[-1][0], index
         else:
             found.append((index, index))
+    if lengths and [last - first + 1 for first, last in found] != lengths:
+        raise ValueError(f"{len(found)} runs of placeholders are not the {len(lengths)} spans that their grids tell")
     return found
 
 
@@ -122,13 +138,16 @@ class PromptProcessor(BaseMultimodalProcessor):
         images, videos = iter(loaded.images), iter(loaded.videos)
         ids: list[int] = []
         items: list[MultimodalDataItem] = []
+        behind = ""
         for number, part in enumerate(re.split(self.mm_tokens.get_combined_regex(), loaded.input_text)):
             if part not in {self.IMAGE, self.VIDEO}:
-                ids += self.text_ids(part, first=number == 0) if part or number == 0 else []
+                text = behind + part
+                ids += self.text_ids(text, first=number == 0) if text or number == 0 else []
                 continue
             medium = self.image(next(images)) if part == self.IMAGE else self.video(next(videos))
             items.append(medium.item(len(ids)))
             ids += [self.placeholder_id if one == PLACEHOLDER else one for one in medium.ids]
+            behind = medium.behind
         return MultimodalProcessorOutput(
             input_ids=ids, mm_items=items, im_token_id=self.placeholder_id, video_token_id=self.placeholder_id
         )
