@@ -68,9 +68,14 @@ class VilaModel(VideoLanguageModel):
 
     def encode(self, item: MultimodalDataItem) -> torch.Tensor:
         """Frames uint8 [n, pool, 3, H, W] -> [n * side * side, hidden size]: each token is the mean over its frames."""
+        return self.encode_all([item])
+
+    def encode_all(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+        """The same of several; frames are batched across items, of which each is one."""
+        feature = torch.cat([item.feature for item in items])
         tokens = []
-        groups = max(1, FRAMES_AT_A_TIME // item.feature.shape[1])
-        for some in item.feature.split(groups):
+        groups = max(1, FRAMES_AT_A_TIME // feature.shape[1])
+        for some in feature.split(groups):
             each = self.mm_projector(self.vision_tower(some.flatten(0, 1)))
             tokens.append(each.view(*some.shape[:2], *each.shape[1:]).mean(1))
         return torch.cat(tokens).flatten(0, 1)

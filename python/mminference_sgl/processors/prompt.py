@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from sglang.srt.managers.mm_utils import get_new_expanded_mm_items, hash_feature
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
@@ -22,11 +23,12 @@ class Medium:
     """An image or a video as the prompt shows it.
 
     ``ids``: token ids, :data:`PLACEHOLDER` where an embedding of its own belongs; runs of these are its spans.
-    ``feature``: what the model's ``encode`` reads; SGLang makes an item of every span if its first dimension is the
-    number of spans. ``grids`` (frames, rows, columns) by span, and each span's first frame in its clip: what the
-    geometry reads; empty where tokens have no places. ``tails``: by span, how many tokens at its end are not of the
-    grid; none where it is empty. A run of placeholders that is longer than a grid and its tail goes on with the next
-    span. ``data``: more for the model. ``behind``: text that the prompt has behind the medium.
+    ``feature``: what the model's ``encode`` reads; if its first dimension is the number of spans, every span becomes an
+    item of its own, and a chunk embeds only those that it holds. ``grids`` (frames, rows, columns) by span, and each
+    span's first frame in its clip: what the geometry reads; empty where tokens have no places. ``tails``: by span, how
+    many tokens at its end are not of the grid; none where it is empty. A run of placeholders longer than a grid and its
+    tail goes on with the next span. ``data``: more for the model. ``behind``: text that the prompt has behind the
+    medium.
     """
 
     modality: Modality
@@ -148,6 +150,14 @@ class PromptProcessor(BaseMultimodalProcessor):
             items.append(medium.item(len(ids)))
             ids += [self.placeholder_id if one == PLACEHOLDER else one for one in medium.ids]
             behind = medium.behind
+        items = get_new_expanded_mm_items(items)
+        for item in items:
+            # SGLang tells items apart by their pixels alone, and a picture may be a frame of the video beside it.
+            if item.is_image():
+                item.hash = hash_feature(item.feature) ^ 1
         return MultimodalProcessorOutput(
-            input_ids=ids, mm_items=items, im_token_id=self.placeholder_id, video_token_id=self.placeholder_id
+            input_ids=ids,
+            mm_items=items,
+            im_token_id=self.placeholder_id,
+            video_token_id=self.placeholder_id,
         )
