@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
-from mminference_sgl.backend.geometry import SPAN_FRAMES, SPAN_GRIDS, ModelGeometry
+from mminference_sgl.backend.geometry import SPAN_FRAMES, SPAN_GRIDS, SPAN_TAILS, ModelGeometry
 from mminference_sgl.backend.layout import LayoutCache
 
 CPU = torch.device("cpu")
@@ -19,10 +19,13 @@ def media(modality: str, offsets: Any, **data: Any) -> MultimodalDataItem:
     return MultimodalDataItem(modality=Modality[modality], offsets=offsets, model_specific_data=data)
 
 
-def own(modality: str, offsets: Any, grids: list[Any], frames: list[int] | None = None) -> MultimodalDataItem:
-    """An item of this package's own processors: grid and first frame by span, or numbers from 0."""
+def own(
+    modality: str, offsets: Any, grids: list[Any], frames: list[int] | None = None, tails: list[Any] | None = None
+) -> MultimodalDataItem:
+    """An item of this package's own processors: grid, first frame and tail by span; frames are numbered from 0."""
     numbers = list(range(len(offsets))) if frames is None else frames
-    return media(modality, offsets, **{SPAN_GRIDS: [one and list(one) for one in grids], SPAN_FRAMES: numbers})
+    data = {SPAN_GRIDS: [one and list(one) for one in grids], SPAN_FRAMES: numbers}
+    return media(modality, offsets, **data, **({} if tails is None else {SPAN_TAILS: tails}))
 
 
 def request(*items: Any, prompt: int | None = None) -> MultimodalInputs:

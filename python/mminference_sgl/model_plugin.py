@@ -15,6 +15,8 @@ HOOKS = {
     "sglang.srt.model_loader.utils.get_model_architecture": "register_models",
     "sglang.srt.managers.multimodal_processor.import_processors": "register_processors",
     "sglang.srt.utils.hf_transformers.tokenizer.get_tokenizer": "tokenizer_of_folder",
+    "sglang.srt.utils.hf_transformers.config.HfModelConfigParser.parse": "config_of_llava_video",
+    "sglang.srt.utils.hf_transformers.processor.get_processor": "processor_of_llava_video",
 }
 """What of SGLang is wrapped, and by what of this module."""
 
@@ -86,15 +88,49 @@ def register_processors(original: Any, package_name: str, *args: Any, **kwargs: 
 
 def tokenizer_of_folder(original: Any, tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
     """VILA keeps the tokenizer with the language model."""
-    from transformers import PretrainedConfig
-
     from mminference_sgl.models.configs import VilaConfig, VilaRemoteConfig
 
     if "subfolder" not in kwargs:
-        try:
-            config, _ = PretrainedConfig.get_config_dict(tokenizer_name, revision=kwargs.get("tokenizer_revision"))
-        except (OSError, ValueError):
-            config = {}
+        config = _fields(tokenizer_name, kwargs.get("tokenizer_revision"))
         if config.get("model_type") in {VilaConfig.model_type, VilaRemoteConfig.model_type}:
             kwargs["subfolder"] = "llm"
     return original(tokenizer_name, *args, **kwargs)
+
+
+def config_of_llava_video(original: Any, parser: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """LLaVA-Video shares its model type with LLaVA-OneVision, which stays SGLang's."""
+    from mminference_sgl.models.configs import LlavaVideoConfig
+
+    fields = _fields(model, kwargs.get("revision"))
+    if not LlavaVideoConfig.wrote(fields):
+        return original(parser, model, *args, **kwargs)
+    fields.pop("model_type")
+    return LlavaVideoConfig(**fields, name_or_path=str(model))
+
+
+def processor_of_llava_video(original: Any, tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
+    """LLaVA-Video has a tokenizer, and no files of the processor that transformers wants for its model type."""
+    from sglang.srt.utils.hf_transformers.tokenizer import get_tokenizer
+
+    from mminference_sgl.models.configs import LlavaVideoConfig
+    from mminference_sgl.processors import chat
+
+    revision = kwargs.get("revision", kwargs.get("tokenizer_revision"))
+    if not LlavaVideoConfig.wrote(_fields(kwargs.get("model_name") or tokenizer_name, revision)):
+        return original(tokenizer_name, *args, **kwargs)
+    known = ("tokenizer_mode", "trust_remote_code", "tokenizer_backend")
+    tokenizer = get_tokenizer(
+        tokenizer_name, tokenizer_revision=revision, **{name: kwargs[name] for name in known if name in kwargs}
+    )
+    return chat.Chat(tokenizer, chat.LLAVA_VIDEO)
+
+
+def _fields(path: Any, revision: str | None) -> dict[str, Any]:
+    """What a checkpoint's configuration file says; nothing where there is none."""
+    from transformers import PretrainedConfig
+
+    try:
+        fields: dict[str, Any] = PretrainedConfig.get_config_dict(path, revision=revision)[0]
+    except (OSError, ValueError):
+        return {}
+    return fields

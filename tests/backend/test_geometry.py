@@ -450,3 +450,32 @@ def test_model_geometry(config: object, merge: int) -> None:
 def test_model_geometry_of_a_thinker() -> None:
     config = transformers.Qwen3OmniMoeConfig(thinker_config={"vision_config": {"spatial_merge_size": 3}})
     assert ModelGeometry.of(config).merge == 3
+
+
+# -- what this package's own processors say ----------------------------------------------------------------------------
+
+
+def test_own_frames_that_touch_are_one_clip():
+    """An item per frame, and the next video directly behind."""
+    frames = [own("VIDEO", [(start, start + 11)], [(1, 3, 4)], [number]) for number, start in enumerate((5, 17, 29))]
+    other = own("VIDEO", [(41, 52), (53, 64)], [(1, 3, 4)] * 2)
+    found = items_of(request(*frames, other), ModelGeometry())
+    assert found == [
+        (VIDEO, [(5, 16), (17, 28), (29, 40)], (3, 3, 4)),
+        (VIDEO, [(41, 52), (53, 64)], (2, 3, 4)),
+    ]
+    layout = _core.Layout(70, found, chunk_tokens=64, tile_queries=16, cell_size=0)
+    assert [layout.frame_stride(number) for number in range(2)] == [12, 12]
+
+
+def test_own_tails_lie_outside_the_grid():
+    image = own("IMAGE", [(0, 12)], [(1, 3, 4)], tails=[1])
+    video = own("VIDEO", [(20, 32), (33, 45)], [(1, 3, 4)] * 2, tails=[1, 1])
+    found = items_of(request(image, video), ModelGeometry())
+    assert found == [(IMAGE, [(0, 11)], (1, 3, 4)), (VIDEO, [(20, 31), (33, 44)], (2, 3, 4))]
+
+
+def test_own_numbers_that_do_not_match_the_spans():
+    for tails in ([1, 1], ["?"]):
+        with pytest.raises(GeometryError):
+            items_of(request(own("VIDEO", [(0, 12)], [(1, 3, 4)], tails=tails)), ModelGeometry())

@@ -18,6 +18,7 @@ VIDEOS = {
     "longvila_pooled": "a square of 7 x 7 tokens and a newline for each frame, one for 4 frames, as the processor says",
     "nvila": "a square of 4 x 4 tokens and a newline for each frame, as the processor says",
     "nvila_lite": "a square of 3 x 3 tokens and a newline for each frame, as the processor says",
+    "llava_video": "6 x 6 tokens and a newline column for each frame, as the processor says",
     "videochat_flash": "a run without places, 64 tokens for each 4 frames, as the processor says",
     "internvl": "frames of 8 x 8 tokens, from the configuration",
     "qwen2_5_vl": "grids as the processor records them, 2 x 2 patches to a token",

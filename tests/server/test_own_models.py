@@ -8,6 +8,7 @@ prompt must be what a reference in float64 says, within a few times what the sam
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 import serving
 from mminference_sgl.testing import Answer, fallbacks, layouts, png_url, prefills, user_message, write_mp4
-from references import nvila, videochat_flash, vila
+from references import llava_video, nvila, videochat_flash, vila
 from references.prompt import MEDIUM, Prompt, Reference
 from serving import ModelPath, squares, words
 
@@ -53,16 +54,22 @@ LLAVA_SYSTEM = (
 )
 
 
-def frames(count: int, rows: int, columns: int) -> dict[str, tuple[str, ...]]:
-    """Layouts where an image is one frame."""
-    clip, still = f"video:{count}x{rows}x{columns}", f"image:1x{rows}x{columns}"
+def frames(count: int, rows: int, columns: int, image: str = "") -> dict[str, tuple[str, ...]]:
+    """Layouts where an image is one frame, unless another grid is named."""
+    clip, still = f"video:{count}x{rows}x{columns}", f"image:1x{image or f'{rows}x{columns}'}"
     return {"video": (clip,), "two videos": (clip, clip), "image and video": (still, clip)}
+
+
+def of_frames(count: int) -> tuple[str, ...]:
+    """Arguments of a server that takes so many frames of a video."""
+    return ("--mm-process-config", json.dumps({"video": {"num_frames": count}}))
 
 
 QUESTION = "<vila/video>what is it?"
 TINY = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """The template of tiny checkpoints that bring one."""
-NVILA = ("--trust-remote-code", "--mm-process-config", '{"video": {"num_frames": 24}}')
+NVILA = ("--trust-remote-code", *of_frames(24))
+LLAVA_VIDEO = QWEN.format("You are a helpful assistant.", "<video>what is it?")
 MODELS = {
     "longvila": Model(
         vila.Vila, frames(24, 7, 7), QWEN.format("You are a helpful assistant", QUESTION), mutants=vila.MUTANTS
@@ -80,6 +87,16 @@ MODELS = {
         },
         QWEN.format("You are a helpful assistant.", "<video>what is it?"),
         mutants=videochat_flash.MUTANTS,
+    ),
+    "llava_video": Model(
+        llava_video.LlavaVideo,
+        frames(15, 6, 7, image="13x13"),
+        LLAVA_VIDEO,
+        mutants=llava_video.MUTANTS,
+        args=of_frames(15),
+    ),
+    "llava_video_frame": Model(
+        llava_video.LlavaVideoMoreFrames, frames(27, 7, 7, image="13x13"), LLAVA_VIDEO, args=of_frames(27)
     ),
 }
 models = pytest.mark.parametrize("name", MODELS)
@@ -105,7 +122,6 @@ class Told:
     answers: dict[str, Answer] = field(default_factory=dict)
     layouts: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     sparse_tokens: dict[str, int] = field(default_factory=dict)
-    rendered: str = ""
     log: str = ""
 
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of eight families that SGLang serves.
+"""Tiny random checkpoints of families that SGLang serves, and of the models that this package adds.
 
 All have 2 layers (Gemma 3 two sliding ones more), 4 query heads, 2 KV heads of size 32 (Kimi-VL latent ones) and a
 byte-level tokenizer. Their weights are random, but scaled so that they are fit for comparing servers: attention is
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_models import gemma, glm, internvl, kimi, llava, nvila, qwen, videochat_flash, vila
+from tiny_models import gemma, glm, internvl, kimi, llava, llava_video, nvila, qwen, videochat_flash, vila
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": qwen.build_qwen2_vl,
@@ -32,6 +32,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "nvila": nvila.build,
     "nvila_lite": nvila.build_lite,
     "videochat_flash": videochat_flash.build,
+    "llava_video": llava_video.build_grid,
+    "llava_video_frame": llava_video.build_frame,
 }
 
 

@@ -43,6 +43,8 @@ SPAN_GRIDS, SPAN_FRAMES = "mminference_span_grids", "mminference_span_frames"
 """What this package's own processors say of each span: (frames, rows, columns) in tokens, and its first frame's number
 in the clip. A span whose tokens have no places has None instead of a grid, and its own number among those of its video.
 """
+SPAN_TAILS = "mminference_span_tails"
+"""How many tokens at the end of each span lie outside its grid, as a newline behind a frame; none without this key."""
 MAX_FRAME_GAP = 64
 """Most text tokens between two spans that are frames of one clip."""
 
@@ -122,7 +124,8 @@ def items_of(mm_inputs: Any, geometry: ModelGeometry) -> list[Item]:
             raise GeometryError(f"item {number}: no token spans")
         if own:
             pieces.extend(
-                _Piece(modality, [span], grid, number=number) for span, (grid, number) in zip(spans, own, strict=True)
+                _Piece(modality, [(start, end - tail)], grid, number=number)
+                for (start, end), (grid, number, tail) in zip(spans, own, strict=True)
             )
         elif grids:
             pieces.extend(_by_grid_key(modality, spans, grids, positions))
@@ -148,14 +151,16 @@ def _reserved(mm_inputs: Any, number: int) -> Spans:
     return [(start, start + int(lengths[number]) - 1)]
 
 
-def _own(data: Any, spans: int) -> list[tuple[Grid | None, int]]:
-    """Grid and number of each span, where this package's processors said so."""
+def _own(data: Any, spans: int) -> list[tuple[Grid | None, int, int]]:
+    """Grid, number and tail of each span, where this package's processors said so."""
     grids, numbers = data.get(SPAN_GRIDS), data.get(SPAN_FRAMES)
     if grids is None:
         return []
-    if not len(grids) == len(numbers) == spans:
-        raise ValueError(f"{len(grids)} grids and {len(numbers)} frame numbers for {spans} spans")
-    return [(grid and _grid(grid), int(number)) for grid, number in zip(grids, numbers, strict=True)]
+    tails = data.get(SPAN_TAILS, [0] * spans)
+    if not len(grids) == len(numbers) == len(tails) == spans:
+        raise ValueError(f"{len(grids)} grids, {len(numbers)} frame numbers and {len(tails)} tails for {spans} spans")
+    rows = zip(grids, numbers, tails, strict=True)
+    return [(grid and _grid(grid), int(number), int(tail)) for grid, number, tail in rows]
 
 
 def _grid(sizes: Any) -> Grid:

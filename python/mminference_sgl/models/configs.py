@@ -199,6 +199,118 @@ class VideoChatFlashConfig(PretrainedConfig):
             raise refuse("patches of a frame", patches, f"more than {self.clip_tokens}, to which they are merged")
 
 
+class LlavaVideoConfig(PretrainedConfig):
+    """LLaVA-Video, whose file holds Qwen2's fields and LLaVA's side by side under LLaVA-OneVision's names.
+
+    ``side``: tokens along a side of a frame of a video. ``whole_side``: the same of a picture, which is not pooled.
+    ``newline_column``: whether every row of a frame ends in a newline token.
+
+    Facts: LLaVA-VL/LLaVA-NeXT ``llava/model/llava_arch.py`` and ``llava/model/multimodal_encoder/siglip_encoder.py``,
+    which reads the last layer but one whatever the file says.
+    """
+
+    model_type = "llava_video"
+    # Not "Llava...ForCausalLM": SGLang would read it as its own LLaVA, in float16.
+    architecture: ClassVar[str] = "LlavaVideoModel"
+    ARCHITECTURE: ClassVar[str] = "LlavaQwenForCausalLM"
+    TOWER: ClassVar[str] = "siglip-so400m-patch14-384"
+    SO400M: ClassVar[dict[str, int]] = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    }
+    KNOWN: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_newline_position": ("grid", "frame", "one_token", "no_token"),
+        "mm_spatial_pool_mode": ("average", "bilinear"),
+        "mm_spatial_pool_stride": (2,),
+        "mm_patch_merge_type": ("spatial_unpad",),
+        "mm_vision_select_layer": (-2,),
+        "mm_use_im_start_end": (False,),
+        "add_faster_video": (False,),
+    }
+    """What is implemented of each field."""
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "mm_projector_type": "linear",
+        "mm_newline_position": "one_token",
+        "mm_spatial_pool_mode": "average",
+        "mm_spatial_pool_stride": 2,
+        "mm_patch_merge_type": "flat",
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "add_faster_video": False,
+        "add_time_instruction": False,
+        "force_sample": False,
+    }
+    """LLaVA-NeXT's, but for the pooling, which its authors name when they run the model."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name, default in self.DEFAULTS.items():
+            value = kwargs.pop(name, None)
+            setattr(self, name, default if value is None else value)
+        own = kwargs.pop("vision_config", None)
+        self.text_config = Qwen2Config(**{name: kwargs[name] for name in _QWEN2_FIELDS if name in kwargs})
+        self.vision_config = SiglipVisionConfig(**(_own(own) if own else self.SO400M))
+        # Without fields it is what transformers compares others with.
+        if kwargs.get("mm_vision_tower"):
+            self.check()
+            tower, kind = str(kwargs["mm_vision_tower"]), (own or {}).get("model_type", "siglip_vision_model")
+            if not own and tower.rpartition("/")[2] != self.TOWER:
+                raise refuse("mm_vision_tower", tower, f"google/{self.TOWER}")
+            if kind != "siglip_vision_model":
+                raise refuse("vision_config.model_type", kind, "siglip_vision_model")
+            if kwargs.get("architectures") != [self.ARCHITECTURE]:
+                raise refuse("architectures", kwargs.get("architectures"), self.ARCHITECTURE)
+        dtype = kwargs.pop("torch_dtype", None)
+        if isinstance(dtype, str):
+            kwargs.setdefault("dtype", dtype.removeprefix("torch."))
+        kwargs["architectures"] = [self.architecture]
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Once more where a configuration is used: ``--json-model-override-args`` changes it after it was read.
+
+        Raises:
+            UnsupportedCheckpointError: see :data:`KNOWN`.
+        """
+        for name, known in self.KNOWN.items():
+            if getattr(self, name) not in known:
+                raise refuse(name, getattr(self, name), ", ".join(str(one) for one in known))
+
+    @classmethod
+    def wrote(cls, fields: dict[str, Any]) -> bool:
+        """Whether a file of type ``llava`` is LLaVA-Video's; LLaVA-OneVision's has neither mark."""
+        marks = fields.get("mm_newline_position") == "grid" or fields.get("add_time_instruction") is True
+        return fields.get("model_type") == "llava" and marks
+
+    @property
+    def whole_side(self) -> int:
+        """Tokens along a side of a picture."""
+        vision: Any = self.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    @property
+    def side(self) -> int:
+        """Tokens along a side of a frame."""
+        return self.whole_side // 2 if self.mm_spatial_pool_mode == "average" else -(-self.whole_side // 2)
+
+    @property
+    def newline_column(self) -> bool:
+        """Whether every row of a frame ends in a newline token."""
+        return bool(self.mm_newline_position == "grid")
+
+
+_QWEN2_FIELDS = {*Qwen2Config().to_dict(), "rope_theta", "rope_scaling"} - {
+    "model_type",
+    "architectures",
+    "transformers_version",
+}
+"""Of a file that holds other fields too."""
+
+
 def _own(part: dict[str, Any]) -> dict[str, Any]:
     """A part's configuration without what names it."""
     return {

@@ -32,8 +32,8 @@ class VideoLanguageModel(nn.Module):
             config=text, quant_config=quant_config, prefix=add_prefix(language_prefix, prefix)
         )
 
-    def encode(self, item: MultimodalDataItem) -> torch.Tensor:
-        """Embeddings of one item's placeholders, in prompt order: [rows, hidden size]."""
+    def encode(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+        """Embeddings of the placeholders of items of one modality, one after the other: [rows, hidden size]."""
         raise NotImplementedError
 
     @classmethod
@@ -59,14 +59,11 @@ class VideoLanguageModel(nn.Module):
             input_ids=input_ids,
             forward_batch=forward_batch,
             language_model=self.language_model,
-            data_embedding_funcs={Modality.IMAGE: self._encode_all, Modality.VIDEO: self._encode_all},
+            data_embedding_funcs={Modality.IMAGE: self.encode, Modality.VIDEO: self.encode},
             get_embedding=get_embedding,
             positions=positions,
             **kwargs,
         )
-
-    def _encode_all(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        return torch.cat([self.encode(item) for item in items])
 
     def pad_input_ids(self, input_ids: array[int], mm_inputs: MultimodalInputs) -> array[int]:
         """Puts each item's hash in place of its placeholders, as SGLang asks."""

@@ -45,12 +45,8 @@ class VideoChatFlashQwenForCausalLM(VideoLanguageModel):
             vision.hidden_size, config.text_config.hidden_size, vision.num_attention_heads, config.clip_tokens
         )
 
-    def encode(self, item: MultimodalDataItem) -> torch.Tensor:
-        """Clips uint8 [n, T, 3, H, W], T 4 or of an image 1 -> [n * 64, hidden size]."""
-        return self._encode_all([item])
-
-    def _encode_all(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        # SGLang makes an item of every clip; those of a call have the same shape.
+    def encode(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+        """Clips uint8 [n, T, 3, H, W] of each, T 4 or of an image 1 -> [n * 64, hidden size]."""
         clips = [clip for item in items for clip in item.feature.split(1)]
         batches = (torch.cat(clips[at : at + CLIPS_AT_A_TIME]) for at in range(0, len(clips), CLIPS_AT_A_TIME))
         return torch.cat([self.mm_projector(self.vision_tower(batch)) for batch in batches]).flatten(0, 1)

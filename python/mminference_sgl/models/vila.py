@@ -70,11 +70,12 @@ class VilaModel(VideoLanguageModel):
             if prefix
         ]
 
-    def encode(self, item: MultimodalDataItem) -> torch.Tensor:
-        """Frames uint8 [n, pool, 3, H, W] -> [n * side * side, hidden size]: each token is the mean over its frames."""
+    def encode(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+        """Frames uint8 [n, pool, 3, H, W] of each -> [n * side * side, hidden size]: tokens are means over frames."""
+        feature = torch.cat([item.feature for item in items])
         tokens = []
-        groups = max(1, FRAMES_AT_A_TIME // item.feature.shape[1])
-        for some in item.feature.split(groups):
+        groups = max(1, FRAMES_AT_A_TIME // feature.shape[1])
+        for some in feature.split(groups):
             each = self.mm_projector(self.vision_tower(some.flatten(0, 1)))
             tokens.append(each.view(*some.shape[:2], *each.shape[1:]).mean(1))
         return torch.cat(tokens).flatten(0, 1)

@@ -87,3 +87,7 @@ class VideoChatFlashChat(Chat):
     def template(cls, path: str | Path, **kwargs: Any) -> str:  # noqa: ARG003 - as the base class has it
         """The same for all."""
         return chatml("You are a helpful assistant.")
+
+
+LLAVA_VIDEO = chatml("You are a helpful assistant.")
+"""What LLaVA-NeXT calls ``qwen_1_5``."""

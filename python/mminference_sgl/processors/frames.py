@@ -31,6 +31,12 @@ def middles(count: int, wanted: int) -> list[int]:
     return [(first + after - 1) // 2 for first, after in itertools.pairwise(ends)]
 
 
+def repeated(count: int, wanted: int) -> list[int]:
+    """``wanted`` of ``count`` frames at equal distances, rounded down; some several times if there are fewer."""
+    found: list[int] = np.linspace(0, count - 1, wanted, dtype=int).tolist()
+    return found
+
+
 def rate_of(video: Any) -> float:
     """Frames per second of a decoder; 0 where it is not known, as of frames that come as pictures."""
     return float(getattr(video, "avg_fps", 0) or 0)
@@ -52,11 +58,19 @@ def squares(video: Any, indices: Sequence[int], side: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def square(picture: Any, side: int) -> torch.Tensor:
-    """A picture as one such frame: uint8 [1, 3, side, side]."""
-    if isinstance(picture, torch.Tensor):
-        return _resized(picture[None], side)
-    return _resized(torch.as_tensor(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None], side)
+def square(picture: Any, side: int, border: int | None = None) -> torch.Tensor:
+    """A picture as one such frame: uint8 [1, 3, side, side].
+
+    ``border``: the grey that widens it to a square first; None: it is resized without regard to its shape.
+    """
+    if not isinstance(picture, torch.Tensor):
+        picture = torch.as_tensor(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    if border is not None:
+        height, width = picture.shape[-2:]
+        longer = max(height, width)
+        left, top = (longer - width) // 2, (longer - height) // 2
+        picture = functional.pad(picture, [left, top, longer - width - left, longer - height - top], fill=border)
+    return _resized(picture[None], side)
 
 
 def _resized(frames: torch.Tensor, side: int) -> torch.Tensor:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sglang.srt.managers.mm_utils import get_new_expanded_mm_items, hash_feature
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
-from mminference_sgl.backend.geometry import SPAN_FRAMES, SPAN_GRIDS
+from mminference_sgl.backend.geometry import SPAN_FRAMES, SPAN_GRIDS, SPAN_TAILS
 
 PLACEHOLDER = -1
 """Stands for an embedding among the ids of a medium."""
@@ -23,10 +24,11 @@ class Medium:
     """An image or a video as the prompt shows it.
 
     ``ids``: token ids, :data:`PLACEHOLDER` where an embedding of its own belongs; runs of these are its spans, cut into
-    spans of ``longest`` tokens unless that is 0. ``feature``: what the model's ``encode`` reads; SGLang makes an item
-    of every span if its first dimension is the number of spans. ``grids`` (frames, rows, columns) by span, None where
-    its tokens have no places, and each span's first frame in its clip, or its number in the video: what the geometry
-    reads. ``behind``: text that is tokenized with what follows. ``data``: more for the model.
+    spans of ``lengths`` where there are any. ``feature``: what the model's ``encode`` reads; if its first dimension is
+    the number of spans, every span becomes an item of its own, and a chunk embeds only those that it holds. ``grids``
+    (frames, rows, columns) by span, None where its tokens have no places, and each span's first frame in its clip, or
+    its number in the video: what the geometry reads. ``tails``: by span, how many tokens at its end are not of the
+    grid; none where it is empty. ``behind``: text that is tokenized with what follows. ``data``: more for the model.
     """
 
     modality: Modality
@@ -34,31 +36,40 @@ class Medium:
     feature: torch.Tensor
     grids: Sequence[tuple[int, int, int] | None]
     first_frames: list[int]
-    longest: int = 0
+    lengths: Sequence[int] = ()
+    tails: Sequence[int] = ()
     behind: str = ""
     data: dict[str, Any] = field(default_factory=dict)
 
     def item(self, start: int) -> MultimodalDataItem:
         """SGLang's item, for ids that begin at a position of the prompt."""
+        tails = {SPAN_TAILS: self.tails} if self.tails else {}
         grids = [grid and list(grid) for grid in self.grids]
         return MultimodalDataItem(
             modality=self.modality,
             feature=self.feature,
-            offsets=[(start + first, start + last) for first, last in spans(self.ids, self.longest)],
-            model_specific_data={SPAN_GRIDS: grids, SPAN_FRAMES: self.first_frames, **self.data},
+            offsets=[(start + first, start + last) for first, last in spans(self.ids, self.lengths)],
+            model_specific_data={SPAN_GRIDS: grids, SPAN_FRAMES: self.first_frames, **tails, **self.data},
         )
 
 
-def spans(ids: list[int], longest: int = 0) -> list[tuple[int, int]]:
-    """First and last index of every run of placeholders, or of every ``longest`` of a run."""
+def spans(ids: Sequence[int], lengths: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """First and last index of every run of placeholders, which ends earlier where its length is reached.
+
+    Raises:
+        ValueError: there are lengths, and they are not what the runs can be cut into.
+    """
     found: list[tuple[int, int]] = []
     for index, one in enumerate(ids):
         if one != PLACEHOLDER:
             continue
-        if found and found[-1][1] == index - 1 and index - found[-1][0] != longest:
+        full = found and len(found) <= len(lengths) and index - found[-1][0] == lengths[len(found) - 1]
+        if found and found[-1][1] == index - 1 and not full:
             found[-1] = found[-1][0], index
         else:
             found.append((index, index))
+    if lengths and [last - first + 1 for first, last in found] != list(lengths):
+        raise ValueError(f"{len(found)} runs of placeholders are not the {len(lengths)} spans that their grids tell")
     return found
 
 
@@ -139,8 +150,16 @@ class PromptProcessor(BaseMultimodalProcessor):
                 continue
             medium = self.image(next(images)) if part == self.IMAGE else self.video(next(videos))
             items.append(medium.item(len(ids)))
-            behind = medium.behind
             ids += [self.placeholder_id if one == PLACEHOLDER else one for one in medium.ids]
+            behind = medium.behind
+        items = get_new_expanded_mm_items(items)
+        for item in items:
+            # SGLang tells items apart by their pixels alone, and a picture may be a frame of the video beside it.
+            if item.is_image():
+                item.hash = hash_feature(item.feature) ^ 1
         return MultimodalProcessorOutput(
-            input_ids=ids, mm_items=items, im_token_id=self.placeholder_id, video_token_id=self.placeholder_id
+            input_ids=ids,
+            mm_items=items,
+            im_token_id=self.placeholder_id,
+            video_token_id=self.placeholder_id,
         )

@@ -73,6 +73,6 @@ class VideoChatFlashProcessor(PromptProcessor):
             pixels,
             grids=[None] * count,
             first_frames=list(range(count)),
-            longest=self.tokens,
+            lengths=[self.tokens] * count,
             behind=behind,
         )
