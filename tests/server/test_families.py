@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import serving
 import strict_dense
@@ -68,19 +69,23 @@ def with_grids(first: str, second: str, video: str) -> Family:
 
 THREE_BY_TWO, SIX_BY_TWO = (("image:1x8x8",) * (tiles + 1) for tiles in (3 * 2, 6 * 2))
 """InternVL's tiles of the two images, each with a thumbnail."""
+
+
+def in_tiles() -> Family:
+    """InternVL always takes 32 frames of a video."""
+    video = "video:32x8x8"
+    both = THREE_BY_TWO + SIX_BY_TWO
+    return Family({"image": THREE_BY_TWO, "two images": both, "video": (video,), "images and video": (*both, video)})
+
+
 FAMILIES = {
     "qwen2_vl": with_grids("1x13x19", "1x9x31", "12x8x16"),
     "qwen3_vl": with_grids("1x11x17", "1x8x27", "12x7x14"),
+    "qwen3_vl_moe": with_grids("1x11x17", "1x8x27", "12x7x14"),
     "glm4v": with_grids("1x13x19", "1x9x31", "12x8x16"),
-    # It always takes 32 frames.
-    "internvl": Family(
-        {
-            "image": THREE_BY_TWO,
-            "two images": THREE_BY_TWO + SIX_BY_TWO,
-            "video": ("video:32x8x8",),
-            "images and video": (*THREE_BY_TWO, *SIX_BY_TWO, "video:32x8x8"),
-        }
-    ),
+    "glm4v_moe": with_grids("1x13x19", "1x9x31", "12x8x16"),
+    "internvl": in_tiles(),
+    "internvl_moe": in_tiles(),
     # Its images are cut into tiles when there is one, and are whole when there are several.
     "llava_onevision": Family(
         {"image": ("image:opaque",), "two images": ("image:1x13x13",) * 2, "video": ("video:24x7x7",)},
@@ -219,6 +224,13 @@ def test_tokens_lie_as_the_media_say(name: str, scenario: str, run_of: FamilyRun
     for when in ROUNDS:
         run = run_of(name, "mminference")[when]
         assert set(run.layouts[scenario]) == {FAMILIES[name].layouts[scenario]}
+
+
+def test_glm_4_6v_writes_seconds_behind_frames(model_path: ModelPath, run_of: FamilyRun):
+    """4.1V writes whole numbers there."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path("glm4v_moe"))
+    lengths = [run_of(name, None)[EMPTY].answers["video"].prompt_tokens for name in ("glm4v_moe", "glm4v")]
+    assert lengths[0] - lengths[1] == 12 * len(tokenizer.encode(".5 seconds"))
 
 
 @sparse_cases
