@@ -23,6 +23,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen2_5_vl": qwen.build_qwen2_5_vl,
     "qwen3_vl": qwen.build_qwen3_vl,
     "qwen3_vl_moe": qwen.build_qwen3_vl_moe,
+    "qwen3_5": qwen.build_qwen3_5,
     "glm4v": glm.build_4_1v,
     "glm4v_moe": glm.build_4_6v,
     "internvl": internvl.build_dense,

@@ -62,8 +62,11 @@ def spread(model: nn.Module, language: nn.Module, lm_head: nn.Module, special: t
             nn.init.normal_(weight, std=0.1)
     nn.init.normal_(language.embed_tokens.weight)
     for layer in language.layers:
-        attention = layer.self_attn
-        if hasattr(attention, "q_norm"):
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            # Its decays reach far, so that a state that is lost or comes from elsewhere shows.
+            nn.init.uniform_(layer.linear_attn.A_log, -6, -1)
+        elif hasattr(attention, "q_norm"):
             attention.q_norm.weight.fill_(_SCORE_SCALE)
         else:
             attention.q_proj.weight.mul_(_SCORE_SCALE)

@@ -11,6 +11,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -36,6 +38,7 @@ _ROPE = {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_se
 _TEXT_2 = {**TEXT, "rope_parameters": _ROPE, "max_window_layers": 2, "use_sliding_window": False}
 
 _ROPE_3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+_FULL = "full_attention"
 _TEXT_3 = {**TEXT, "head_dim": 32, "rope_parameters": _ROPE_3}
 _VISION_3 = {**VISION, "patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
 
@@ -57,6 +60,17 @@ def build_qwen2_5_vl(folder: Path) -> None:
 def build_qwen3_vl(folder: Path) -> None:
     config = Qwen3VLConfig(text_config=_TEXT_3, vision_config=_VISION_3, **_IDS)
     _write(folder, Qwen3VLForConditionalGeneration(config), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+
+
+def build_qwen3_5(folder: Path) -> None:
+    """Three layers of Gated DeltaNet, then a full one, with heads as large as its checkpoints have."""
+    rope = {**_ROPE_3, "rope_theta": 1e7, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4}
+    layers = {"num_hidden_layers": 4, "full_attention_interval": 4, "layer_types": [*["linear_attention"] * 3, _FULL]}
+    text = {**TEXT, **linear, **layers, "head_dim": 256, "rope_parameters": rope}
+    config = Qwen3_5Config(text_config=text, vision_config={**_VISION_3, "deepstack_visual_indexes": []}, **_IDS)
+    _write(folder, Qwen3_5ForConditionalGeneration(config), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
 
 
 def build_qwen3_vl_moe(folder: Path) -> None:

@@ -85,9 +85,12 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         return "native"
 
     def init_backend(self) -> None:
-        """Register the dense backend and replace the vision attention, in each scheduler."""
+        """Register the dense backend, and replace the vision attention and Gated DeltaNet, in each scheduler."""
+        from mminference_sgl.portable import gated_delta_net
+
         register_dense_backend()
         _replace_vision_attention()
+        gated_delta_net.install()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         """Let every part of the model follow the dtype in which it is served."""
