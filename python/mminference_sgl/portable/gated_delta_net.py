@@ -15,6 +15,7 @@ Not covered: verification of drafts (speculative decoding) and multi-item scorin
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,23 +27,29 @@ CHUNK = 64
 """Tokens of a chunk: SGLang's prefix cache copies states at their bounds, so this is its number."""
 _EPS = 1e-6
 
+logger = logging.getLogger(__name__)
+
 
 def install() -> None:
     """Replace the Triton functions where they are defined, before the modules that import them from there are loaded.
 
-    Does nothing where SGLang computes with its own kernels for CPUs.
+    Does nothing where SGLang computes with its own kernels for CPUs, nor in a release that has other names.
     """
     from sglang.srt.utils import is_cpu
 
     if is_cpu():
         return
-    with warnings.catch_warnings(action="ignore"):
-        for module, functions in REPLACED.items():
-            home = importlib.import_module(f"sglang.kernels.ops.{module}")
-            for function in functions:
-                if not hasattr(home, function.__name__):
-                    raise AttributeError(f"{home.__name__} has no {function.__name__} in this SGLang")
-                setattr(home, function.__name__, function)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            homes = {module: importlib.import_module(f"sglang.kernels.ops.{module}") for module in REPLACED}
+        known = [(homes[module], function) for module, functions in REPLACED.items() for function in functions]
+        for home, function in known:
+            getattr(home, function.__name__)
+    except (ImportError, AttributeError) as error:
+        logger.info("portable_cpu: models with Gated DeltaNet cannot be served with this SGLang: %s", error)
+        return
+    for home, function in known:
+        setattr(home, function.__name__, function)
 
 
 # -- the delta rule ----------------------------------------------------------------------------------------------------
@@ -84,13 +91,13 @@ def chunk_gated_delta_rule(
         if use_qk_l2norm_in_kernel:
             query, key = _unit(query), _unit(key)
         value, decay, rate = (x[0, own].float().transpose(0, 1) for x in (v, g, beta))
-        known = initial_state is not None and slot >= 0
-        state = initial_state[slot].float() if known else torch.zeros(value_heads, value_dim, key_dim)
+        pool = initial_state if slot >= 0 else None
+        state = torch.zeros(value_heads, value_dim, key_dim) if pool is None else pool[slot].float()
         result, state, before = _prefill(query * scale, key, value, decay, rate, state)
         out[0, own] = result.transpose(0, 1).to(v.dtype)
         states.append(before.to(v.dtype))
-        if known and inplace_update:
-            initial_state[slot] = state.to(initial_state.dtype)
+        if pool is not None and inplace_update:
+            pool[slot] = state.to(pool.dtype)
     return out, None, torch.cat(states)[None] if states else v.new_empty(1, 0, value_heads, value_dim, key_dim)
 
 
@@ -111,10 +118,13 @@ def _prefill(
     In a chunk, token i has the whole decay ``D_ij`` since token j. What the tokens write depends on what those before
     them wrote: (1 + strictly lower part of D_ij rate_i k_i.k_j) solves for all of it at once.
     """
-    heads, tokens, _ = query.shape
+    tokens = query.shape[1]
     pad = -tokens % CHUNK
-    query, key, value = (functional.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, CHUNK)) for x in (query, key, value))
-    decay, rate = (functional.pad(x, (0, pad)).unflatten(1, (-1, CHUNK)) for x in (decay, rate))
+    query, key, value = (functional.pad(x, (0, 0, 0, pad)) for x in (query, key, value))
+    query, key, value, decay, rate = (
+        torch.unflatten(x, 1, (-1, CHUNK))
+        for x in (query, key, value, functional.pad(decay, (0, pad)), functional.pad(rate, (0, pad)))
+    )
     total = decay.cumsum(-1)
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril()
     between = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()
@@ -122,9 +132,8 @@ def _prefill(
     # The diagonal is 1 by the solver's word, so what is there does not count.
     system = (scaled @ key.mT) * between
     sides = torch.cat([value * rate[..., None], scaled * total.exp()[..., None]], -1)
-    written, read = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
-        [value.shape[-1], key.shape[-1]], -1
-    )
+    solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
+    written, read = solved[..., : value.shape[-1]], solved[..., value.shape[-1] :]
     within = (query @ key.mT) * between
     seen = query * total.exp()[..., None]
     last = total[..., -1:]
@@ -159,11 +168,13 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     """
     _, value_heads, value_dim, key_dim = initial_state.shape
     keys = (mixed_qkv.shape[1] - value_heads * value_dim) // 2
-    parts = mixed_qkv.split([keys, keys, value_heads * value_dim], -1)
-    query, key = (_by_head(x.unflatten(-1, (-1, key_dim)), value_heads).transpose(0, 1) for x in parts[:2])
+    query, key = (
+        _by_head(torch.unflatten(x, 1, (-1, key_dim)), value_heads).transpose(0, 1)
+        for x in (mixed_qkv[:, :keys], mixed_qkv[:, keys : 2 * keys])
+    )
     if use_qk_l2norm_in_kernel:
         query, key = _unit(query), _unit(key)
-    value = parts[2].unflatten(-1, (value_heads, value_dim)).float()
+    value = torch.unflatten(mixed_qkv[:, 2 * keys :], 1, (value_heads, value_dim)).float()
     decay, rate = (x[0] for x in fused_gdn_gating(A_log, a, b, dt_bias))
     real = ssm_state_indices >= 0
     slots = ssm_state_indices.clamp(min=0).long()
@@ -230,10 +241,10 @@ def causal_conv1d_fn(
     for slot, known, start, end in zip(slots, continued, bounds, bounds[1:], strict=False):
         if start == end or slot < 0:
             continue
-        state = conv_states[slot]
-        inputs = torch.cat([state if known else torch.zeros_like(state), x[:, start:end].to(state.dtype)], 1)
-        out[:, start:end] = _convolve(inputs, weight, bias, activation)
-        conv_states[slot] = inputs[:, -state.shape[1] :]
+        state = conv_states[slot].T
+        inputs = torch.cat([state if known else torch.zeros_like(state), x[:, start:end].T.to(state.dtype)])
+        out[:, start:end] = _convolve(inputs, weight, bias, activation).T
+        conv_states[slot] = inputs[-len(state) :].T
     return out
 
 
@@ -256,23 +267,23 @@ def causal_conv1d_update(
         raise NotImplementedError("speculative decoding of Gated DeltaNet models on the portable_cpu platform")
     slots = torch.arange(len(x)) if conv_state_indices is None else conv_state_indices.long()
     real = slots >= 0
-    inputs = torch.cat([conv_state[slots.clamp(min=0)], x[..., None].to(conv_state.dtype)], -1)
-    conv_state[slots[real]] = inputs[real, :, 1:]
-    return _convolve(inputs, weight, bias, activation)[..., 0].to(x.dtype)
+    inputs = torch.cat([conv_state[slots.clamp(min=0)].mT, x[:, None].to(conv_state.dtype)], 1)
+    conv_state[slots[real]] = inputs[real, 1:].mT
+    return _convolve(inputs, weight, bias, activation)[:, 0].to(x.dtype)
 
 
 def _convolve(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor:
-    """inputs: [..., channels, width - 1 + tokens]; returns [..., channels, tokens] in float32."""
-    width = weight.shape[1]
-    tokens = inputs.shape[-1] - width + 1
-    out = torch.zeros(*inputs.shape[:-1], tokens)
-    for tap in range(width):
-        out.addcmul_(inputs[..., tap : tap + tokens].float(), weight[:, tap, None].float())
+    """inputs: [..., width - 1 + tokens, channels]; returns [..., tokens, channels] in float32."""
+    taps = weight.T.float()
+    tokens = inputs.shape[-2] - len(taps) + 1
+    out = inputs[..., :tokens, :].float() * taps[0]
+    for tap in range(1, len(taps)):
+        out.addcmul_(inputs[..., tap : tap + tokens, :].float(), taps[tap])
     if bias is not None:
-        out += bias.float()[:, None]
-    return functional.silu(out) if activation in {"silu", "swish"} else out
+        out += bias.float()
+    return functional.silu(out, inplace=True) if activation in {"silu", "swish"} else out
 
 
 # -- around it ---------------------------------------------------------------------------------------------------------
@@ -287,10 +298,11 @@ def fused_qkvzba_split_reshape_cat_contiguous(
     Returns the first three as they are, gates [tokens, num_heads_v, head_v], and what rate and decay come from
     [tokens, num_heads_v] each.
     """
-    values = num_heads_v * head_v
-    mixed_qkv, z = mixed_qkvz.split([2 * num_heads_qk * head_qk + values, values], -1)
-    b, a = mixed_ba.split(num_heads_v, -1)
-    return mixed_qkv.contiguous(), z.unflatten(-1, (num_heads_v, head_v)).contiguous(), b.contiguous(), a.contiguous()
+    gates = 2 * num_heads_qk * head_qk + num_heads_v * head_v
+    z = torch.unflatten(mixed_qkvz[:, gates:], 1, (num_heads_v, head_v))
+    parts = mixed_qkvz[:, :gates], z, mixed_ba[:, :num_heads_v], mixed_ba[:, num_heads_v:]
+    mixed_qkv, z, b, a = (part.contiguous() for part in parts)
+    return mixed_qkv, z, b, a
 
 
 def rms_norm_gated(
@@ -339,9 +351,10 @@ def track_mamba_states_all_layers(
     batch_size: int,
     check_freed_slots: bool = False,
 ) -> None:
-    """Copy the states of some requests to other slots, in all layers: pools [layers, slots, ...], the others [requests].
+    """Copy the states of some requests to other slots, in all layers.
 
-    With ``check_freed_slots`` a slot may be -1, and is left.
+    conv_states_pool, ssm_states_pool: [layers, slots, ...]; the others: [requests], and those whose mask is set are
+    copied. With ``check_freed_slots`` a slot may be -1, and is left.
     """
     chosen = mamba_track_mask[:batch_size].bool()
     source, target = (x[:batch_size][chosen].long() for x in (cache_indices, mamba_track_indices))
