@@ -218,6 +218,21 @@ def test_convolution_token_by_token_is_that_of_all() -> None:
     assert not state[:2].any()
 
 
+def test_states_of_another_dtype_round_only_what_is_kept() -> None:
+    x, weight = random(CHANNELS, 9, seed=1), random(CHANNELS, WIDTH, seed=2)
+    exact, kept = torch.zeros(1, CHANNELS, WIDTH - 1), torch.zeros(1, CHANNELS, WIDTH - 1, dtype=torch.bfloat16)
+    wide, narrow = (
+        ours.causal_conv1d_fn(x, weight, None, states, torch.tensor([0, 9]), [9]) for states in (exact, kept)
+    )
+    assert torch.equal(wide, narrow)
+    assert torch.equal(kept, exact.bfloat16())
+    step = ours.causal_conv1d_update(x[None, :, 0], kept, weight, None, "silu")
+    expected = reference.causal_conv1d_fn(
+        torch.cat([exact.bfloat16().float(), x[None, :, :1]], -1), weight, None, "silu"
+    )
+    torch.testing.assert_close(step, expected[..., -1])
+
+
 def test_drafts_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="speculative"):
         ours.causal_conv1d_update(random(2, CHANNELS, 3), random(2, CHANNELS, 3), random(CHANNELS, WIDTH))

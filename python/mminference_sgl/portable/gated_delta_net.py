@@ -230,8 +230,8 @@ def causal_conv1d_fn(
     """Convolution of each channel over its last tokens, for sequences that lie behind one another.
 
     x: [channels, tokens]; weight: [channels, width]; conv_states: [slots, channels, width - 1], the inputs before a
-    sequence, read where it has an initial state and left as those before what follows it; query_start_loc:
-    [sequences + 1]. Returns x's shape.
+    sequence, read where it has an initial state and left as those before what follows it, in a dtype of their own;
+    query_start_loc: [sequences + 1]. Returns x's shape.
     """
     del seq_lens_cpu
     bounds = query_start_loc.tolist()
@@ -241,10 +241,10 @@ def causal_conv1d_fn(
     for slot, known, start, end in zip(slots, continued, bounds, bounds[1:], strict=False):
         if start == end or slot < 0:
             continue
-        state = conv_states[slot].T
-        inputs = torch.cat([state if known else torch.zeros_like(state), x[:, start:end].T.to(state.dtype)])
+        state = conv_states[slot].T.to(x.dtype)
+        inputs = torch.cat([state if known else torch.zeros_like(state), x[:, start:end].T])
         out[:, start:end] = _convolve(inputs, weight, bias, activation).T
-        conv_states[slot] = inputs[-len(state) :].T
+        conv_states[slot] = inputs[-len(state) :].T.to(conv_states.dtype)
     return out
 
 
@@ -267,8 +267,8 @@ def causal_conv1d_update(
         raise NotImplementedError("speculative decoding of Gated DeltaNet models on the portable_cpu platform")
     slots = torch.arange(len(x)) if conv_state_indices is None else conv_state_indices.long()
     real = slots >= 0
-    inputs = torch.cat([conv_state[slots.clamp(min=0)].mT, x[:, None].to(conv_state.dtype)], 1)
-    conv_state[slots[real]] = inputs[real, 1:].mT
+    inputs = torch.cat([conv_state[slots.clamp(min=0)].mT.to(x.dtype), x[:, None]], 1)
+    conv_state[slots[real]] = inputs[real, 1:].mT.to(conv_state.dtype)
     return _convolve(inputs, weight, bias, activation)[:, 0].to(x.dtype)
 
 
