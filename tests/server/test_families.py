@@ -169,6 +169,11 @@ def first_words(scenario: str) -> str:
     return words(sum(map(ord, scenario)), 100)
 
 
+def words_alone(scenario: str) -> str:
+    """A prompt that ends where the request's media begin."""
+    return f"{START}user\n{first_words(scenario)}"
+
+
 @pytest.fixture(scope="module")
 def run_of(model_path: ModelPath, tmp_path_factory: pytest.TempPathFactory) -> FamilyRun:
     """Both rounds on a server of its own, once per family and backend."""
@@ -189,7 +194,7 @@ def run_of(model_path: ModelPath, tmp_path_factory: pytest.TempPathFactory) -> F
                     if when == CACHED:
                         serving.ask(server, user_message(first_words(scenario)))
                         # States of linear attention are kept where a prompt ends, which must be behind the words.
-                        server.generate(f"{START}user\n{first_words(scenario)}", max_tokens=1)
+                        server.generate(words_alone(scenario), max_tokens=1)
                     serving.ask_in_turn(server, {scenario: message}, run, family.new_tokens)
             if family.in_transformers:
                 rounds[TEXT_ALONE] = Run(
@@ -252,6 +257,13 @@ def test_language_model_is_that_of_transformers(name: str, model_path: ModelPath
     expected = double.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0].tolist()
     assert answer.logprobs == pytest.approx(expected, rel=0, abs=4 * rounding + rounding_band())
     assert serving.lead(answer) > 4 * rounding + rounding_band()
+
+
+def test_states_of_linear_attention_are_found_where_a_prompt_ended(model_path: ModelPath, run_of: FamilyRun):
+    """Not in between: what else two prompts share is computed again."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path("qwen3_5"))
+    for scenario, answer in run_of("qwen3_5", "mminference")[CACHED].answers.items():
+        assert answer.cached_tokens == len(tokenizer.encode(words_alone(scenario)))
 
 
 @mixed_families
