@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 import serving
 import strict_dense
 from mminference_sgl.testing import (
+    Answer,
     Message,
     Server,
     fallbacks,
@@ -264,6 +265,34 @@ def test_states_of_linear_attention_are_found_where_a_prompt_ended(model_path: M
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path("qwen3_5"))
     for scenario, answer in run_of("qwen3_5", "mminference")[CACHED].answers.items():
         assert answer.cached_tokens == len(tokenizer.encode(words_alone(scenario)))
+
+
+def test_states_of_linear_attention_are_found_within_prompts(model_path: ModelPath, run_of: FamilyRun):
+    """With overlap scheduling, SGLang's default: prefill keeps one in each chunk, decode one for each 256 tokens."""
+    *ids, _ = random_ids()
+    asked, cached = {}, {}
+    with serving.start(model_path("qwen3_5"), CHUNK, "mminference", overlap_schedule=True) as server:
+
+        def ask(name: str, prompt: list[int], tokens: int = NEW_TOKENS) -> Answer:
+            asked[name] = prompt
+            cached[name] = server.generate(input_ids=prompt, max_tokens=tokens)
+            return cached[name]
+
+        ask("first", ids)
+        ask("other end", [*ids[:1100], *ids[:100]])
+        told = ask("told at length", ids[200:300], 300)
+        ask("told on", [*ids[200:300], *told.token_ids, *ids[:50]])
+        anew = {}
+        for name in ("other end", "told on"):
+            server.flush_cache()
+            anew[name] = server.generate(input_ids=asked[name], max_tokens=NEW_TOKENS)
+    # Behind the multiple of 64 tokens in the second chunk; at a length that is a multiple of 256.
+    assert cached["other end"].cached_tokens == CHUNK + CHUNK // 64 * 64
+    assert cached["told on"].cached_tokens == 256
+    for name, answer in anew.items():
+        assert answer.cached_tokens == 0
+        assert answer.token_ids == cached[name].token_ids
+        assert difference(answer, cached[name]) <= tolerance(run_of, "qwen3_5")
 
 
 @mixed_families

@@ -89,6 +89,10 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         """Fused operators run their plain PyTorch form."""
         return "native"
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """States of linear attention can be kept within a prompt, as with overlap scheduling the prefix cache does."""
+        return True
+
     def init_backend(self) -> None:
         """Register the dense backend, and replace the vision attention and Gated DeltaNet, in each scheduler."""
         from mminference_sgl.portable import gated_delta_net
