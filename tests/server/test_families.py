@@ -5,7 +5,8 @@ bounds: chunks of 509 tokens cut frames in two ways. The tolerance for log-proba
 the dense server, by rounding alone, and a band of eight roundings of a logit.
 
 Models with layers that are never sparse are served on a dense backend that refuses what it was not prepared for, and
-are also asked everything at once, so that batches of every mix come to it.
+are also asked everything at once, so that batches of every mix come to it; so are those with experts or linear
+attention.
 """
 
 from __future__ import annotations
@@ -69,6 +70,11 @@ class Family:
     def scenarios(self) -> tuple[str, ...]:
         return tuple(self.layouts)
 
+    @property
+    def at_once(self) -> bool:
+        """Whether what is computed here of a batch may depend on what else is in it."""
+        return self.mixed or self.in_transformers
+
 
 def with_grids(first: str, second: str, video: str, **more: Any) -> Family:
     one, two, clip = f"image:{first}", f"image:{second}", f"video:{video}"
@@ -118,10 +124,10 @@ CASES = [(name, scenario) for name, family in FAMILIES.items() for scenario in f
 SPARSE_CASES = [(name, scenario) for name, scenario in CASES if not FAMILIES[name].dense]
 
 families = pytest.mark.parametrize("name", FAMILIES)
-families_in_transformers = pytest.mark.parametrize(
-    "name", [n for n, family in FAMILIES.items() if family.in_transformers]
+families_in_transformers, mixed_families, families_at_once = (
+    pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if getattr(family, kind)])
+    for kind in ("in_transformers", "mixed", "at_once")
 )
-mixed_families = pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.mixed])
 cases, sparse_cases = (
     pytest.mark.parametrize(("name", "scenario"), some, ids=["-".join(case) for case in some])
     for some in (CASES, SPARSE_CASES)
@@ -201,7 +207,7 @@ def run_of(model_path: ModelPath, tmp_path_factory: pytest.TempPathFactory) -> F
                 rounds[TEXT_ALONE] = Run(
                     {"text": server.generate(input_ids=random_ids(), max_tokens=family.new_tokens)}
                 )
-            if family.mixed:
+            if family.at_once:
                 server.flush_cache()
                 rounds[AT_ONCE] = at_once(server, {"text": user_message(words(7, 300)), **asked}, family.new_tokens)
         return rounds
@@ -295,7 +301,7 @@ def test_states_of_linear_attention_are_found_within_prompts(model_path: ModelPa
         assert difference(answer, cached[name]) <= tolerance(run_of, "qwen3_5")
 
 
-@mixed_families
+@families_at_once
 def test_answers_given_at_once_equal_the_dense_servers(name: str, run_of: FamilyRun):
     ours, dense = (run_of(name, backend)[AT_ONCE].answers for backend in ("mminference", None))
     for scenario, answer in ours.items():
