@@ -20,7 +20,7 @@ from mminference_sgl.method.config import Config
 
 def shape(chunk_tokens: int = 512) -> Shape:
     config = Config().for_chunks(chunk_tokens, 16)
-    return Shape(4, 2, 32, torch.float32, torch.device("cpu"), chunk_tokens, "torch", config)
+    return Shape(4, 2, 32, torch.float32, torch.device("cpu"), chunk_tokens, "torch", config, sparse_layers=28)
 
 
 @pytest.mark.parametrize("wins_at", LENGTHS)
@@ -115,6 +115,22 @@ def test_on_cuda_sparse_computes_the_stated_density() -> None:
     assert 0.5 < float(report.tiles / report.causal) / crossover.DENSITY < 1.1
 
 
+def test_each_layer_bears_its_share_of_planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played: planning takes 8 seconds, a layer 1, however it is computed."""
+
+    def seconds(run, device) -> float:
+        return 8.0 if getattr(run, "func", None) is crossover.build else 1.0
+
+    monkeypatch.setattr(crossover, "_seconds", seconds)
+    for layers in (1, 2, 8, 32):
+        assert crossover._times(dataclasses.replace(shape(), sparse_layers=layers), 1024) == (1 + 8 / layers, 1.0)
+
+
+def test_on_cuda_no_more_layers_are_timed_than_there_are() -> None:
+    cuda = dataclasses.replace(shape(), device=torch.device("cuda"))
+    assert [dataclasses.replace(cuda, sparse_layers=layers).layers for layers in (1, 3, 8)] == [1, 3, crossover.LAYERS]
+
+
 def test_layers_run_behind_one_another_and_the_fastest_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
@@ -174,3 +190,4 @@ def test_what_the_measurement_depends_on_is_in_its_key(monkeypatch: pytest.Monke
     monkeypatch.setattr(crossover, "_fa3_version", lambda: "another")
     assert before != cuda.key
     assert "FA3" not in shape().key
+    assert dataclasses.replace(shape(), sparse_layers=8).key != shape().key

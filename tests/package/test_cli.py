@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import mminference_sgl.backend
 from mminference_sgl import cli, plugin
@@ -91,6 +92,25 @@ def test_doctor_names_a_platform_that_nothing_offers(doctor, monkeypatch):
     status, report = doctor()
     assert status == 1
     assert "pip install mminference-sgl-cpu" in report.split("broken: ")[1]
+
+
+@pytest.mark.parametrize(("capability", "sees"), [(9, "full-attention"), (10, "Blackwell too"), (12, "Blackwell too")])
+def test_doctor_tells_of_hybrid_models(capability, sees, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    assert sees in doctor_module._check_hybrid_models()
+
+
+def test_doctor_tells_where_hybrid_models_are_refused(doctor, monkeypatch):
+    """SGLang 0.5.17 on Blackwell, played: its wrapper asks for what was typed. All other models are served."""
+    from sglang.srt.layers.attention import attention_registry
+
+    monkeypatch.setattr(attention_registry, "attn_backend_wrapper", lambda runner, _: runner.server_args)
+    assert doctor()[0] == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    with pytest.raises(RuntimeError, match=r"on Blackwell .* use 0\.5\.18"):
+        doctor_module._check_hybrid_models()
 
 
 def test_doctor_fails_without_an_implementation(doctor, monkeypatch):

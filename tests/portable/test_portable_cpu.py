@@ -249,6 +249,7 @@ def server_args(**given):
         "mem_fraction_static": None,
         "max_total_tokens": None,
         "max_running_requests": None,
+        "max_mamba_cache_size": None,
         "watchdog_timeout": 300.0,
         "dtype": "float32",
         "quantization": None,
@@ -261,6 +262,7 @@ def test_defaults():
     platform().apply_server_args_defaults(args)
     assert args.attention_backend == "portable_dense"
     assert (args.mem_fraction_static, args.max_total_tokens, args.max_running_requests) == (0.5, 262144, 32)
+    assert args.max_mamba_cache_size == 128
     assert args.watchdog_timeout == 3600.0
 
 
@@ -278,6 +280,7 @@ def test_defaults_of_sglang_on_arm():
         {"attention_backend": "mminference"},
         {"max_total_tokens": 1000},
         {"max_running_requests": 3},
+        {"max_mamba_cache_size": 9},
         {"watchdog_timeout": 7.0},
     ],
     ids=lambda given: next(iter(given)),
@@ -291,4 +294,4 @@ def test_defaults_leave_what_was_given(given):
 def test_defaults_with_given_memory_fraction():
     args = server_args(mem_fraction_static=0.2)
     platform().apply_server_args_defaults(args)
-    assert (args.mem_fraction_static, args.max_total_tokens) == (0.2, None)
+    assert (args.mem_fraction_static, args.max_total_tokens, args.max_mamba_cache_size) == (0.2, None, None)

@@ -1,4 +1,4 @@
-"""InternVL with a Qwen3 language model: 8x8 tokens per tile of 448x448 pixels."""
+"""InternVL with a Qwen3 language model, dense and with experts: 8x8 tokens per tile of 448x448 pixels."""
 
 from __future__ import annotations
 
@@ -6,27 +6,37 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tiny_models.parts import TEXT, chat_template, spread, write_json, write_tokenizer
+from tiny_models.parts import EXPERTS, TEXT, chat_template, spread, write_json, write_tokenizer
 
 _SPECIAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<|video_pad|>")
 _CHAT = chat_template("<image>\n", "<video>\n")
+_TEXT = {**TEXT, "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 _LAYERS, _WIDTH, _INNER, _PATCH, _SIDE = 2, 64, 128, 28, 16
 
 
-def build(folder: Path) -> None:
-    text = {**TEXT, "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    language = Qwen3ForCausalLM(Qwen3Config(**text))
+def build_dense(folder: Path) -> None:
+    _build(folder, Qwen3ForCausalLM(Qwen3Config(**_TEXT)))
+
+
+def build_moe(folder: Path) -> None:
+    _build(folder, Qwen3MoeForCausalLM(Qwen3MoeConfig(**_TEXT, **EXPERTS, num_experts=4)))
+
+
+def _build(folder: Path, language: PreTrainedModel) -> None:
     spread(language, language.model, language.lm_head, _SPECIAL)
-    weights = {f"language_model.{name}": weight for name, weight in language.state_dict().items()}
+    # Saved by itself first: that is where its layers' experts become tensors of their own, as in checkpoints.
+    language.save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")
+    weights = {f"language_model.{name}": weight for name, weight in saved.items()}
     save_file(weights | _vision() | _projector(), folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder, _SPECIAL, _CHAT)
-    write_json(folder / "config.json", _config(text))
+    write_json(folder / "config.json", _config(language.config.to_dict()))
 
 
-def _config(text: dict[str, object]) -> dict[str, object]:
+def _config(language: dict[str, object]) -> dict[str, object]:
     vision = {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",
@@ -41,7 +51,6 @@ def _config(text: dict[str, object]) -> dict[str, object]:
         "norm_type": "layer_norm",
         "num_channels": 3,
     }
-    language = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rms_norm_eps": 1e-6, **text}
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",

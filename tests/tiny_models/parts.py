@@ -36,6 +36,8 @@ VISION = {
     "temporal_patch_size": 2,
     "in_channels": 3,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+"""Of each expert layer; configurations call the number of experts by different names."""
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 """Pixels from -1 to 1."""
 
@@ -53,13 +55,18 @@ def spread(model: nn.Module, language: nn.Module, lm_head: nn.Module, special: t
     """Random weights with which every part of `model` matters; see the package's docstring."""
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
+            # A layer's experts are one tensor, whose last dimension is what they read.
+            inputs = weight.shape[-1] if weight.dim() == 3 else weight[0].numel()
+            nn.init.normal_(weight, std=1 / math.sqrt(inputs))
         elif name.endswith("bias"):
             nn.init.normal_(weight, std=0.1)
     nn.init.normal_(language.embed_tokens.weight)
     for layer in language.layers:
-        attention = layer.self_attn
-        if hasattr(attention, "q_norm"):
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            # Its decays reach far, so that a state that is lost or comes from elsewhere shows.
+            nn.init.uniform_(layer.linear_attn.A_log, -6, -1)
+        elif hasattr(attention, "q_norm"):
             attention.q_norm.weight.fill_(_SCORE_SCALE)
         else:
             attention.q_proj.weight.mul_(_SCORE_SCALE)

@@ -1,20 +1,25 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense and with experts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
-from tiny_models.parts import HALF, TEXT, VISION, chat_template, ids_of, spread, write_json, write_tokenizer
+from tiny_models.parts import EXPERTS, HALF, TEXT, VISION, chat_template, ids_of, spread, write_json, write_tokenizer
 
 _SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 _ID = ids_of(_SPECIAL)
@@ -32,6 +37,11 @@ _IDS = {
 _ROPE = {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
 _TEXT_2 = {**TEXT, "rope_parameters": _ROPE, "max_window_layers": 2, "use_sliding_window": False}
 
+_ROPE_3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+_FULL = "full_attention"
+_TEXT_3 = {**TEXT, "head_dim": 32, "rope_parameters": _ROPE_3}
+_VISION_3 = {**VISION, "patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
+
 
 def build_qwen2_vl(folder: Path) -> None:
     vision = {name: VISION[name] for name in ("depth", "num_heads", "temporal_patch_size", "spatial_merge_size")}
@@ -48,11 +58,29 @@ def build_qwen2_5_vl(folder: Path) -> None:
 
 
 def build_qwen3_vl(folder: Path) -> None:
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    text = {**TEXT, "head_dim": 32, "rope_parameters": rope}
-    vision = {**VISION, "patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_IDS))
-    _write(folder, model, "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+    config = Qwen3VLConfig(text_config=_TEXT_3, vision_config=_VISION_3, **_IDS)
+    _write(folder, Qwen3VLForConditionalGeneration(config), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+
+
+def build_qwen3_5(folder: Path) -> None:
+    """Three layers of Gated DeltaNet, then a full one, with heads as large as its checkpoints have."""
+    rope = {**_ROPE_3, "rope_theta": 1e7, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4}
+    layers = {"num_hidden_layers": 4, "full_attention_interval": 4, "layer_types": [*["linear_attention"] * 3, _FULL]}
+    text = {**TEXT, **linear, **layers, "head_dim": 256, "rope_parameters": rope}
+    config = Qwen3_5Config(text_config=text, vision_config={**_VISION_3, "deepstack_visual_indexes": []}, **_IDS)
+    _write(folder, Qwen3_5ForConditionalGeneration(config), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+
+
+def build_qwen3_vl_moe(folder: Path) -> None:
+    text = {**_TEXT_3, **EXPERTS, "num_experts": 4}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=_VISION_3, **_IDS)
+    _write(folder, Qwen3VLMoeForConditionalGeneration(config), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+    # Its checkpoints hold experts as [experts, inputs, outputs]; transformers reads them, but writes the transpose.
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name: weight.mT.contiguous() for name, weight in weights.items() if ".experts." in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write(folder: Path, model: Any, processor: str, video_processor: str, patch_size: int) -> None:

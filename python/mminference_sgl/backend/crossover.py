@@ -4,6 +4,9 @@ Layers of the model's shape are prefilled sparse and dense at growing lengths, o
 Dense is attention over contiguous keys by the fastest kernel that is here: PyTorch's, and on CUDA cuDNN's and the FA3
 that SGLang brings, which PyTorch would not choose by itself.
 
+A forward is planned once for all layers that run sparse, so each of these bears its share of that: the fewer there are,
+as in models whose other layers are linear attention, the more.
+
 On CUDA some layers run behind one another, as in a model: a layer alone would wait for its launches, which others hide.
 There sparse has a budget of tiles that it uses up, since random operands need next to none.
 """
@@ -46,7 +49,7 @@ MARGIN = 1.25
 DENSITY = 0.2
 """Share of the causal tiles up to which sparse computes: to random keys attention is so flat that it would need all."""
 LAYERS = 4
-"""Layers that are timed together on CUDA."""
+"""Layers that are timed together on CUDA, if there are as many."""
 _LONG = 0.5
 """Seconds of a run that is not repeated."""
 _SIDE = 16
@@ -59,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shape:
-    """What the crossover depends on: one layer's shape on this rank, and how it is computed."""
+    """What the crossover depends on: one layer's shape on this rank, how it is computed, and how many there are."""
 
     heads: int
     kv_heads: int
@@ -69,6 +72,7 @@ class Shape:
     chunk_tokens: int
     implementation: str
     config: Config
+    sparse_layers: int
 
     @property
     def key(self) -> str:
@@ -84,12 +88,13 @@ class Shape:
         )
         tiles = (self.dtype, self.chunk_tokens, self.implementation, self.config.tile_queries, self.config.tile_keys)
         cuda = (f"FA3 {_fa3_version()}",) if self.device.type == "cuda" else ()
-        return " ".join(str(part) for part in (*parts, *tiles, f"density {DENSITY}", *cuda))
+        counted = (f"layers {self.sparse_layers}", f"density {DENSITY}", *cuda)
+        return " ".join(str(part) for part in (*parts, *tiles, *counted))
 
     @property
     def layers(self) -> int:
         """How many are timed together: on a CPU nothing is hidden behind another layer."""
-        return LAYERS if self.device.type == "cuda" else 1
+        return min(LAYERS, self.sparse_layers) if self.device.type == "cuda" else 1
 
     @property
     def settings(self) -> Config:
@@ -144,14 +149,18 @@ def measured(times: Callable[[int], tuple[float, float]]) -> int:
 
 
 def _times(shape: Shape, length: int) -> tuple[float, float]:
-    """Seconds of :attr:`Shape.layers` for the last chunk of a video of ``length`` tokens, sparse and dense."""
+    """Seconds of :attr:`Shape.layers` for the last chunk of a video of ``length`` tokens, sparse and dense.
+
+    Sparse with their share of planning it.
+    """
     operands, plan = _problem(shape, length)
     out, specs, config = torch.empty_like(operands.query), [HeadSpec()] * shape.heads, shape.settings
 
     def sparse() -> None:
         prefill.run_layer(operands, plan, specs, config, out, shape.implementation)
 
-    return _fastest([sparse], shape), _fastest(_dense_runs(operands), shape)
+    planning = _seconds(_planner(shape, length), shape.device) * shape.layers / shape.sparse_layers
+    return planning + _fastest([sparse], shape), _fastest(_dense_runs(operands), shape)
 
 
 def _problem(shape: Shape, length: int) -> tuple[Operands, ForwardPlan]:
@@ -164,6 +173,12 @@ def _problem(shape: Shape, length: int) -> tuple[Operands, ForwardPlan]:
 
     query = random(rows, shape.heads, shape.head_dim)
     key_pool, value_pool = (random(length + 1, shape.kv_heads, shape.head_dim) for _ in range(2))
+    return Operands(query, key_pool, value_pool, shape.head_dim**-0.5), _planner(shape, length)()
+
+
+def _planner(shape: Shape, length: int) -> Callable[[], ForwardPlan]:
+    """Plans the last chunk of a video of ``length`` tokens, whose layout is known, as it is of a request."""
+    rows = min(length, shape.chunk_tokens or length)
     req_to_token = torch.arange(1, length + 1, dtype=torch.int32, device=shape.device)[None]
     frames = length // _SIDE**2
     layout = _core.Layout(
@@ -175,15 +190,14 @@ def _problem(shape: Shape, length: int) -> tuple[Operands, ForwardPlan]:
     )
     on_device = DeviceLayout(layout, shape.config.tile_keys, shape.device)
     pool_row = torch.zeros(1, dtype=torch.int64, device=shape.device)
-    request = SparseRequest(on_device, length - rows, rows, pool_row, 0)
-    plan = build(
-        [request],
+    return functools.partial(
+        build,
+        [SparseRequest(on_device, length - rows, rows, pool_row, 0)],
         req_to_token,
         tile_queries=shape.config.tile_queries,
         tile_keys=shape.config.tile_keys,
         probe_rows=shape.config.probe_rows,
     )
-    return Operands(query, key_pool, value_pool, shape.head_dim**-0.5), plan
 
 
 def _dense_runs(operands: Operands) -> list[Callable[[], object]]:
@@ -263,7 +277,7 @@ def _fastest(runs: Sequence[Callable[[], object]], shape: Shape) -> float:
     return best
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The faster of two runs after a warm-up, which alone counts where it takes long."""
 
     def timed() -> float:

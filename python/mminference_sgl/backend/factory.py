@@ -45,8 +45,11 @@ def _create(runner: ModelRunner) -> AttentionBackend:
     deployment = Deployment.of(resolved_options(runner), runner.model_config, name)
     deployment.check()
     both = runner.decode_attention_backend_str == BACKEND_NAME
-    # Dense backends, and what chooses among the kernels of hybrid models, ask the runner by name who prefills.
+    # Dense backends, and what SGLang wraps around the backends of hybrid models, ask the runner by name who attends:
+    # on Blackwell it refuses names that it does not know beside Gated DeltaNet.
     runner.prefill_attention_backend_str = name
+    if both:
+        runner.decode_attention_backend_str = name
     dense = ATTENTION_BACKENDS[name](runner)
     survey = Survey.of(runner.model, runner.token_to_kv_pool)
     reason = deployment.dense_reason() or pool_reason(runner.token_to_kv_pool) or _layers_reason(survey)

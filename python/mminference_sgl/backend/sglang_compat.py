@@ -61,6 +61,16 @@ def head_offset(runner: ModelRunner) -> int:
     return int(parallel.attn_tp_rank) if parallel.attn_tp_size > 1 else 0
 
 
+def hybrid_models_on_blackwell() -> bool:
+    """Whether SGLang judges the backends of Gated DeltaNet models there by the names the factory left on a runner.
+
+    0.5.17 judges by those that were typed, and takes its own alone.
+    """
+    from sglang.srt.layers.attention.attention_registry import attn_backend_wrapper
+
+    return "prefill_attention_backend_str" in attn_backend_wrapper.__code__.co_names
+
+
 def first_rank_decides(decide: Callable[[], T]) -> T:
     """What the first tensor-parallel rank says, so that all ranks do alike and only one of them works.
 

@@ -181,5 +181,6 @@ def _crossover(start: Start, runner: ModelRunner, survey: Survey) -> int:
         chunk_tokens=start.chunk_tokens,
         implementation=start.implementation,
         config=start.config,
+        sparse_layers=len(survey.sparse),
     )
     return first_rank_decides(lambda: crossover.min_tokens(shape))

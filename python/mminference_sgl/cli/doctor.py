@@ -106,6 +106,19 @@ def _check_platform() -> str:
     return name
 
 
+def _check_hybrid_models() -> str:
+    """Models with Gated DeltaNet, such as Qwen3.5: on Blackwell SGLang refuses attention backends of other names."""
+    import torch
+
+    from mminference_sgl.backend.sglang_compat import hybrid_models_on_blackwell
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in {10, 12}:
+        if not hybrid_models_on_blackwell():
+            raise RuntimeError("on Blackwell this SGLang serves Qwen3.5 with its own backends only: use 0.5.18")
+        return "Qwen3.5 runs sparse on Blackwell too"
+    return "Qwen3.5 runs sparse in its full-attention layers"
+
+
 def _check_video() -> str:
     try:
         import torchcodec  # noqa: F401
@@ -209,6 +222,7 @@ _MACHINE: tuple[tuple[str, Callable[[], str]], ...] = (
     ("pytorch", _check_torch),
     ("sglang platform", _check_platform),
     ("video decoding", _check_video),
+    ("hybrid models", _check_hybrid_models),
 )
 # In the order in which one failing explains the next.
 _PLUGIN: tuple[tuple[str, Callable[[], str]], ...] = (

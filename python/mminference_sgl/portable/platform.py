@@ -22,6 +22,9 @@ from mminference_sgl.portable.dtype import measure_linear
 DEFAULT_POOL_TOKENS = 256 * 1024
 """KV slots of a server that was told neither tokens nor memory: one very long video, or many short."""
 
+DEFAULT_LINEAR_STATES = 128
+"""States of linear-attention layers, of requests and in the prefix cache, for a server that was told as little."""
+
 SGLANG_WATCHDOG_S = 300.0
 DEFAULT_WATCHDOG_S = 3600.0
 """Seconds after which a forward counts as stuck: SGLang's default, made for GPUs, and this platform's."""
@@ -58,6 +61,8 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             # A pool takes its memory when it is made. SGLang would fill most of the machine with it.
             server_args.max_total_tokens = DEFAULT_POOL_TOKENS
+        if server_args.mem_fraction_static is None and server_args.max_mamba_cache_size is None:
+            server_args.max_mamba_cache_size = DEFAULT_LINEAR_STATES
         if server_args.mem_fraction_static is None:
             # The host needs the rest: frames, pixels, the vision tower's activations.
             server_args.mem_fraction_static = 0.5
@@ -84,17 +89,28 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
         """Fused operators run their plain PyTorch form."""
         return "native"
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """States of linear attention can be kept within a prompt, as with overlap scheduling the prefix cache does."""
+        return True
+
     def init_backend(self) -> None:
-        """Register the dense backend and replace the vision attention, in each scheduler."""
+        """Register the dense backend, and replace the vision attention and Gated DeltaNet, in each scheduler."""
+        from mminference_sgl.portable import gated_delta_net
+
         register_dense_backend()
         _replace_vision_attention()
+        gated_delta_net.install()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         """Let every part of the model follow the dtype in which it is served."""
+        from sglang.srt.environ import envs
         from sglang.srt.runtime_context import get_model
 
         if (dtype := get_model().dtype) != "auto":
             to_one_dtype(model, getattr(torch, dtype))
+            # What a chunk leaves to the next one's short convolutions; else it is bfloat16 whatever the model is in.
+            if not envs.SGLANG_MAMBA_CONV_DTYPE.is_set():
+                envs.SGLANG_MAMBA_CONV_DTYPE.set(str(getattr(torch, dtype)).removeprefix("torch."))
 
 
 def _make_pinning_the_identity() -> None:
