@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from mminference_sgl.cli import main
+from readme import served_by
 
 VIDEOS = {
     "longvila": "a square of 7 x 7 tokens and a newline for each frame, as the processor says",
@@ -25,7 +26,10 @@ VIDEOS = {
     "kimi_vl": "no grid known in advance: as the processor records it, else opaque",
 }
 DENSE = {"kimi_vl": "none runs sparse: MLA models have no layer with keys and values per head"}
-MIXED = {"gemma3": "2 of 4 can run sparse, 2 dense (sliding window)"}
+MIXED = {
+    "gemma3": "2 of 4 can run sparse, 2 dense (sliding window)",
+    "qwen3_5": "1 of 4 can run sparse, 3 dense (linear)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,7 @@ def test_every_tiny_checkpoint_is_whole(name, path_of, capsys):
     code, rows, text = check(path_of(name), capsys)
     assert code == 0, text
     assert rows["tensors"].endswith("0 would not load") or "not checked" in rows["tensors"]
+    assert ("a model of this package" in rows["model"]) == (name in served_by()["this package"])
     assert rows["videos"] == VIDEOS.get(name, rows["videos"])
     assert rows["layers"].startswith(DENSE.get(name) or MIXED.get(name) or f"{2} of {2} can run sparse")
     assert text.rstrip().endswith("ok, and dense" if name in DENSE else "ok")

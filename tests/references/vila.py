@@ -75,8 +75,8 @@ class Vila(Reference):
                 if self.mutant == "rows and columns swapped":
                     around = [(row + r, column + c) for c in range(self.block) for r in range(self.block)]
                 inside = [states[r * side + c] if r < side and c < side else nothing for r, c in around]
-                tokens.append(self.projector(torch.cat([patch.repeat(self.copies) for patch in inside])))
-        return torch.stack(tokens)
+                tokens.append(torch.cat([patch.repeat(self.copies) for patch in inside]))
+        return self.projector(torch.stack(tokens))
 
     def newline(self) -> list[int]:
         return list(self.tokenizer.encode("\n", add_special_tokens=False))

@@ -30,7 +30,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def ask(server: Server, clip: str) -> list[int]:
-    return server.generate(PROMPT, video_data=[clip], max_tokens=4).token_ids
+    return list(server.generate(PROMPT, video_data=[clip], max_tokens=4).token_ids)
 
 
 @pytest.fixture(scope="module")

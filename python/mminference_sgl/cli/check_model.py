@@ -88,7 +88,11 @@ def _layers(model: Any) -> tuple[bool, str]:
     reason = Deployment.of(SimpleNamespace(), model, "").dense_reason()
     if reason:
         return False, f"none runs sparse: {reason}"
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    full = getattr(text, "full_attention_layer_ids", None)
+    kinds = getattr(text, "layer_types", None) or [
+        "full_attention" if full is None or layer in full else "linear_attention"
+        for layer in range(text.num_hidden_layers)
+    ]
     counts = Counter(_KINDS.get(kind, kind) for kind in kinds)
     sparse = counts.pop(_KINDS["full_attention"], 0)
     rest = "".join(f", {count} dense ({kind})" for kind, count in counts.items())
@@ -105,7 +109,7 @@ def _tensors(path: Path, model: Any) -> tuple[str, list[str]]:
     if own is not None:
         tensors = checkpoint.of_own(own, model.hf_config, found)
     else:
-        known = checkpoint.of_transformers(model.hf_config, found)
+        known = checkpoint.of_transformers(model.hf_config.architectures[0], path, found)
         if known is None:
             return f"{len(found)}, not checked: only SGLang's loader knows this model's names", []
         tensors = known

@@ -61,16 +61,24 @@ def of_own(model: type[VideoLanguageModel], config: Any, found: Mapping[str, Siz
     return _compare(expected, found, {name for name in own if model.parameter_of(config, name) == ""})
 
 
-def of_transformers(config: Any, found: Mapping[str, Size]) -> Tensors | None:
+def of_transformers(architecture: str, folder: Path, found: Mapping[str, Size]) -> Tensors | None:
     """The tensors of a checkpoint as transformers writes them; None for a model that it does not know.
 
     SGLang's own names are others, but it reads these files.
     """
-    kind = getattr(transformers, config.architectures[0], None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)) or kind.config_class is None:
         return None
-    expected, found = ({_plain(name): shape for name, shape in some.items()} for some in (_shapes(kind, config), found))
-    return _compare(expected, found, set())
+    # SGLang has configurations of its own for some types.
+    shapes = _shapes(kind, kind.config_class.from_pretrained(folder))
+    expected, found = ({_plain(name): shape for name, shape in some.items()} for some in (shapes, found))
+    return _compare(expected, {name: _as_expected(shape, expected.get(name)) for name, shape in found.items()}, set())
+
+
+def _as_expected(shape: Size, expected: Size | None) -> Size:
+    """Stacked experts [experts, rows, columns] are stored either way round, and read as their sizes say."""
+    turned = Size([*shape[:-2], *shape[:-3:-1]])
+    return turned if len(shape) == 3 and turned == expected else shape
 
 
 def _plain(name: str) -> str:
