@@ -81,6 +81,16 @@ def test_stock_does_not_know_longvila(model_path: ModelPath):
         serving.start(model_path("longvila"), 509, None, warm=False, SGLANG_PLUGINS=STOCK).__enter__()
 
 
+def test_sglangs_llava_answers_400_to_a_video(model_path: ModelPath, clip: str):
+    """LLaVA-Video's checkpoints have its architecture; LLaVA-OneVision's stay with it."""
+    args = ("--dtype", "float16")
+    with (
+        serving.start(model_path("llava_onevision"), 509, None, args) as server,
+        pytest.raises(ServerError, match="answered 400"),
+    ):
+        server.generate("what is <image>", video_data=[clip], max_tokens=4)
+
+
 def test_stock_answers_500_to_a_video_for_nvila(model_path: ModelPath, clip: str):
     args = ("--trust-remote-code",)
     with (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from sglang.srt.multimodal.processors import ernie45_vl
-from torchvision.transforms.v2 import functional
+from torchvision.transforms import functional
 
 
 async def preprocess_video(
