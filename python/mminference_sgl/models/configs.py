@@ -6,15 +6,13 @@ refused here, by name and with the value.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig, VideoMAEConfig
 
 _LANGUAGE: dict[str, type[PretrainedConfig]] = {"qwen2": Qwen2Config, "llama": LlamaConfig}
-_QWEN2 = {field.name for field in dataclasses.fields(Qwen2Config)} - {
-    field.name for field in dataclasses.fields(PretrainedConfig)
-} | {"rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype"}
+_NAMES = {"model_type", "architectures", "transformers_version"}
+_QWEN2 = {*Qwen2Config().to_dict(), "rope_theta", "rope_scaling"} - _NAMES
 """Fields of a flat configuration that are the language model's."""
 
 
@@ -65,13 +63,10 @@ class VilaConfig(PretrainedConfig):
         self.video_encoder = kwargs.pop("video_encoder", None)
         if self.llm_cfg:
             self._check(kwargs)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-            kwargs.setdefault(name, getattr(self.text_config, name, None))
-        dtype = kwargs.pop("model_dtype", None) or kwargs.pop("torch_dtype", None) or self.llm_cfg.get("torch_dtype")
-        if isinstance(dtype, str):
-            kwargs.setdefault("dtype", dtype.removeprefix("torch."))
-        kwargs["architectures"] = [self.architecture]
-        super().__init__(**kwargs)
+        kwargs["torch_dtype"] = (
+            kwargs.pop("model_dtype", None) or kwargs.get("torch_dtype") or self.llm_cfg.get("torch_dtype")
+        )
+        super().__init__(**_as_a_whole(kwargs, self.text_config, self.architecture))
 
     def _check(self, others: dict[str, Any]) -> None:
         tower = self.vision_tower_cfg.get("model_type", "siglip_vision_model")
@@ -154,9 +149,6 @@ class VideoChatFlashConfig(PretrainedConfig):
         self.mm_vision_tower, self.mm_vision_select_layer = mm_vision_tower, mm_vision_select_layer
         for name, known in self.ONLY.items():
             setattr(self, name, kwargs.pop(name, known))
-        dtype = kwargs.pop("torch_dtype", None)
-        if isinstance(dtype, str):
-            kwargs.setdefault("dtype", dtype.removeprefix("torch."))
         if not isinstance(text_config, PretrainedConfig):
             text_config = Qwen2Config(**(text_config or {name: kwargs[name] for name in _QWEN2 if name in kwargs}))
         self.text_config = text_config
@@ -164,10 +156,7 @@ class VideoChatFlashConfig(PretrainedConfig):
             vision_config = VideoMAEConfig(**{**self._umt_large(), **_own(vision_config or {})})
         self.vision_config = vision_config
         self._check()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-            kwargs.setdefault(name, getattr(self.text_config, name, None))
-        kwargs["architectures"] = [self.architecture]
-        super().__init__(**kwargs)
+        super().__init__(**_as_a_whole(kwargs, self.text_config, self.architecture))
 
     def _umt_large(self) -> dict[str, Any]:
         tower = str(self.mm_vision_tower).lower()
@@ -252,7 +241,7 @@ class LlavaVideoConfig(PretrainedConfig):
             value = kwargs.pop(name, None)
             setattr(self, name, default if value is None else value)
         own = kwargs.pop("vision_config", None)
-        self.text_config = Qwen2Config(**{name: kwargs[name] for name in _QWEN2_FIELDS if name in kwargs})
+        self.text_config = Qwen2Config(**{name: kwargs[name] for name in _QWEN2 if name in kwargs})
         self.vision_config = SiglipVisionConfig(**(_own(own) if own else self.SO400M))
         # Without fields it is what transformers compares others with.
         if kwargs.get("mm_vision_tower"):
@@ -264,11 +253,7 @@ class LlavaVideoConfig(PretrainedConfig):
                 raise refuse("vision_config.model_type", kind, "siglip_vision_model")
             if kwargs.get("architectures") != [self.ARCHITECTURE]:
                 raise refuse("architectures", kwargs.get("architectures"), self.ARCHITECTURE)
-        dtype = kwargs.pop("torch_dtype", None)
-        if isinstance(dtype, str):
-            kwargs.setdefault("dtype", dtype.removeprefix("torch."))
-        kwargs["architectures"] = [self.architecture]
-        super().__init__(**kwargs)
+        super().__init__(**_as_a_whole(kwargs, self.text_config, self.architecture))
 
     def check(self) -> None:
         """Once more where a configuration is used: ``--json-model-override-args`` changes it after it was read.
@@ -303,18 +288,16 @@ class LlavaVideoConfig(PretrainedConfig):
         return bool(self.mm_newline_position == "grid")
 
 
-_QWEN2_FIELDS = {*Qwen2Config().to_dict(), "rope_theta", "rope_scaling"} - {
-    "model_type",
-    "architectures",
-    "transformers_version",
-}
-"""Of a file that holds other fields too."""
-
-
 def _own(part: dict[str, Any]) -> dict[str, Any]:
     """A part's configuration without what names it."""
-    return {
-        name: value
-        for name, value in part.items()
-        if name not in {"model_type", "architectures", "transformers_version"}
-    }
+    return {name: value for name, value in part.items() if name not in _NAMES}
+
+
+def _as_a_whole(fields: dict[str, Any], text: PretrainedConfig, architecture: str) -> dict[str, Any]:
+    """A model's own fields with what SGLang reads of the whole: dtype, token ids of the language model, the name."""
+    dtype = fields.pop("torch_dtype", None)
+    if isinstance(dtype, str):
+        fields.setdefault("dtype", dtype.removeprefix("torch."))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+        fields.setdefault(name, getattr(text, name, None))
+    return fields | {"architectures": [architecture]}
