@@ -21,7 +21,7 @@ def uniform(count: int, wanted: int) -> list[int]:
 
 def at_rate(count: int, rate: float, wanted_rate: float, most: int) -> list[int]:
     """Every ``1 / wanted_rate`` seconds a frame, the first ``most`` of them."""
-    step = max(1.0, rate / wanted_rate) if rate > 0 else 1.0
+    step = max(1.0, rate / wanted_rate)
     return [int(index) for index in np.arange(0, count, step)[:most]]
 
 

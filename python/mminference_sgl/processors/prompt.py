@@ -115,6 +115,13 @@ class PromptProcessor(BaseMultimodalProcessor):
             raise ValueError(f"video.num_frames must be a whole number from 1, not {wanted!r}")
         return wanted
 
+    def frame_rate(self, default: float) -> float:
+        """Frames per second to take of a video, 0 for none in particular; ``"fps"`` in the same place."""
+        wanted = self.video_config.get("fps", default)
+        if not isinstance(wanted, int | float) or isinstance(wanted, bool) or wanted < 0:
+            raise ValueError(f"video.fps must be a number from 0, not {wanted!r}")
+        return float(wanted)
+
     def text_ids(self, text: str, *, first: bool = False) -> list[int]:
         """Ids of a part of the prompt; only the first may get the tokenizer's own begin of text."""
         begin = self._tokenizer.bos_token
@@ -135,6 +142,8 @@ class PromptProcessor(BaseMultimodalProcessor):
         )
         if any(isinstance(one, dict) for one in [*loaded.images, *loaded.videos]):
             raise ValueError(f"{type(self).__name__} takes images and videos as they are, not precomputed")
+        if any(len(video) == 0 for video in loaded.videos):
+            raise ValueError("a video has no frames")
         return await asyncio.get_running_loop().run_in_executor(self.io_executor, self.assemble, loaded)
 
     def assemble(self, loaded: Any) -> MultimodalProcessorOutput:

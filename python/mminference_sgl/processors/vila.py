@@ -29,7 +29,7 @@ class VilaProcessor(PromptProcessor):
         super().__init__(hf_config, server_args, _processor, *args, **kwargs)
         self.side, self.pool = hf_config.side, hf_config.pool
         self.size = hf_config.vision_config.image_size
-        self.frames = self.number_of_frames(hf_config.num_video_frames)
+        self.frames, self.rate = self.number_of_frames(hf_config.num_video_frames), self.frame_rate(hf_config.fps)
         # One token: what a tokenizer puts in front of any text is not part of a line break.
         self.newline = self.text_ids("\n")
 
@@ -45,9 +45,9 @@ class VilaProcessor(PromptProcessor):
 
     def video(self, video: Any) -> Medium:
         """Frames one after the other."""
-        rate, wanted = frames.rate_of(video), float(self.video_config.get("fps", self.hf_config.fps))
-        if rate and wanted > 0:
-            indices = frames.at_rate(len(video), rate, wanted, self.frames)
+        rate = frames.rate_of(video)
+        if rate and self.rate:
+            indices = frames.at_rate(len(video), rate, self.rate, self.frames)
         else:
             indices = frames.uniform(len(video), self.frames)
         indices += indices[-1:] * (-len(indices) % self.pool)
