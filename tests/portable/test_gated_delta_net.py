@@ -6,6 +6,7 @@ computed here may be as far from either, with a factor for its other order of su
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -266,6 +267,15 @@ def test_output_gate() -> None:
     assert torch.equal(x, expected)
 
 
+def test_gate_of_the_shared_expert() -> None:
+    x, weight, shared, routed = random(5, 8, seed=1), random(8, seed=2), random(5, 8, seed=3), random(5, 8, seed=4)
+    expected = shared * (x * weight).sum(-1, keepdim=True).sigmoid()
+    torch.testing.assert_close(ours.fused_gate_sigmoid_mul(x, weight, shared), expected)
+    total = routed.clone()
+    ours.fused_gate_sigmoid_mul_add(x, weight, shared, total)
+    torch.testing.assert_close(total, routed + expected)
+
+
 def test_states_are_copied_for_the_prefix_cache() -> None:
     pools = [random(2, 6, 3, 4, seed=1), random(2, 6, 5, seed=2)]
     before = [pool.clone() for pool in pools]
@@ -285,17 +295,22 @@ def test_states_are_copied_for_the_prefix_cache() -> None:
 def homes(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     """Modules in the place of SGLang's, whose own are changed once for all in this process."""
     made = {
-        f"sglang.kernels.ops.{module}": SimpleNamespace(**{function.__name__: None for function in functions})
+        f"sglang.kernels.ops.{module}": SimpleNamespace(**{f.__name__: f"Triton's {f.__name__}" for f in functions})
         for module, functions in ours.REPLACED.items()
     }
     monkeypatch.setattr(ours, "importlib", SimpleNamespace(import_module=made.__getitem__))
     return made
 
 
-def test_sglang_calls_what_is_here(homes: dict[str, SimpleNamespace]) -> None:
+def test_sglang_calls_what_is_here(homes: dict[str, SimpleNamespace], monkeypatch) -> None:
+    """Where it is defined, and where it was imported from there before; another function of that name is another's."""
+    triton = homes["sglang.kernels.ops.mamba.causal_conv1d_triton"].causal_conv1d_fn
+    user = SimpleNamespace(causal_conv1d_fn=triton, rms_norm_gated="its own")
+    monkeypatch.setitem(sys.modules, "sglang.user", user)
     ours.install()
     installed = [function for home in homes.values() for function in vars(home).values()]
     assert installed == [function for functions in ours.REPLACED.values() for function in functions]
+    assert user == SimpleNamespace(causal_conv1d_fn=ours.causal_conv1d_fn, rms_norm_gated="its own")
 
 
 def test_a_release_with_other_names_is_left_as_it_is(homes: dict[str, SimpleNamespace]) -> None:
@@ -303,13 +318,13 @@ def test_a_release_with_other_names_is_left_as_it_is(homes: dict[str, SimpleName
     *_, last = homes.values()
     vars(last).popitem()
     ours.install()
-    assert not any(function for home in homes.values() for function in vars(home).values())
+    assert all(isinstance(function, str) for home in homes.values() for function in vars(home).values())
 
 
 def test_where_sglang_has_kernels_for_cpus_they_stay(homes: dict[str, SimpleNamespace], monkeypatch) -> None:
     monkeypatch.setattr("sglang.srt.utils.is_cpu", lambda: True)
     ours.install()
-    assert not any(function for home in homes.values() for function in vars(home).values())
+    assert all(isinstance(function, str) for home in homes.values() for function in vars(home).values())
 
 
 def test_a_long_chunk_takes_seconds() -> None:

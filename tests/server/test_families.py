@@ -99,6 +99,7 @@ FAMILIES = {
     "qwen3_vl_moe": with_grids("1x11x17", "1x8x27", "12x7x14", in_transformers=True),
     # Three of its four layers are linear attention.
     "qwen3_5": with_grids("1x11x17", "1x8x27", "12x7x14", in_transformers=True, sparse_layers=1),
+    "qwen3_5_moe": Family({"video": ("video:12x7x14",)}, in_transformers=True, sparse_layers=1),
     "glm4v": with_grids("1x13x19", "1x9x31", "12x8x16"),
     "glm4v_moe": with_grids("1x13x19", "1x9x31", "12x8x16", in_transformers=True),
     "internvl": in_tiles(),

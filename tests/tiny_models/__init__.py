@@ -1,11 +1,11 @@
 """Tiny random checkpoints of families that SGLang serves, and of the models that this package adds.
 
-All have 2 layers (Gemma 3 two sliding ones more), 4 query heads, 2 KV heads of size 32 (Kimi-VL latent ones) and a
-byte-level tokenizer; mixtures of experts have 4, two for a token. Their weights are random, but scaled so that they are
-fit for comparing servers: attention is peaked (scores have a standard deviation of about 3), so what a sparse backend
-drops shows; and logits are spread (standard deviation of about 4), so that greedy tokens do not hang on rounding. They
-are stored in float32 and should be served in it, but for LLaVA: SGLang loads its vision tower in float16, so all of it
-is.
+All have 2 layers (Gemma 3 two sliding ones more, Qwen3.5 one full of 4), 4 query heads, 2 KV heads of size 32 (Kimi-VL
+latent ones, Qwen3.5 of size 256) and a byte-level tokenizer; mixtures of experts have 4, two for a token. Their weights
+are random, but scaled so that they are fit for comparing servers: attention is peaked (scores have a standard deviation
+of about 3), so what a sparse backend drops shows; and logits are spread (standard deviation of about 4), so that greedy
+tokens do not hang on rounding. They are stored in float32 and should be served in it, but for LLaVA: SGLang loads its
+vision tower in float16, so all of it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "qwen3_vl": qwen.build_qwen3_vl,
     "qwen3_vl_moe": qwen.build_qwen3_vl_moe,
     "qwen3_5": qwen.build_qwen3_5,
+    "qwen3_5_moe": qwen.build_qwen3_5_moe,
     "glm4v": glm.build_4_1v,
     "glm4v_moe": glm.build_4_6v,
     "internvl": internvl.build_dense,

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense and with experts."""
+"""Qwen2-VL, Qwen2.5-VL, and Qwen3-VL and Qwen3.5, dense and with experts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -38,9 +40,24 @@ _ROPE = {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_se
 _TEXT_2 = {**TEXT, "rope_parameters": _ROPE, "max_window_layers": 2, "use_sliding_window": False}
 
 _ROPE_3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-_FULL = "full_attention"
 _TEXT_3 = {**TEXT, "head_dim": 32, "rope_parameters": _ROPE_3}
 _VISION_3 = {**VISION, "patch_size": 16, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
+
+_TEXT_3_5 = {
+    **TEXT,
+    # Three layers of Gated DeltaNet, then a full one, with heads as large as its checkpoints have.
+    "num_hidden_layers": 4,
+    "full_attention_interval": 4,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    "head_dim": 256,
+    "rope_parameters": {**_ROPE_3, "rope_theta": 1e7, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
+_VISION_3_5 = {**_VISION_3, "deepstack_visual_indexes": []}
 
 
 def build_qwen2_vl(folder: Path) -> None:
@@ -63,14 +80,14 @@ def build_qwen3_vl(folder: Path) -> None:
 
 
 def build_qwen3_5(folder: Path) -> None:
-    """Three layers of Gated DeltaNet, then a full one, with heads as large as its checkpoints have."""
-    rope = {**_ROPE_3, "rope_theta": 1e7, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4}
-    layers = {"num_hidden_layers": 4, "full_attention_interval": 4, "layer_types": [*["linear_attention"] * 3, _FULL]}
-    text = {**TEXT, **linear, **layers, "head_dim": 256, "rope_parameters": rope}
-    config = Qwen3_5Config(text_config=text, vision_config={**_VISION_3, "deepstack_visual_indexes": []}, **_IDS)
+    config = Qwen3_5Config(text_config=_TEXT_3_5, vision_config=_VISION_3_5, **_IDS)
     _write(folder, Qwen3_5ForConditionalGeneration(config), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
+
+
+def build_qwen3_5_moe(folder: Path) -> None:
+    text = {**_TEXT_3_5, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64}
+    config = Qwen3_5MoeConfig(text_config=text, vision_config=_VISION_3_5, **_IDS)
+    _write(folder, Qwen3_5MoeForConditionalGeneration(config), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
 
 
 def build_qwen3_vl_moe(folder: Path) -> None:

@@ -9,8 +9,8 @@ earliest moment that all the processes concerned pass:
 | general plugin (`register`), before the command line is read | all that load plugins | `portable_dense` becomes a choice of the command line and a registered factory |
 | platform object made, when SGLang's utilities are imported | all, also those that load no plugins | `Tensor.pin_memory` becomes the identity: the processors of video requests pin frames, which needs a CUDA driver; processes started from now on let OpenMP's threads wait briefly |
 | server arguments resolved (`apply_server_args_defaults`) | the launching one | defaults for what the user left open, the dtype among them (`dtype`) |
-| model runner imported (`init_backend`) | schedulers: the only ones with a vision tower | vision attention without a mask of patches x patches; the factory again, for servers whose SGLANG_PLUGINS leaves the general plugin out |
-| weights loaded (`post_load_model`) | schedulers | parts that SGLang loads in float16 follow the served dtype |
+| model runner imported (`init_backend`) | schedulers: the only ones with a vision tower | vision attention without a mask of patches x patches; Gated DeltaNet in PyTorch; the factory again, for servers whose SGLANG_PLUGINS leaves the general plugin out |
+| weights loaded (`post_load_model`) | schedulers | parts that SGLang loads in float16, and what it keeps of short convolutions, follow the served dtype |
 
 This module holds the entry points and imports nothing of SGLang: it is loaded while SGLang is being imported, and on
 every machine. The platform's class is in `platform`.

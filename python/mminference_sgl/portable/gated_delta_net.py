@@ -1,6 +1,7 @@
 """Gated DeltaNet of the `portable_cpu` platform: the linear-attention layers of Qwen3.5 and its relatives in PyTorch.
 
-SGLang computes these layers with Triton, or on a CPU with a build of its kernels that is not on the package index.
+With them come the gates of these models: behind full attention, and of the expert that all tokens share. SGLang
+computes all of this with Triton, or on a CPU with a build of its kernels that is not on the package index.
 :func:`install` puts the functions below in the place of Triton's, under the names and with the signatures that these
 have; SGLang's own backend, metadata, state pool and prefix cache stay as they are.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Replace the Triton functions where they are defined, before the modules that import them from there are loaded.
+    """Replace the Triton functions where they are defined, and in modules that have imported them from there already.
 
     Does nothing where SGLang computes with its own kernels for CPUs, nor in a release that has other names.
     """
@@ -43,13 +45,15 @@ def install() -> None:
         with warnings.catch_warnings(action="ignore"):
             homes = {module: importlib.import_module(f"sglang.kernels.ops.{module}") for module in REPLACED}
         known = [(homes[module], function) for module, functions in REPLACED.items() for function in functions]
-        for home, function in known:
-            getattr(home, function.__name__)
+        replaced = {getattr(home, function.__name__): function for home, function in known}
     except (ImportError, AttributeError) as error:
         logger.info("portable_cpu: models with Gated DeltaNet cannot be served with this SGLang: %s", error)
         return
-    for home, function in known:
-        setattr(home, function.__name__, function)
+    users = [vars(module) for name, module in sys.modules.items() if name.startswith("sglang.")]
+    for names in (*(vars(home) for home in homes.values()), *users):
+        for original, function in replaced.items():
+            if names.get(function.__name__) is original:
+                names[function.__name__] = function
 
 
 # -- the delta rule ----------------------------------------------------------------------------------------------------
@@ -339,6 +343,24 @@ def fused_sigmoid_mul(
     return attn_output.copy_(gated) if inplace else gated
 
 
+def fused_gate_sigmoid_mul(
+    hidden_states: torch.Tensor, gate_weight: torch.Tensor, shared_output: torch.Tensor
+) -> torch.Tensor:
+    """What the shared expert of a mixture gives, times its gate: all but the weight [size] are [tokens, size]."""
+    gate = hidden_states.float() @ gate_weight.float()
+    return (shared_output.float() * gate.sigmoid()[:, None]).to(shared_output.dtype)
+
+
+def fused_gate_sigmoid_mul_add(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    final_hidden_states: torch.Tensor,
+) -> None:
+    """The same, added to what the other experts gave [tokens, size]."""
+    final_hidden_states += fused_gate_sigmoid_mul(hidden_states, gate_weight, shared_output)
+
+
 # -- states for the prefix cache ---------------------------------------------------------------------------------------
 
 
@@ -378,7 +400,7 @@ REPLACED: dict[str, tuple[Callable[..., Any], ...]] = {
     "attention.fla.layernorm_gated": (rms_norm_gated,),
     "attention.linear.fused_gdn_gating": (fused_gdn_gating,),
     "attention.triton_gdn_fused_proj": (fused_qkvzba_split_reshape_cat_contiguous,),
-    "elementwise.elementwise": (fused_sigmoid_mul,),
+    "elementwise.elementwise": (fused_sigmoid_mul, fused_gate_sigmoid_mul, fused_gate_sigmoid_mul_add),
     "mamba.causal_conv1d_triton": (causal_conv1d_fn, causal_conv1d_update),
     "mamba.mamba_state_scatter_triton": (track_mamba_states_all_layers, track_mamba_states_if_needed),
 }
