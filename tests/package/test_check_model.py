@@ -29,6 +29,7 @@ DENSE = {"kimi_vl": "none runs sparse: MLA models have no layer with keys and va
 MIXED = {
     "gemma3": "2 of 4 can run sparse, 2 dense (sliding window)",
     "qwen3_5": "1 of 4 can run sparse, 3 dense (linear)",
+    "qwen3_5_moe": "1 of 4 can run sparse, 3 dense (linear)",
 }
 
 
