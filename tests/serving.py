@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -112,6 +113,18 @@ def start(
         args=["--dtype", "float32", "--context-length", "8192", *args],
         env=environment,
     )
+
+
+def in_ranks(count: int) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Arguments and environment of a server of so many ranks.
+
+    SGLang wants a core for each on a CPU; they share where there are not as many.
+    """
+    if count == 1:
+        return (), {}
+    mine = sorted(os.sched_getaffinity(0))
+    cores = "|".join(str(mine[rank % len(mine)]) for rank in range(count))
+    return ("--tp", str(count)), {"SGLANG_CPU_OMP_THREADS_BIND": cores}
 
 
 def ask(server: Server, message: Message, tokens: int = NEW_TOKENS, **options: Any) -> Answer:

@@ -46,6 +46,13 @@ def test_sglang_serve_answers_as_launch_server(model_path: ModelPath, clip: str,
         assert ask(server, clip) == launched
 
 
+def test_two_ranks_answer_as_one(model_path: ModelPath, clip: str, launched: list[int]):
+    """Each has the whole tower, and half of the language model's heads."""
+    args, env = serving.in_ranks(2)
+    with serving.start(model_path("longvila"), 509, "mminference", args, **env) as server:
+        assert ask(server, clip) == launched
+
+
 ENGINE = """
 import json, sys
 import sglang

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def run_with(model_path: ModelPath, messages: Messages, tmp_path_factory: pytest
 
     @functools.cache
     def run_with(ranks: int, specs_of: tuple[int, ...] | None = CORRECT) -> Run:
-        args, env = (["--tp", str(ranks)], {"SGLANG_CPU_OMP_THREADS_BIND": cores(ranks)}) if ranks > 1 else ([], {})
+        args, env = serving.in_ranks(ranks)
         backend = None if specs_of is None else "mminference"
         config = settings(pattern_file(folder, specs_of or CORRECT))
         run = Run()
@@ -64,12 +63,6 @@ def run_with(model_path: ModelPath, messages: Messages, tmp_path_factory: pytest
         return run
 
     return run_with
-
-
-def cores(ranks: int) -> str:
-    """A core for each rank, as SGLang wants to know them; they share where there are not as many."""
-    mine = sorted(os.sched_getaffinity(0))
-    return "|".join(str(mine[rank % len(mine)]) for rank in range(ranks))
 
 
 def pattern_file(folder: Path, specs_of: Sequence[int]) -> Path:
