@@ -205,3 +205,35 @@ print("vila" in CONFIG_MAPPING)
 """
     left_out, there = (python(code, SGLANG_PLUGINS=plugins) for plugins in ("mminference", "mminference_models"))
     assert (left_out.split()[-1], there.split()[-1]) == ("False", "True")
+
+
+def test_a_model_package_of_the_users_own_wins(tmp_path, monkeypatch):
+    package = tmp_path / "models_of_mine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "vila.py").write_text("class VILAForCausalLM: pass\nEntryClass = VILAForCausalLM\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = MODELS.replace("BEFORE", "").replace("ARCHITECTURE", "VILAForCausalLM")
+    assert python(code, SGLANG_EXTERNAL_MODEL_PACKAGE="models_of_mine").splitlines()[-1] == "models_of_mine.vila"
+
+
+def test_doctor_says_when_a_hook_no_longer_fits(monkeypatch):
+    from sglang.srt.plugins import load_plugins
+
+    from mminference_sgl import model_plugin
+    from mminference_sgl.cli import doctor
+
+    load_plugins()
+    assert doctor._check_hooks() == "fit"
+    monkeypatch.setitem(model_plugin.HOOKS, "sglang.srt.gone.function", "register_models")
+    with pytest.raises(RuntimeError, match=r"SGLang no longer has sglang\.srt\.gone\.function"):
+        doctor._check_hooks()
+    monkeypatch.setenv("SGLANG_PLUGINS", "mminference")
+    assert doctor._check_hooks() == "SGLANG_PLUGINS=mminference leaves the models out"
+
+
+def test_doctor_lists_the_models():
+    from mminference_sgl.cli import doctor
+
+    names = doctor._check_models().split(", ")
+    assert {"LlavaLlamaModel", "VILAForCausalLM", "LlavaVideoModel", "VideoChatFlashQwenForCausalLM"} == set(names)
