@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.real.documents import Document
-    from benchmarks.real.readers import Reader, Sparse
+    from benchmarks.real.readers import LayerFigures, Reader, Sparse
     from benchmarks.real.reading import Reading
 
 LENGTHS = (4096, 8160)
@@ -62,7 +62,7 @@ class Row:
     """One document of one length: how far from dense, and what each chunk reported.
 
     ``divergence``: mean Kullback-Leibler divergence in nats; None with a server. ``mean_density``: of the document;
-    ``density``, ``coverage``, ``error``: by chunk.
+    ``density``, ``coverage``, ``error``: by chunk. ``layers``: of the last chunk, without a server.
     """
 
     document: Document
@@ -73,6 +73,7 @@ class Row:
     density: list[float]
     coverage: list[float]
     error: list[float]
+    layers: list[LayerFigures]
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def _rows(
             one.density,
             one.coverage,
             one.error,
+            one.layers,
         )
         for (document, length), reference, one in zip(documents, dense, sparse, strict=True)
     ]
@@ -216,12 +218,25 @@ def _print(rows: Sequence[Row], found: Sequence[Found], controls: Sequence[Row])
         _print_row(row.document.name, row)
         if controls:
             _print_row("  control", controls[index])
+    _print_layers([row.layers for row in rows if row.layers])
     for length in sorted({each.length for each in found}):
         own = [each for each in found if each.length == length]
         print(
             f"{'passkeys':48}{length:7}  found {sum(each.sparse for each in own)} of {len(own)}, "
             f"dense {sum(each.dense for each in own)}"
         )
+
+
+def _print_layers(documents: Sequence[Sequence[LayerFigures]]) -> None:
+    """By layer, over the documents: heads that save nothing at this error run dense."""
+    if not documents:
+        return
+    print(f"{'last chunk, by layer':48}{'density':>9}{'coverage':>9}{'error':>8}{'dense heads':>13}")
+    for layer, own in enumerate(zip(*documents, strict=True)):
+        density, coverage, dense = (
+            sum(getattr(each, name) for each in own) / len(own) for name in ("density", "coverage", "dense_heads")
+        )
+        print(f"{layer:48}{density:9.3f}{coverage:9.3f}{max(each.error for each in own):8.3f}{dense:13.1f}")
 
 
 def _print_row(name: str, row: Row) -> None:

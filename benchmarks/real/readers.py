@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.real.reading import Reading
+    from mminference_sgl.method.prefill import LayerReport
 
 CHUNK = 2048
 SMALLEST_TILE = 16
@@ -35,6 +36,18 @@ class Sparse:
     density: list[float]
     coverage: list[float]
     error: list[float]
+    layers: list[LayerFigures] = field(default_factory=list)
+    """The twin's, of the last chunk."""
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What one layer of a chunk did: density, coverage, error, and how many of its heads saved nothing."""
+
+    density: float
+    coverage: float
+    error: float
+    dense_heads: int
 
 
 class Reader(Protocol):
@@ -122,7 +135,14 @@ class Twin:
         shape, pattern = self._model.shape, catalog.load(config.pattern)
         specs = [pattern.specs(layer, range(shape.heads)) for layer in range(shape.layers)]
         method = twin.Method(config, specs, len(tokens), CHUNK, shape.scale, until)
-        return _with_reports(twin.read(self._model, tokens, CHUNK, method), method.chunks, len(tokens))
+        found = _with_reports(twin.read(self._model, tokens, CHUNK, method), method.chunks, len(tokens))
+        return replace(found, layers=[_figures(report) for report in method.chunks[-1].layers] if method.chunks else [])
+
+
+def _figures(report: LayerReport) -> LayerFigures:
+    return LayerFigures(
+        float(report.tiles / report.causal), float(report.coverage), float(report.error), int(report.dense)
+    )
 
 
 def _with_reports(reading: Reading, chunks: Sequence[Any], length: int) -> Sparse:

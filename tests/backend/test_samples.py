@@ -19,7 +19,7 @@ def request(keys: int) -> Any:
 
 
 def report(index: int, error: float, tiles: int = 30) -> LayerReport:
-    figures = (torch.tensor(x) for x in (tiles, 100, 0.9, error, 1))
+    figures = (torch.tensor(x) for x in (tiles, 100, 0.9, error, 1, 3))
     return LayerReport(index, *figures)
 
 
@@ -37,7 +37,14 @@ def test_the_longest_request_is_told_of_once(caplog: pytest.LogCaptureFixture) -
     found.tell()
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    for part in (f"prefix={samples.LONG - 7}", "layers=2", "density=0.2000", "error=0.0700", "guarded_heads=2"):
+    for part in (
+        f"prefix={samples.LONG - 7}",
+        "layers=2",
+        "density=0.2000",
+        "error=0.0700",
+        "guarded_heads=2",
+        "dense_heads=6",
+    ):
         assert part in record.getMessage()
 
 

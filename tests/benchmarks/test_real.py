@@ -284,7 +284,7 @@ def test_a_passkey_is_found_when_every_digit_is() -> None:
 
 def row_of(loss: float = 0.0, agreement: float = 1.0, interval: float = 0.001, divergence: float | None = None):
     far = measures.Distance(2.0, 2.0 * (1 + loss), loss, interval, agreement)
-    return command.Row(documents.DOCUMENTS[0], 4096, far, divergence, 0.5, [0.4, 0.6], [1.0, 1.0], [0.0, 0.0])
+    return command.Row(documents.DOCUMENTS[0], 4096, far, divergence, 0.5, [0.4, 0.6], [1.0, 1.0], [0.0, 0.0], [])
 
 
 def test_kept_promises() -> None:
@@ -371,7 +371,12 @@ def test_a_run_that_keeps_everything(folder: Path, tmp_path: Path, monkeypatch, 
         assert row["density"] == [1, 1, 1]
         assert row["distance"]["loss"] == pytest.approx(0, abs=1e-5)
         assert row["divergence"] == pytest.approx(0, abs=1e-5)
-    assert capsys.readouterr().out.count("  control") == len(record["controls"]) == 2
+    text = capsys.readouterr().out
+    assert text.count("  control") == len(record["controls"]) == 2
+    layers = record["rows"][0]["layers"]
+    assert layers[0]["density"] == 1
+    assert layers[0]["dense_heads"] > 0
+    assert len(text.split("by layer")[1].splitlines()) > len(layers) > 1
 
 
 def test_a_rough_run_is_no_better_than_its_control(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

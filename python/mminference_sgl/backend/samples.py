@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Sample:
-    """A request's figures on their way: density, coverage and largest error over the layers, heads guarded."""
+    """A request's figures on their way: density, coverage, largest error of a layer, heads guarded, heads dense."""
 
     prefix: int
     chunk: int
@@ -52,11 +52,11 @@ class Samples:
         if self._pending is not None or not due or not own or request.num_keys < LONG:
             return
         self._last = time.monotonic()
-        tiles, causal, coverage, error, guarded = (
+        tiles, causal, coverage, error, guarded, dense = (
             torch.stack([getattr(report, name).float() for report in own])
-            for name in ("tiles", "causal", "coverage", "error", "guarded")
+            for name in ("tiles", "causal", "coverage", "error", "guarded", "dense")
         )
-        values = torch.stack([tiles.sum() / causal.sum(), coverage.mean(), error.max(), guarded.sum()])
+        values = torch.stack([tiles.sum() / causal.sum(), coverage.mean(), error.max(), guarded.sum(), dense.sum()])
         ready = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -70,11 +70,12 @@ class Samples:
         if sample is None or (sample.ready is not None and not sample.ready.query()):
             return
         self._pending = None
-        density, coverage, error, guarded = sample.values.tolist()
+        density, coverage, error, guarded, dense = sample.values.tolist()
         missed = self._bound > 0 and error > self._bound
         logger.log(
             logging.WARNING if missed else logging.INFO,
-            "mminference sample prefix=%d chunk=%d layers=%d density=%.4f coverage=%.4f error=%.4f guarded_heads=%d%s",
+            "mminference sample prefix=%d chunk=%d layers=%d density=%.4f coverage=%.4f error=%.4f"
+            " guarded_heads=%d dense_heads=%d%s",
             sample.prefix,
             sample.chunk,
             sample.layers,
@@ -82,5 +83,6 @@ class Samples:
             coverage,
             error,
             guarded,
+            dense,
             f": more than the error of {self._bound:g} that was asked for" if missed else "",
         )

@@ -37,7 +37,8 @@ class LayerReport:
     ``tiles`` / ``causal``: tiles computed and those dense attention computes, over all heads.
     ``coverage``: mean over heads of the probe rows' kept mass (1 where nothing was left out);
     ``error``: relative output error of the probe rows over all heads together, behind the guard's repairs;
-    ``guarded``: heads that the guard sent to dense.
+    ``guarded``: heads that the guard sent to dense; ``dense``: these and others that computed every tile, as they save
+    nothing at the error that is allowed; of media and of text rows each.
     """
 
     request: int
@@ -46,6 +47,7 @@ class LayerReport:
     coverage: torch.Tensor
     error: torch.Tensor
     guarded: torch.Tensor
+    dense: torch.Tensor
 
 
 Passes = list[tuple[TilePass, TileLists]]
@@ -377,6 +379,7 @@ def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:
             item.coverage.mean(),
             item.error,
             item.guarded.sum(),
+            (item.tiles >= item.causal).sum(),
         )
         before = reports.get(report.request)
         if before is not None:
@@ -387,6 +390,7 @@ def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:
                 torch.minimum(before.coverage, report.coverage),
                 torch.maximum(before.error, report.error),
                 before.guarded + report.guarded,
+                before.dense + report.dense,
             )
         reports[report.request] = report
     return list(reports.values())
