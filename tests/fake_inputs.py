@@ -1,9 +1,10 @@
-"""Requests as SGLang's processors leave them, for tests of geometry and layout."""
+"""Videos as SGLang decodes them and requests as its processors leave them, for tests without a server."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
@@ -12,6 +13,19 @@ from mminference_sgl.backend.layout import LayoutCache
 
 CPU = torch.device("cpu")
 MERGED = ModelGeometry(2)
+
+
+class Video:
+    """As SGLang's decoder: ``count`` frames of one colour each, their number, at a rate."""
+
+    def __init__(self, count: int, avg_fps: float) -> None:
+        self.count, self.avg_fps = count, avg_fps
+
+    def __len__(self) -> int:
+        return self.count
+
+    def get_frames_at(self, indices: list[int]) -> np.ndarray:
+        return np.array(indices, dtype=np.uint8)[:, None, None, None] * np.ones((1, 20, 30, 3), dtype=np.uint8)
 
 
 def media(modality: str, offsets: Any, **data: Any) -> MultimodalDataItem:

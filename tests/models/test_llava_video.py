@@ -16,6 +16,7 @@ from sglang.srt.managers.schedule_batch import MultimodalInputs
 from sglang.srt.multimodal.processors.base_processor import MultimodalSpecialTokens
 from sglang.srt.utils.hf_transformers.config import HfModelConfigParser
 
+from fake_inputs import Video
 from mminference_sgl import model_plugin
 from mminference_sgl.backend.geometry import ModelGeometry, items_of
 from mminference_sgl.method.items import IMAGE, VIDEO
@@ -143,14 +144,6 @@ def test_overridden_fields_are_checked_where_they_are_used():
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
-
-
-class Video(list[np.ndarray]):
-    """Frames with a rate, as SGLang's decoder has one."""
-
-    def __init__(self, count: int, rate: float) -> None:
-        super().__init__(np.full((20, 30, 3), number, np.uint8) for number in range(count))
-        self.avg_fps = rate
 
 
 @pytest.fixture(scope="module")

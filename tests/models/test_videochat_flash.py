@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, Qwen2Config
 
 import tiny_models
+from fake_inputs import Video
 from mminference_sgl.backend.geometry import ModelGeometry, items_of
 from mminference_sgl.method.items import VIDEO
 from mminference_sgl.models.configs import UnsupportedCheckpointError, VideoChatFlashConfig
@@ -142,19 +143,6 @@ def test_frames_are_middles_of_equal_parts(count: int, rate: float, most: int, f
     assert indices == sampled(count, rate or 1.0, most)
     assert len(indices) == wanted
     assert all(0 <= index < count for index in indices)
-
-
-class Video:
-    """As SGLang's decoder: ``count`` frames of one colour each, at a rate."""
-
-    def __init__(self, count: int, avg_fps: float) -> None:
-        self.count, self.avg_fps = count, avg_fps
-
-    def __len__(self) -> int:
-        return self.count
-
-    def get_frames_at(self, indices: list[int]) -> np.ndarray:
-        return np.array(indices, dtype=np.uint8)[:, None, None, None] * np.ones((1, 20, 30, 3), dtype=np.uint8)
 
 
 def processor(most: int = 512) -> VideoChatFlashProcessor:

@@ -6,27 +6,14 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from fake_inputs import Video
 from mminference_sgl.models.configs import UnsupportedCheckpointError, VilaConfig
 from mminference_sgl.models.vila import two_by_two
 from mminference_sgl.processors import frames
 from mminference_sgl.processors.vila import VilaProcessor
-
-
-class Video:
-    """Frames whose colour is their number."""
-
-    def __init__(self, count: int, rate: float) -> None:
-        self.count, self.avg_fps = count, rate
-
-    def __len__(self) -> int:
-        return self.count
-
-    def get_frames_at(self, indices: list[int]) -> np.ndarray:
-        return np.array(indices, dtype=np.uint8)[:, None, None, None].repeat(6, 1).repeat(8, 2).repeat(3, 3)
 
 
 def processor(pool: int = 1, **video: Any) -> VilaProcessor:
