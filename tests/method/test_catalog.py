@@ -13,7 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from mminference_sgl.method import catalog
-from mminference_sgl.method.catalog import MODALITIES, PATTERNS, HeadSpec, Model, PatternFile, load, parse
+from mminference_sgl.method.catalog import MODALITIES, PATTERNS, HeadSpec, Ids, Model, PatternFile, load, parse
 from mminference_sgl.method.config import Config, ConfigError, from_sources
 
 FOLDER = Path(__file__).parents[2] / "patterns"
@@ -416,14 +416,22 @@ def test_searched_refuses_to_choose(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "model", "layers", "heads"),
     [
-        ({}, {}, [0], [0]),
-        ({"layers": [1, 5]}, {}, [1, 5, 6], [0]),
-        ({"heads": [2]}, {"heads": 4}, [0], [0, 1, 2, 3]),
-        ({"layers": [1]}, {"layers": 2, "heads": 1}, [0, 1], [0]),
+        ({}, {}, Ids((0,), True), Ids((0,), True)),
+        ({"layers": [5, 1]}, {}, Ids((1, 5, 6), True), Ids((0,), True)),
+        ({"heads": [2]}, {"heads": 4}, Ids((0,), True), Ids((0, 1, 2, 3), False)),
+        ({"layers": [1]}, {"layers": 2, "heads": 1}, Ids((0, 1), False), Ids((0,), False)),
     ],
 )
-def test_whole_shows_all_that_rules_do(rule, model, layers, heads) -> None:
-    assert parse(content({"map": {}, **rule}, model=model), "mine.json").whole() == (layers, heads)
+def test_ids_that_show_all_that_rules_do(rule, model, layers, heads) -> None:
+    pattern = parse(content({"map": {}, **rule}, model=model), "mine.json")
+    assert (Ids.of("layers", pattern), Ids.of("heads", pattern)) == (layers, heads)
+
+
+def test_ids_of_two_files_are_those_of_models_that_both_fit() -> None:
+    one, two = (parse(content({"layers": [layer], "map": {}}), "mine.json") for layer in (1, 4))
+    assert Ids.of("layers", one, two) == Ids((1, 4, 5), others=True)
+    small = parse(content(model={"layers": 3}), "mine.json")
+    assert Ids.of("layers", one, two, small) == Ids((0, 1, 2), others=False)
 
 
 # -- rules -> head specs -----------------------------------------------------------------------------------------------

@@ -79,6 +79,20 @@ def load_config(hf_config: object, served: Model | None = None) -> tuple[Config,
     return from_sources((f"pattern {pattern.id!r}", pattern.config), *stronger), pattern
 
 
+def served_model(model: ModelConfig) -> Model:
+    """What a pattern file may say of the model that is served."""
+    text = model.hf_text_config
+    kv_heads = getattr(model, "get_total_num_kv_heads", None)
+    return Model(
+        id=getattr(model, "model_path", None),
+        architecture=next(iter(getattr(model.hf_config, "architectures", None) or ()), None),
+        layers=getattr(text, "num_hidden_layers", None),
+        heads=int(text.num_attention_heads),
+        kv_heads=kv_heads and kv_heads(),
+        head_dim=getattr(model, "head_dim", None),
+    )
+
+
 _Settings = tuple[Config, PatternFile, str]
 
 
@@ -129,26 +143,12 @@ def _by_rank(problems: Sequence[str]) -> str:
 
 
 def _load(runner: ModelRunner, device: torch.device) -> _Settings:
-    config, pattern = load_config(runner.model_config.hf_config, _served(runner.model_config))
+    config, pattern = load_config(runner.model_config.hf_config, served_model(runner.model_config))
     config = config.for_chunks(chunk_tokens(runner), _SMALLEST_QUERY_TILE.get(device.type, 64))
     implementation = ops.resolve(config.implementation, device)
     # Resolves every head once, so that a pattern that cannot be run stops the server and not a request.
     _sparse_modalities(pattern, runner)
     return config, pattern, implementation
-
-
-def _served(model: ModelConfig) -> Model:
-    """What a pattern file may say of the model that is served."""
-    text = model.hf_text_config
-    kv_heads = getattr(model, "get_total_num_kv_heads", None)
-    return Model(
-        id=getattr(model, "model_path", None),
-        architecture=next(iter(getattr(model.hf_config, "architectures", None) or ()), None),
-        layers=getattr(text, "num_hidden_layers", None),
-        heads=int(text.num_attention_heads),
-        kv_heads=kv_heads and kv_heads(),
-        head_dim=getattr(model, "head_dim", None),
-    )
 
 
 def _try(runner: ModelRunner, device: torch.device, survey: Survey, config: Config, implementation: str) -> str:

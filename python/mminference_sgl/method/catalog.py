@@ -6,7 +6,7 @@ patterns/README.md describes them, patterns/schema.json is their schema; here is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,6 @@ class PatternFile:
             raise ConfigError(f"pattern {self.id!r} is for another model: {'; '.join(differences)}; {remedy}")
         _check_ids(self, served, f"pattern {self.id!r}", "the model")
 
-    def whole(self) -> tuple[list[int], list[int]]:
-        """Layers and heads that show all that the rules do.
-
-        Those of the model where the file names their number, else those that rules name and one that none does.
-        """
-        layers = {layer for rule in self.rules for layer in rule.layers or ()}
-        heads = {head for rule in self.rules for head in rule.heads or ()}
-        return _whole(self.model.layers, layers), _whole(self.model.heads, heads)
-
     def _resolve(self, layer: int, heads: Sequence[int]) -> list[HeadSpec]:
         rules = [rule for rule in self.rules if rule.layers is None or layer in rule.layers]
         found = []
@@ -145,6 +136,23 @@ class PatternFile:
                     entries.update({f"{query}_{key}": pattern for (query, key), pattern in rule.entries.items()})
             found.append(HeadSpec(**entries))
         return found
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Layers, or heads, that show all that rules do. ``others``: the last stands for all that no rule names."""
+
+    ids: tuple[int, ...]
+    others: bool
+
+    @classmethod
+    def of(cls, name: str, *patterns: PatternFile) -> Ids:
+        """The ``layers`` or ``heads`` of the model, where a file says how many it has, else those that rules name."""
+        counts = [count for pattern in patterns if (count := getattr(pattern.model, name)) is not None]
+        if counts:
+            return cls(tuple(range(min(counts))), others=False)
+        named = {item for pattern in patterns for rule in pattern.rules for item in getattr(rule, name) or ()}
+        return cls((*sorted(named), max(named, default=-1) + 1), others=True)
 
 
 def load(name: str, folder: str | None = None, served: Model | None = None) -> PatternFile:
@@ -290,10 +298,6 @@ def _check_ids(pattern: PatternFile, model: Model, source: str, owner: str) -> N
         largest = max(values or (), default=0)
         if count is not None and largest >= count:
             raise ConfigError(f"{source}: {place} names {largest}, {owner} has {count} {name}: 0 to {count - 1}")
-
-
-def _whole(count: int | None, named: Set[int]) -> list[int]:
-    return sorted(named | {max(named, default=-1) + 1}) if count is None else list(range(count))
 
 
 def _no_constant(name: str) -> None:
