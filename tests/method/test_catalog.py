@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from mminference_sgl.method import catalog
-from mminference_sgl.method.catalog import MODALITIES, PATTERNS, HeadSpec, PatternFile, load, parse
+from mminference_sgl.method.catalog import MODALITIES, PATTERNS, HeadSpec, Ids, Model, PatternFile, load, parse
 from mminference_sgl.method.config import Config, ConfigError, from_sources
 
-SHIPPED = Path(__file__).parents[2] / "patterns"
+FOLDER = Path(__file__).parents[2] / "patterns"
+SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json") if path.name != "schema.json")
 CONCRETE = [pattern for pattern in PATTERNS if pattern != "auto"]
 
 
@@ -30,18 +34,18 @@ def pattern_of(*maps: dict[str, str]) -> PatternFile:
 
 
 def test_ids_are_the_shipped_files() -> None:
-    assert catalog.ids() == sorted(path.stem for path in SHIPPED.glob("*.json"))
+    assert catalog.ids() == SHIPPED
     assert {"auto", "dense", "a_shape", "vertical_slash", "grid"} <= set(catalog.ids())
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.json")))
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_file_loads_and_resolves(name: str) -> None:
     pattern = load(name)
     assert pattern.id == name
     from_sources((name, pattern.config))
     specs = pattern.specs(63, range(128))
     assert len(specs) == 128
-    assert json.loads((SHIPPED / f"{name}.json").read_text())["description"].endswith(".")
+    assert pattern.description.endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -75,14 +79,20 @@ def test_load_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load("grid").id == "grid", "a bare id is the package's, whatever the working directory holds"
 
 
-@pytest.mark.parametrize("name", ["gird", "Grid", "./missing.json", "missing.json", "no/such/file"])
+@pytest.mark.parametrize(
+    "name", ["gird", "Grid", "schema", "x" * 300, "./missing.json", "missing.json", "no/such/file"]
+)
 def test_an_unknown_pattern_lists_the_known_ones(name: str) -> None:
     expected = f"no pattern {name!r}: neither a file nor one of {', '.join(catalog.ids())}"
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         load(name)
 
 
-@pytest.mark.parametrize("data", [b"{", b"", b"\xff\xfe", b"{'schema': 1}"], ids=repr)
+@pytest.mark.parametrize(
+    "data",
+    [b"{", b"", b"\xff\xfe", b"{'schema': 1}", b'{"schema": NaN}', b'{"id": "a", "id": "b"}', b"[" * 100_000],
+    ids=["brace", "empty", "utf-16", "quotes", "NaN", "twins", "deep"],
+)
 def test_a_file_that_is_not_json_is_named(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(data)
@@ -90,7 +100,7 @@ def test_a_file_that_is_not_json_is_named(data: bytes, tmp_path: Path) -> None:
         load(str(path))
 
 
-@pytest.mark.parametrize("name", ["{folder}", "x" * 300], ids=["folder", "too long"])
+@pytest.mark.parametrize("name", ["{folder}", "x" * 300 + ".json"], ids=["folder", "too long"])
 def test_a_path_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^pattern file .+: "):
         load(name.format(folder=f"{tmp_path}/"))
@@ -99,7 +109,7 @@ def test_a_path_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
 def test_a_schema_error_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(content({"map": {"media": "griid"}})))
-    with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}, heads\[0\]: media: unknown pattern 'griid'"):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}: heads\[0\]\.map\.media must be .*, got 'griid'$"):
         load(str(path))
 
 
@@ -119,66 +129,309 @@ def test_config_and_description_may_be_left_out() -> None:
     assert parse(content(), "mine.json") == PatternFile("mine", (), {})
 
 
+NOT_OBJECT = "the file must be a JSON object, got "
+ID = "id must be a name of letters, digits, '.', '-' and '_', other than off and searched, got "
+CONFIG = "config must be an object of configuration keys other than pattern and pattern_folder, got "
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ([], "must be a JSON object"),
-        (None, "must be a JSON object"),
-        ("grid", "must be a JSON object"),
-        (content(model="x", author="y"), "unknown keys ['author', 'model']"),
-        ({"id": "x", "heads": []}, "schema must be 1, got None"),
-        (content() | {"schema": 2}, "schema must be 1, got 2"),
-        (content() | {"schema": "1"}, "schema must be 1, got '1'"),
-        ({"schema": 1, "heads": []}, "id must be a string"),
-        (content() | {"id": 5}, "id must be a string"),
-        ({"schema": 1, "id": "x"}, "heads must be a list of rules"),
-        (content() | {"heads": {"map": {}}}, "heads must be a list of rules"),
-        (content(config=[]), "config must be an object"),
-        (content(config=None), "config must be an object"),
-        (content(config={"pattern": "grid"}), "config must not name a pattern"),
+        ([], NOT_OBJECT + "[]"),
+        (None, NOT_OBJECT + "None"),
+        ("grid", NOT_OBJECT + "'grid'"),
+        (content(modle={}, author="y"), "the file has unknown keys ['author', 'modle']; known keys: config, descr"),
+        (content(modle={}), "the file has unknown keys ['modle']; known keys: config, description, heads, id, me"),
+        ({"id": "x", "heads": []}, "schema is missing, it must be 1, the version of the schema"),
+        (content() | {"schema": 2}, "schema must be 1, the version of the schema, got 2"),
+        (content() | {"schema": "1"}, "schema must be 1, the version of the schema, got '1'"),
+        (content() | {"schema": True}, "schema must be 1, the version of the schema, got True"),
+        ({"schema": 1, "heads": []}, "id is missing, it must be a name of letters, digits, "),
+        (content() | {"id": 5}, ID + "5"),
+        (content() | {"id": ""}, ID + "''"),
+        (content() | {"id": "a/b"}, ID + "'a/b'"),
+        (content() | {"id": "off"}, ID + "'off'"),
+        (content() | {"id": "searched"}, ID + "'searched'"),
+        (content(description=1), "description must be a string, got 1"),
+        ({"schema": 1, "id": "x"}, "heads is missing, it must be a list of rules"),
+        (content() | {"heads": {"map": {}}}, "heads must be a list of rules, got {'map': {}}"),
+        (content(config=[]), CONFIG + "[]"),
+        (content(config=None), CONFIG + "None"),
+        (
+            content(config={"pattern": "grid"}),
+            "config.pattern must be left out: a pattern file does not name another, g",
+        ),
+        (content(config={"pattern_folder": "x"}), "config.pattern_folder must be left out: a pattern file does not na"),
+        (content(config={"eror": 0.5}), "config: unknown key 'eror'; known keys: cell_size, enabled, error, "),
+        (content(config={"error": -1}), "config: error must be a number of at least 0.0 and at most 1000.0, got -1"),
+        (content(model=[]), "model must be an object, got []"),
+        (
+            content(model={"layer": 28}),
+            "model has unknown keys ['layer']; known keys: architecture, head_dim, heads, id",
+        ),
+        (content(model={"layers": "28"}), "model.layers must be an integer of at least 1, got '28'"),
+        (content(model={"heads": 0}), "model.heads must be an integer of at least 1, got 0"),
+        (content(model={"id": ""}), "model.id must be a string that is not empty, got ''"),
+        (content(provenance={"when": 1}), "provenance has unknown keys ['when']; known keys: clips, combine, date"),
+        (content(provenance={"clips": [{"tokens": 5}]}), "provenance.clips[0].sha256 is missing, it must be 64 hexade"),
+        (
+            content(provenance={"clips": [{"sha256": "0" * 64}]}),
+            "provenance.clips[0].tokens is missing, it must be an i",
+        ),
+        (content(provenance={"clips": [{"sha256": "abc", "tokens": 1}]}), "provenance.clips[0].sha256 must be 64 hexa"),
+        (
+            content(provenance={"density": 1.5}),
+            "provenance.density must be a number of at least 0 and at most 1, got 1.5",
+        ),
+        (
+            content(provenance={"date": "May"}),
+            "provenance.date must be a date such as 2026-01-31, with or without a ti",
+        ),
+        (content(measured=[{"layer": 0}]), "measured[0].head is missing, it must be a non-negative integer"),
+        (
+            content(measured=[{"layer": 0, "head": 0, "error": -0.5}]),
+            "measured[0].error must be a number of at least 0",
+        ),
+        (
+            content(measured=[{"layer": 3, "head": 1}, {"layer": 3, "head": 2}, {"layer": 3, "head": 1}]),
+            "measured[2] is layer 3, head 1, as measured[0] is; leave one out",
+        ),
+        (
+            content({"layers": [27, 28], "map": {}}, model={"layers": 28}),
+            "heads[0].layers names 28, model has 28 layers: 0 to 27",
+        ),
+        (
+            content({"map": {}}, {"heads": [4], "map": {}}, model={"heads": 4}),
+            "heads[1].heads names 4, model has 4 heads: 0 to 3",
+        ),
+        (
+            content(model={"layers": 2}, measured=[{"layer": 2, "head": 9}]),
+            "measured[0].layer names 2, model has 2 layers: 0 to 1",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_file_is_refused(bad: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape('mine.json: ' + message)}$"):
+    with pytest.raises(ConfigError) as caught:
         parse(bad, "mine.json")
+    assert str(caught.value).startswith(f"mine.json: {message}")
+    assert "\n" not in str(caught.value)
 
 
-IDS = "must be a list of non-negative integers, got "
+def test_a_misspelt_key_is_told_its_neighbour() -> None:
+    with pytest.raises(ConfigError, match=r"unknown keys \['modle'\].*; did you mean model\?$"):
+        parse(content(modle={}), "mine.json")
+
+
+def test_a_long_value_is_cut() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(content() | {"heads": {"x": "y" * 5000}}, "mine.json")
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("grid", "must be an object"),
-        ([], "must be an object"),
-        ({}, "map must be an object"),
-        ({"map": ["media"]}, "map must be an object"),
-        ({"map": {}, "layer": [0]}, "unknown keys ['layer']"),
-        ({"map": {"video": "grid"}}, "map key 'video' must be text, media or query->key of these"),
-        ({"map": {"": "grid"}}, "map key '' must be text, media or query->key of these"),
-        ({"map": {"media->": "grid"}}, "map key 'media->' must be text, media or query->key of these"),
-        ({"map": {"->media": "grid"}}, "map key '->media' must be text, media or query->key of these"),
-        ({"map": {"media -> text": "grid"}}, "map key 'media -> text' must be text, media or query->key of these"),
-        ({"map": {"media->text->text": "a_shape"}}, "map key 'media->text->text' must be text, media or "),
-        ({"map": {"media": "slash"}}, "media: unknown pattern 'slash'; known: " + ", ".join(PATTERNS)),
-        ({"map": {"media->text": "off"}}, "media->text: unknown pattern 'off'; known: "),
-        ({"map": {"media": None}}, "media: unknown pattern None; known: "),
-        ({"map": {"media": ["grid"]}}, "media: unknown pattern ['grid']; known: "),
-        ({"map": {}, "layers": 3}, "layers " + IDS + "3"),
-        ({"map": {}, "layers": None}, "layers " + IDS + "None"),
-        ({"map": {}, "layers": [0, -1]}, "layers " + IDS + "[0, -1]"),
-        ({"map": {}, "layers": ["0"]}, "layers " + IDS + "['0']"),
-        ({"map": {}, "heads": [1.0]}, "heads " + IDS + "[1.0]"),
-        ({"map": {}, "heads": [True]}, "heads " + IDS + "[True]"),
-        ({"map": {}, "heads": "all"}, "heads " + IDS + "'all'"),
+        ("grid", " must be an object with a map, got 'grid'"),
+        ([], " must be an object with a map, got []"),
+        ({}, ".map is missing, it must be an object of query modality "),
+        (
+            {"map": ["media"]},
+            ".map must be an object of query modality or query->key modality to pattern, got ['media']",
+        ),
+        (
+            {"map": {}, "layer": [0]},
+            " has unknown keys ['layer']; known keys: heads, layers, map; did you mean layers?",
+        ),
+        ({"map": {"video": "grid"}}, ".map key 'video' must be text, media or query->key of these"),
+        ({"map": {"": "grid"}}, ".map key '' must be text, media or query->key of these"),
+        ({"map": {"media->": "grid"}}, ".map key 'media->' must be text, media or query->key of these"),
+        ({"map": {"->media": "grid"}}, ".map key '->media' must be text, media or query->key of these"),
+        ({"map": {"media -> text": "grid"}}, ".map key 'media -> text' must be text, media or query->key of these"),
+        ({"map": {"media->text->text": "a_shape"}}, ".map key 'media->text->text' must be text, media or "),
+        ({"map": {"media": "slash"}}, f".map.media must be one of {', '.join(PATTERNS)}, got 'slash'"),
+        ({"map": {"media->text": "off"}}, f".map.media->text must be one of {', '.join(PATTERNS)}, got 'off'"),
+        ({"map": {"media": None}}, f".map.media must be one of {', '.join(PATTERNS)}, got None"),
+        ({"map": {"media": ["grid"]}}, f".map.media must be one of {', '.join(PATTERNS)}, got ['grid']"),
+        ({"map": {}, "layers": 3}, ".layers must be a list of non-negative integers, each once, got 3"),
+        ({"map": {}, "layers": None}, ".layers must be a list of non-negative integers, each once, got None"),
+        ({"map": {}, "layers": [0, 2, 0]}, ".layers must be a list of non-negative integers, each once, got [0, 2, 0]"),
+        ({"map": {}, "layers": [0, -1]}, ".layers[1] must be a non-negative integer, got -1"),
+        ({"map": {}, "layers": ["0"]}, ".layers[0] must be a non-negative integer, got '0'"),
+        ({"map": {}, "heads": [1.0]}, ".heads[0] must be a non-negative integer, got 1.0"),
+        ({"map": {}, "heads": [True]}, ".heads[0] must be a non-negative integer, got True"),
+        ({"map": {}, "heads": "all"}, ".heads must be a list of non-negative integers, each once, got 'all'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_rule_is_refused_and_located(bad: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(content({"map": {}}, bad), "mine.json")
-    assert str(caught.value).startswith(f"mine.json, heads[1]: {message}")
+    assert str(caught.value).startswith(f"mine.json: heads[1]{message}")
+
+
+def test_the_schema_is_a_schema_and_knows_the_patterns() -> None:
+    written = json.loads((FOLDER / "schema.json").read_text())
+    Draft202012Validator.check_schema(written)
+    rule = written["$defs"]["rule"]["properties"]["map"]
+    assert tuple(rule["additionalProperties"]["enum"]) == PATTERNS
+    pairs = [f"{query}->{key}" for query in MODALITIES for key in MODALITIES]
+    assert rule["propertyNames"]["enum"] == [*MODALITIES, *pairs]
+    assert set(written["properties"]["model"]["properties"]) == set(asdict(Model()))
+
+
+def test_every_part_of_the_schema_says_what_must_be_there() -> None:
+    """Else a message could not."""
+
+    def parts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield schema
+        for key in ("items", "propertyNames", "additionalProperties"):
+            if isinstance(schema.get(key), dict):
+                yield from parts(schema[key])
+        for key in ("properties", "$defs"):
+            for part in schema.get(key, {}).values():
+                yield from parts(part)
+
+    written = json.loads((FOLDER / "schema.json").read_text())
+    assert [part for part in parts(written) if "description" not in part and "$ref" not in part] == []
+
+
+# -- files for one model -----------------------------------------------------------------------------------------------
+
+QWEN = {"architecture": "Qwen", "layers": 4, "heads": 8, "kv_heads": 2, "head_dim": 16}
+SERVED = Model(id="/models/Qwen-7B", **QWEN)
+
+
+def folder_of(tmp_path: Path, **models: dict[str, Any] | None) -> str:
+    """A folder with a pattern file per id, each for a model or for any."""
+    for name, model in models.items():
+        made = content() | {"id": name} | ({} if model is None else {"model": model})
+        (tmp_path / f"file of {name}.json").write_text(json.dumps(made))
+    return str(tmp_path)
+
+
+def test_what_a_file_says_of_its_making_is_kept() -> None:
+    said = {
+        "model": {"id": "Qwen/Qwen-7B", **QWEN},
+        "provenance": {
+            "version": "0.1.0",
+            "clips": [{"sha256": "0f" * 32, "tokens": 4096}],
+            "density": 0.1,
+            "objective": "error",
+            "combine": "mean",
+            "date": "2026-11-27T10:00:00Z",
+            "device": "a CPU",
+        },
+        "measured": [{"layer": 3, "head": 7, "error": 0.01, "mass": 0.9, "density": 0.1}],
+    }
+    pattern = parse(content(**said), "mine.json")
+    assert asdict(pattern.model) == said["model"]
+    assert pattern.provenance == said["provenance"]
+    assert list(pattern.measured) == said["measured"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"architecture": "Llama"}, "architecture is Llama in the file and Qwen in the model"),
+        ({"layers": 28}, "layers is 28 in the file and 4 in the model"),
+        (
+            {"heads": 28, "kv_heads": 4},
+            "heads is 28 in the file and 8 in the model; kv_heads is 4 in the file and 2 in",
+        ),
+        ({"head_dim": 128}, "head_dim is 128 in the file and 16 in the model"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_for_another_model_is_refused_with_both_numbers(said: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^pattern 'mine' is for another model: {message}.*; name a pattern that"):
+        parse(content(model=said), "mine.json").check(SERVED)
+
+
+def test_rules_beyond_the_served_model_are_refused() -> None:
+    parse(content({"layers": [3], "heads": [7], "map": {}}), "mine.json").check(SERVED)
+    with pytest.raises(
+        ConfigError, match=r"^pattern 'mine': heads\[0\]\.heads names 8, the model has 8 heads: 0 to 7$"
+    ):
+        parse(content({"layers": [3], "heads": [8], "map": {}}), "mine.json").check(SERVED)
+
+
+def test_another_id_of_the_same_shape_is_no_other_model() -> None:
+    parse(content(model={"id": "Qwen-7B-Chat", **QWEN}), "mine.json").check(SERVED)
+
+
+def test_a_folder_s_files_are_found_by_id_not_by_name(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, one=None)
+    assert load("one", folder).id == "one"
+    assert load("grid", folder).id == "grid"
+    with pytest.raises(ConfigError, match=r"^no pattern 'two': neither a file nor one of a_shape, .*, one, "):
+        load("two", folder)
+
+
+def test_two_files_with_one_id_are_refused_with_both_paths(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, grid=None)
+    with pytest.raises(
+        ConfigError, match=r"^two pattern files have the id 'grid': .*/grid\.json and .*/file of grid\.j"
+    ):
+        load("auto", folder)
+
+
+def test_the_package_s_own_folder_is_not_read_twice() -> None:
+    assert catalog.ids(str(FOLDER)) == SHIPPED
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^pattern_folder '.*/none' is no folder"):
+        load("auto", f"{tmp_path}/none")
+
+
+@pytest.mark.parametrize("model_id", ["/models/Qwen-7B", "Qwen-7B"])
+def test_searched_takes_the_file_that_names_the_model_before_one_of_its_shape(model_id: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, by_id={"id": model_id}, by_shape=QWEN, other={"id": "Qwen-72B"})
+    assert load("searched", folder, SERVED).id == "by_id"
+
+
+def test_searched_takes_the_file_of_the_model_s_shape(tmp_path: Path) -> None:
+    other = QWEN | {"layers": 5}
+    folder = folder_of(tmp_path, by_shape=QWEN, other=other, named={"id": "Qwen-7B", **other}, partly={"layers": 4})
+    assert load("searched", folder, SERVED).id == "by_shape"
+
+
+def test_searched_refuses_where_nothing_fits_and_lists_what_is_there(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, other=QWEN | {"layers": 5})
+    with pytest.raises(ConfigError) as caught:
+        load("searched", folder, SERVED)
+    text = str(caught.value)
+    assert f"none in the package and {folder} is for this model (id /models/Qwen-7B, architecture Qwen, " in text
+    assert "grid (any model); other (architecture Qwen, layers 5, " in text
+    assert text.endswith("name a pattern, or 'auto', or a folder with one for this model in MMINFERENCE_PATTERNS")
+
+
+def test_searched_refuses_to_choose(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, one=QWEN, two=QWEN)
+    with pytest.raises(ConfigError, match=r"several are for this model \(.*\): one, two; name one of them$"):
+        load("searched", folder, SERVED)
+
+
+@pytest.mark.parametrize(
+    ("rule", "model", "layers", "heads"),
+    [
+        ({}, {}, Ids((0,), True), Ids((0,), True)),
+        ({"layers": [5, 1]}, {}, Ids((1, 5, 6), True), Ids((0,), True)),
+        ({"heads": [2]}, {"heads": 4}, Ids((0,), True), Ids((0, 1, 2, 3), False)),
+        ({"layers": [1]}, {"layers": 2, "heads": 1}, Ids((0, 1), False), Ids((0,), False)),
+    ],
+)
+def test_ids_that_show_all_that_rules_do(rule, model, layers, heads) -> None:
+    pattern = parse(content({"map": {}, **rule}, model=model), "mine.json")
+    assert (Ids.of("layers", pattern), Ids.of("heads", pattern)) == (layers, heads)
+
+
+def test_ids_of_two_files_are_those_of_models_that_both_fit() -> None:
+    one, two = (parse(content({"layers": [layer], "map": {}}), "mine.json") for layer in (1, 4))
+    assert Ids.of("layers", one, two) == Ids((1, 4, 5), others=True)
+    small = parse(content(model={"layers": 3}), "mine.json")
+    assert Ids.of("layers", one, two, small) == Ids((0, 1, 2), others=False)
 
 
 # -- rules -> head specs -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mminference_sgl.method.catalog import Model
 from mminference_sgl.method.config import (
     IMPLEMENTATIONS,
     LARGEST_ERROR,
@@ -40,7 +41,8 @@ TILE_SIZES = (16, 32, 64, 128)
 GOOD: dict[str, tuple[Any, ...]] = {
     "enabled": (True, False),
     "min_tokens": (None, 0, 1, 1000, LARGEST_INTEGER),
-    "pattern": ("auto", "off", "grid", "/some/file.json"),
+    "pattern": ("auto", "off", "grid", "/some/file.json", "searched"),
+    "pattern_folder": (None, "/some/folder", "patterns"),
     "implementation": IMPLEMENTATIONS,
     "error": (0, 0.0, 0.5, 1, LARGEST_ERROR),
     "text_error": (0, 0.0, 0.5, 1, LARGEST_ERROR),
@@ -68,6 +70,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "enabled": (1, 0, "true", None),
     "min_tokens": tuple(value for value in NATURAL if value is not None),
     "pattern": ("", None, 5, True, ["grid"], {"id": "grid"}),
+    "pattern_folder": ("", 5, True, ["patterns"]),
     "implementation": ("", "cuda", "Torch", None, 1, ["torch"]),
     "error": (-0.01, LARGEST_ERROR + 1, float("nan"), float("inf"), *NOT_NUMBERS),
     "text_error": (-0.01, LARGEST_ERROR + 1, float("nan"), float("inf"), *NOT_NUMBERS),
@@ -278,8 +281,29 @@ def test_a_bad_setting_in_a_pattern_file_names_the_pattern(pattern_file: Path, m
     content["config"] = {"error": "most"}
     pattern_file.write_text(json.dumps(content))
     monkeypatch.setenv("MMINFERENCE_PATTERN", str(pattern_file))
-    with pytest.raises(ConfigError, match=r"^pattern 'mine': error must be .* got 'most'$"):
+    with pytest.raises(ConfigError, match=r"/mine\.json: config: error must be .* got 'most'$"):
         load_config(SimpleNamespace())
+
+
+def test_a_pattern_for_the_served_model_is_found_in_the_folder(
+    pattern_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mminference_sgl.backend.start import load_config
+
+    shape = {"architecture": "Qwen", "layers": 4, "heads": 8}
+    pattern_file.write_text(json.dumps(json.loads(pattern_file.read_text()) | {"model": shape}))
+    monkeypatch.setenv("MMINFERENCE_PATTERN", "searched")
+    with pytest.raises(ConfigError, match=r"^pattern 'searched': none in the package is for this model"):
+        load_config(SimpleNamespace(), Model(**shape))
+    monkeypatch.setenv("MMINFERENCE_PATTERNS", str(pattern_file.parent))
+    config, pattern = load_config(SimpleNamespace(), Model(**shape))
+    assert pattern.id == "mine"
+    assert config.error == 0.11
+    monkeypatch.setenv("MMINFERENCE_PATTERN", "mine")
+    with pytest.raises(
+        ConfigError, match=r"^pattern 'mine' is for another model: layers is 4 in the file and 5 in the"
+    ):
+        load_config(SimpleNamespace(), Model(**shape | {"layers": 5}))
 
 
 def test_pattern_off_needs_no_file_and_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,33 @@ def change(file: Path, **tensors) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def test_json_says_the_same(path_of, capsys):
+    _, rows, _ = check(path_of("qwen2_5_vl"), capsys)
+    assert main(["check-model", "--json", str(path_of("qwen2_5_vl"))]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in rows} == rows
+    assert (found["ok"], found["sparse"], found["problems"]) == (True, True, [])
+
+
+def test_json_of_broken_checkpoints(broken, tmp_path, capsys):
+    change(broken / "mm_projector" / "model.safetensors", **{"layers.2.weight": None})
+    assert main(["check-model", "--json", str(broken)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["problems"]) == (False, ["mm_projector.layers.2.weight is missing"])
+    (tmp_path / "empty").mkdir()
+    assert main(["check-model", "--json", str(tmp_path / "empty")]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"]
+    assert found["error"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_told_in_one_line(tmp_path, capsys):
+    code, _, text = check(tmp_path, capsys)
+    assert code == 1
+    assert text.startswith(f"{tmp_path}: ")
+    assert text.count("\n") == 1
+
+
 def test_a_missing_tensor_is_named(broken, capsys):
     change(broken / "mm_projector" / "model.safetensors", **{"layers.2.weight": None})
     code, _, text = check(broken, capsys)

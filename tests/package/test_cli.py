@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -152,12 +154,86 @@ def test_implementation_that_fails(monkeypatch):
     assert "out of order" in selfcheck.check_implementations()["torch"]
 
 
+def test_doctor_as_json(monkeypatch, capsys):
+    from sglang.srt.plugins import load_plugins
+
+    def talks():
+        print("a dependency says hello")
+        return {"reference": "ok", "torch": "fails"}
+
+    monkeypatch.setattr(selfcheck, "check_implementations", talks)
+    assert cli.main(["doctor", "--json"]) == 0
+    written = capsys.readouterr()
+    found = json.loads(written.out)
+    assert "hello" in written.err
+    assert found["ok"]
+    assert found["broken"] == []
+    assert found["versions"]["mminference-sgl"] == mminference_sgl.__version__
+    assert {check["name"]: check["ok"] for check in found["implementations on this machine"]} == {
+        "reference": True,
+        "torch": False,
+    }
+    load_plugins()
+    monkeypatch.setattr(plugin, "register", broken)
+    assert cli.main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["broken"] == ["register()"]
+    (check,) = (check for check in found["plugin"] if check["name"] == "register()")
+    assert check["detail"] == "RuntimeError: out of order"
+
+
 def test_version(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
-    assert mminference_sgl.__version__ in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mminference-sgl {mminference_sgl.__version__}\n"
 
 
-def test_no_command():
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([])
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "Missing command; see mminference --help"),
+        (["doctr"], "No such command 'doctr'"),
+        (["doctor", "--verbose"], "No such option: --verbose; see mminference doctor --help"),
+        (["check-model"], "Missing argument 'PATH'; see mminference check-model --help"),
+        (["check-model", "no/such/folder"], "'no/such/folder' does not exist; see mminference check-model --help"),
+        (["patterns"], "Missing command; see mminference patterns --help"),
+        (["patterns", "validate"], "Missing argument 'FILE...'; see mminference patterns validate --help"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_usage_is_one_line_with_a_remedy(arguments, problem, capsys):
+    assert cli.main(arguments) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith("mminference: ")
+    assert problem in written.err
+    assert written.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["", *cli.GROUPS, *cli.COMMANDS])
+def test_help_tells_the_exit_codes(name, capsys):
+    assert cli.main([*name.split(), "--help"]) == 0
+    assert cli.EXIT_CODES in capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys):
+    for name in cli.COMMANDS:
+        *group, command = name.split()
+        cli.main([*group, "--help"])
+        assert command in capsys.readouterr().out.split("Commands")[1]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_speaks_json_and_says_what_it_does(name):
+    run = cli.COMMANDS[name]
+    assert inspect.signature(run).parameters["as_json"].default is False
+    assert inspect.getdoc(run)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["patterns", "list"]], ids=" ".join)
+def test_what_needs_no_server_imports_none(arguments):
+    code = (
+        f"import sys; from mminference_sgl.cli import main; assert main({arguments}) == 0; "
+        "sys.exit(', '.join({'torch', 'sglang', 'triton', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

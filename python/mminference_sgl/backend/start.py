@@ -14,10 +14,11 @@ import torch
 from mminference_sgl.backend import crossover, selfcheck
 from mminference_sgl.backend.sglang_compat import chunk_tokens, first_rank_decides, of_all_ranks, page_size
 from mminference_sgl.kernels import ops
-from mminference_sgl.method.catalog import MODALITIES, PatternFile, load
+from mminference_sgl.method.catalog import MODALITIES, Model, PatternFile, load
 from mminference_sgl.method.config import Config, ConfigError, environment_sources, from_sources, server_source
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from mminference_sgl.backend.layers import Survey
@@ -64,17 +65,32 @@ class Start:
         return start
 
 
-def load_config(hf_config: object) -> tuple[Config, PatternFile]:
-    """Settings of this server and the pattern they name.
+def load_config(hf_config: object, served: Model | None = None) -> tuple[Config, PatternFile]:
+    """Settings of this server and the pattern they name, which is for the served model.
 
     Raises:
         ConfigError: a setting or the pattern file cannot be used.
     """
     stronger = [server_source(hf_config), *environment_sources()]
-    named = from_sources(*stronger).pattern
+    named = from_sources(*stronger)
     # `off` never enters the sparse path, so it needs no rules of its own.
-    pattern = load("dense" if named == "off" else named)
+    pattern = load("dense" if named.pattern == "off" else named.pattern, named.pattern_folder, served)
+    pattern.check(served or Model())
     return from_sources((f"pattern {pattern.id!r}", pattern.config), *stronger), pattern
+
+
+def served_model(model: ModelConfig) -> Model:
+    """What a pattern file may say of the model that is served."""
+    text = model.hf_text_config
+    kv_heads = getattr(model, "get_total_num_kv_heads", None)
+    return Model(
+        id=getattr(model, "model_path", None),
+        architecture=next(iter(getattr(model.hf_config, "architectures", None) or ()), None),
+        layers=getattr(text, "num_hidden_layers", None),
+        heads=int(text.num_attention_heads),
+        kv_heads=kv_heads and kv_heads(),
+        head_dim=getattr(model, "head_dim", None),
+    )
 
 
 _Settings = tuple[Config, PatternFile, str]
@@ -127,7 +143,7 @@ def _by_rank(problems: Sequence[str]) -> str:
 
 
 def _load(runner: ModelRunner, device: torch.device) -> _Settings:
-    config, pattern = load_config(runner.model_config.hf_config)
+    config, pattern = load_config(runner.model_config.hf_config, served_model(runner.model_config))
     config = config.for_chunks(chunk_tokens(runner), _SMALLEST_QUERY_TILE.get(device.type, 64))
     implementation = ops.resolve(config.implementation, device)
     # Resolves every head once, so that a pattern that cannot be run stops the server and not a request.

@@ -1,38 +1,59 @@
-"""``mminference check-model``: would a checkpoint load, where do its videos lie, and what of it runs sparse.
-
-Reads the configuration and the headers of the weights' files, no weights.
-"""
+"""``mminference check-model``: would a checkpoint load, where do its videos lie, and what of it runs sparse."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
-from mminference_sgl.cli.report import print_rows, quiet
+import typer
+
+from mminference_sgl.cli.report import Json, one_line, print_json, print_rows, quiet
 
 _SHOWN = 20
 """Tensors named of those that would not load."""
 _KINDS = {"full_attention": "full attention", "sliding_attention": "sliding window", "linear_attention": "linear"}
 
 
-def run(path: Path, *, trust_remote_code: bool = False) -> int:
-    """Print what was found; 0 if the checkpoint would load and its prefill can run sparse, else 1."""
-    with quiet():
+def run(
+    path: Annotated[
+        Path, typer.Argument(help="Folder of the checkpoint.", metavar="PATH", exists=True, file_okay=False)
+    ],
+    *,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code of the checkpoint's own, as SGLang does.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Tell whether a checkpoint would load, where its videos lie and what of it runs sparse.
+
+    Reads configuration and headers, no weights. Exits with 1 when the checkpoint would not load.
+    """
+    with quiet(as_json=as_json):
         try:
             model = _model_config(path, trust_remote_code)
         except Exception as error:  # noqa: BLE001 - whatever keeps SGLang from reading it is what was asked for
-            print(f"{path}: {type(error).__name__}: {error}")
-            return 1
-        rows = [("model", _name(model)), ("videos", _geometry(model))]
-        sparse, layers = _layers(model)
-        rows.append(("layers", layers))
-        try:
-            tensors, problems = _tensors(path, model)
-        except OSError as error:
-            tensors, problems = str(error), [str(error)]
-    print_rows([*rows, ("tensors", tensors)])
+            problem, model = f"{type(error).__name__}: {one_line(error)}", None
+        if model is not None:
+            rows = [("model", _name(model)), ("videos", _geometry(model))]
+            sparse, layers = _layers(model)
+            rows.append(("layers", layers))
+            try:
+                tensors, problems = _tensors(path, model)
+            except OSError as error:
+                tensors, problems = str(error), [str(error)]
+            rows.append(("tensors", tensors))
+    if model is None:
+        if as_json:
+            print_json({"ok": False, "path": str(path), "error": problem})
+        else:
+            print(f"{path}: {problem}")
+        return 1
+    if as_json:
+        print_json({"ok": not problems, "path": str(path), **dict(rows), "sparse": sparse, "problems": problems})
+        return 1 if problems else 0
+    print_rows(rows)
     for problem in problems[:_SHOWN]:
         print(f"    {problem}")
     if len(problems) > _SHOWN:

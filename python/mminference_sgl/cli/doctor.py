@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 
 from mminference_sgl import BACKEND_NAME
-from mminference_sgl.cli.report import print_rows, quiet
+from mminference_sgl.cli.report import Json, print_json, print_rows, quiet
 from mminference_sgl.portable.cpu import PLATFORM_NAME
 
 _DISTRIBUTIONS = (
@@ -37,20 +38,30 @@ class Check:
     """The traceback of what went wrong, for the end of the report."""
 
 
-def run() -> int:
-    """Print versions, machine, plugin and implementations; 0 when a server would find a working backend, else 1."""
-    with quiet():
+def run(*, as_json: Json = False) -> int:
+    """Tell whether the plugin works here: versions, machine, plugin, models and implementations.
+
+    Exits with 1 when a server would not find a working backend.
+    """
+    versions = [("python", platform.python_version()), *((name, _version(name)) for name in _DISTRIBUTIONS)]
+    if not as_json:
         print("versions")
-        print_rows([("python", platform.python_version()), *((name, _version(name)) for name in _DISTRIBUTIONS)])
+        print_rows(versions)
+    found: dict[str, list[Check]] = {}
+    for title, checks in _SECTIONS.items():
+        with quiet(as_json=as_json):
+            found[title] = checks()
+        if not as_json:
+            print(f"\n{title}")
+            print_rows([(check.name, _verdict(check)) for check in found[title]])
 
-        _report("machine", [_attempt(name, check) for name, check in _MACHINE])
-        plugin = _report("plugin", [_attempt(name, check) for name, check in _PLUGIN])
-        models = _report("models", [_attempt(name, check) for name, check in _MODELS])
-        implementations = _report("implementations on this machine", _attempt_implementations())
-
-    broken = [check for check in (*plugin, *models) if not check.ok]
-    if not any(check.ok for check in implementations):
-        broken += implementations
+    broken = [check for title in ("plugin", "models") for check in found[title] if not check.ok]
+    if not any(check.ok for check in found[_IMPLEMENTATIONS]):
+        broken += found[_IMPLEMENTATIONS]
+    if as_json:
+        sections = {title: [asdict(check) for check in checks] for title, checks in found.items()}
+        print_json({"ok": not broken, "versions": dict(versions), **sections, "broken": [c.name for c in broken]})
+        return 1 if broken else 0
     for check in broken:
         if check.trace:
             print(f"\n{check.name}:\n{check.trace.rstrip()}")
@@ -80,6 +91,10 @@ def _attempt(name: str, check: Callable[[], str]) -> Check:
         return Check(
             name, ok=False, detail=f"{type(error).__name__}: {summary[0]}".rstrip(": "), trace=traceback.format_exc()
         )
+
+
+def _attempt_all(checks: Sequence[tuple[str, Callable[[], str]]]) -> list[Check]:
+    return [_attempt(name, check) for name, check in checks]
 
 
 def _check_core() -> str:
@@ -207,12 +222,6 @@ def _attempt_implementations() -> list[Check]:
     return [Check(name, ok=state == "ok", detail="" if state == "ok" else state) for name, state in found.items()]
 
 
-def _report(title: str, checks: list[Check]) -> list[Check]:
-    print(f"\n{title}")
-    print_rows([(check.name, _verdict(check)) for check in checks])
-    return checks
-
-
 def _verdict(check: Check) -> str:
     word = "ok" if check.ok else "no"
     return f"{word}, {check.detail}" if check.detail else word
@@ -237,3 +246,10 @@ _MODELS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("added", _check_models),
     ("hooks", _check_hooks),
 )
+_IMPLEMENTATIONS = "implementations on this machine"
+_SECTIONS: dict[str, Callable[[], list[Check]]] = {
+    "machine": partial(_attempt_all, _MACHINE),
+    "plugin": partial(_attempt_all, _PLUGIN),
+    "models": partial(_attempt_all, _MODELS),
+    _IMPLEMENTATIONS: _attempt_implementations,
+}

@@ -21,6 +21,7 @@ ENV_DISABLE = "MMINFERENCE_DISABLE"
 ENV_SHORTHANDS = {
     "MMINFERENCE_MIN_TOKENS": "min_tokens",
     "MMINFERENCE_PATTERN": "pattern",
+    "MMINFERENCE_PATTERNS": "pattern_folder",
     "MMINFERENCE_IMPL": "implementation",
 }
 SERVER_JSON_KEY = "mminference"
@@ -77,6 +78,7 @@ class Config:
     enabled: bool = True
     min_tokens: int | None = None
     pattern: str = "auto"
+    pattern_folder: str | None = None
     implementation: str = "auto"
     error: float = 0.07
     text_error: float = 0.01
@@ -98,7 +100,10 @@ class Config:
         if self.min_tokens is not None:
             _check_int("min_tokens", self.min_tokens, 0)
         named = isinstance(self.pattern, str) and self.pattern != ""  # type: ignore[redundant-expr]
-        _check(named, "pattern", self.pattern, "an id, a path, auto or off")
+        _check(named, "pattern", self.pattern, "an id, a path, searched, auto or off")
+        folder = self.pattern_folder
+        named = folder is None or (isinstance(folder, str) and folder != "")  # type: ignore[redundant-expr]
+        _check(named, "pattern_folder", folder, "null or the path of a folder")
         _check(
             self.implementation in IMPLEMENTATIONS,
             "implementation",
