@@ -37,7 +37,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         Console(highlight=False).print(table)
         return
     written = io.StringIO()
-    Console(file=written, width=_NO_TERMINAL, highlight=False).print(table)
+    Console(file=written, width=_NO_TERMINAL, highlight=False, force_terminal=False).print(table)
     for line in written.getvalue().splitlines():
         print(line.rstrip())
 
