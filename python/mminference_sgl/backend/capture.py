@@ -11,11 +11,11 @@ import json
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -36,6 +36,9 @@ FILE_BYTES = 64 << 20
 FOLDER_BYTES = 2 << 30
 """Bytes after which a process writes no more files."""
 SUFFIX = ".safetensors"
+
+Rows = slice | torch.Tensor
+"""Some rows of a capture, as an index."""
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +144,14 @@ class Capture:
         present = positions < self.key.shape[0]
         return torch.empty(self.key.shape[0], dtype=torch.int64).scatter_(0, positions[present], tile[present])
 
-    def weights(self, head: int, rows: slice = slice(None)) -> torch.Tensor:
+    def weights(self, head: int, rows: Rows = slice(None)) -> torch.Tensor:
         """Softmax weights of some rows over the keys by token position: fp32 [rows, N]."""
         key = self.key[:, head * self.key.shape[1] // self.heads].float()
         scores = self.query[rows, head].float() @ key.T * self.about.scale
         future = torch.arange(key.shape[0]) > self.positions[rows, None]
         return scores.masked_fill_(future, -torch.inf).softmax(1)
 
-    def kept(self, head: int, rows: slice = slice(None)) -> torch.Tensor:
+    def kept(self, head: int, rows: Rows = slice(None)) -> torch.Tensor:
         """By which pass some rows read the keys by token position: int8 [rows, N], 0 none, 1 sequence, 2 cell."""
         keys = torch.arange(self.key.shape[0])
         sink, reach = int(self.sink[head]), int(self.reach[head])
@@ -370,18 +373,59 @@ def _tiles_of(tile_pass: TilePass, tiles: slice, rows: torch.Tensor) -> torch.Te
     return of_row[rows].cpu()
 
 
-def summary(capture: Capture) -> list[dict[str, Any]]:
-    """One row per head: layer, head (over all ranks), pattern, density, coverage, error, guarded."""
-    about = capture.about
+@dataclass(frozen=True)
+class HeadSummary:
+    """What became of one head in all chunks that were captured; ``head`` counts over all ranks.
+
+    ``pattern``: that of most chunks. ``density``: computed tiles over those of dense attention. ``coverage``: mean over
+    the chunks; ``error``: the largest of them; ``guarded``: chunks in which the head was computed again, densely.
+    """
+
+    layer: int
+    rows: str
+    head: int
+    pattern: str
+    density: float
+    coverage: float
+    error: float
+    guarded: int
+
+
+def summary(found: Iterable[Capture]) -> list[HeadSummary]:
+    """One line per layer, modality of rows and head, in this order; each capture is looked at once."""
+    lines: dict[tuple[int, str, int], list[_HeadFigures]] = {}
+    for one in found:
+        about = one.about
+        for head in range(one.heads):
+            figures = _HeadFigures(
+                one.pattern(head),
+                int(one.tiles[head]),
+                about.causal_tiles,
+                float(one.coverage[head]),
+                float(one.error[head]),
+                bool(one.guarded[head]),
+            )
+            lines.setdefault((about.layer, about.modality, about.first_head + head), []).append(figures)
     return [
-        {
-            "layer": about.layer,
-            "head": about.first_head + head,
-            "pattern": capture.pattern(head),
-            "density": float(capture.density[head]),
-            "coverage": float(capture.coverage[head]),
-            "error": float(capture.error[head]),
-            "guarded": bool(capture.guarded[head]),
-        }
-        for head in range(capture.heads)
+        HeadSummary(
+            *key,
+            pattern=Counter(one.pattern for one in own).most_common(1)[0][0],
+            density=sum(one.tiles for one in own) / sum(one.causal for one in own),
+            coverage=sum(one.coverage for one in own) / len(own),
+            error=max(one.error for one in own),
+            guarded=sum(one.guarded for one in own),
+        )
+        for key, own in sorted(lines.items())
     ]
+
+
+@dataclass(frozen=True)
+class _HeadFigures:
+    """One head in one chunk."""
+
+    pattern: str
+    tiles: int
+    causal: int
+    coverage: float
+    error: float
+    guarded: bool
