@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-real bench-summaries bench-method \
+.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-real bench-summaries bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving fuzz miri clean
 
 FUZZ_SECONDS ?= 600
@@ -59,6 +59,9 @@ bench-toy: venv ## answers of the toy model, dense and sparse, 2K to 16K tokens
 
 bench-real: venv ## likelihood of real documents under a real language model, dense and sparse, on this CPU
 	$(BIN)/python -m benchmarks.real $(BENCH_ARGS)
+
+pictures: venv ## draw the pictures of docs/patterns-in-pictures.md
+	$(BIN)/python -m benchmarks.pictures $(BENCH_ARGS)
 
 test-gpu: venv ## tests of the kernels on this machine's GPU, compute-sanitizer among them
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)

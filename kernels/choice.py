@@ -7,7 +7,7 @@ the cell pass. Nothing here looks at single heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
@@ -214,12 +214,14 @@ class Levels:
 
     ``near`` int8 [H, t, n] in sequence order and ``far`` int8 [H, t', n'] in cell order, [1, ...] where all heads have
     the same; ``far`` is None where nothing is read there. ``sink``, ``reach``: the near region of the sequence pass.
+    ``pattern``: what to call it.
     """
 
     near: torch.Tensor
     far: torch.Tensor | None
     sink: int
     reach: int
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -394,7 +396,7 @@ def concatenate(blocks: Sequence[Proposal]) -> Proposal:
     error, coverage, tiles = (
         torch.cat([getattr(block.curves, name) for block in blocks]) for name in ("error", "coverage", "tiles")
     )
-    levels = Levels(near, far, first.levels.sink, first.levels.reach)
+    levels = replace(first.levels, near=near, far=far)
     return Proposal(levels, Curves(error, coverage, tiles), first.searched)
 
 

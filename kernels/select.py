@@ -70,7 +70,8 @@ class Selection:
         rows = torch.zeros_like(self.view.row_tiles)
         curves = self.search.curves(lost[..., None], self.size, never, rows)
         tiles = self.view.count_near(*region).expand_as(curves.tiles)
-        return Proposal(self.window_levels(*region), replace(curves, tiles=tiles), searched=False)
+        levels = replace(self.window_levels(*region), pattern="a_shape")
+        return Proposal(levels, replace(curves, tiles=tiles), searched=False)
 
     @cached_property
     def size(self) -> torch.Tensor:
@@ -84,7 +85,7 @@ class Selection:
 
     def dense_levels(self) -> Levels:
         """All causal tiles."""
-        return self.window_levels(0, UNBOUNDED)
+        return replace(self.window_levels(0, UNBOUNDED), pattern="dense")
 
     def vertical_slash(self, *, sink: int, window: int) -> Levels:
         """Key tiles that all rows read (columns) and key tiles at fixed distances from the row's own (diagonals).
@@ -98,7 +99,7 @@ class Selection:
         levels = self.search.columns_and_diagonals(
             self.probe.held, self.size, slash, view.causal_tiles, self.budget.allowed
         )
-        return Levels(levels, None, 0, UNBOUNDED)
+        return Levels(levels, None, 0, UNBOUNDED, "vertical_slash")
 
     def grid(self, *, sink: int, reaches: Sequence[int], min_lines: int) -> list[tuple[Levels, torch.Tensor]]:
         """Same place in all frames (slash), places that all rows see (v-lines), rows that see all (h-lines).
@@ -121,7 +122,7 @@ class Selection:
             else:
                 given = held, self.size, cell, tiles, view.causal_tiles, self.budget.allowed
                 far = self.search.lines(*given, min_lines=min_lines)
-            found.append((replace(self.window_levels(*region), far=far), held))
+            found.append((replace(self.window_levels(*region), far=far, pattern="grid"), held))
         return found
 
     def proposal(self, levels: Levels, far_held: torch.Tensor | None = None) -> Proposal:
@@ -165,7 +166,8 @@ def union(view: View, on_text: Levels, on_media: Levels) -> Levels:
     near = torch.maximum(
         on_text.near.masked_fill(~view.keys.has_text, -1), on_media.near.masked_fill(~view.keys.has_media, -1)
     )
-    return Levels(near, None, max(on_text.sink, on_media.sink), max(on_text.reach, on_media.reach))
+    sink, reach = max(on_text.sink, on_media.sink), max(on_text.reach, on_media.reach)
+    return Levels(near, None, sink, reach, f"{on_text.pattern}+{on_media.pattern}")
 
 
 def _always(tiles: torch.Tensor) -> torch.Tensor:

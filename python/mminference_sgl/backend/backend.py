@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from mminference_sgl import _core
+from mminference_sgl.backend import capture
 from mminference_sgl.backend.geometry import GeometryError, ModelGeometry
 from mminference_sgl.backend.interface import delegate
 from mminference_sgl.backend.layers import Survey, layer_reason
@@ -84,6 +86,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         self._start = start = Start.of(runner, layers)
         self._samples = Samples(start.config.bound("media"))
         self._head_offset = head_offset(runner)
+        self._run_layer = capture.recording(prefill.run_layer, os.environ, self._head_offset)
         self._layouts = LayoutCache(
             ModelGeometry.of(runner.model_config.hf_config),
             chunk_tokens=start.chunk_tokens,
@@ -197,7 +200,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             _scale(layer.v_scale_float),
         )
         specs = self._layer_specs(layer)
-        reports = prefill.run_layer(
+        reports = self._run_layer(
             operands, forward.plan, specs, self._start.config, out, self._start.implementation, layer.layer_id
         )
         if forward.dense_rows is not None:

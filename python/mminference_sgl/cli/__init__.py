@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mminference_sgl import __version__
-from mminference_sgl.cli import check_model, doctor, patterns
+from mminference_sgl.cli import check_model, doctor, heavy, patterns
 from mminference_sgl.cli.report import one_line
 from mminference_sgl.method.config import ConfigError
 
@@ -21,6 +21,8 @@ NAME = "mminference"
 COMMANDS: dict[str, Callable[..., int]] = {
     "doctor": doctor.run,
     "check-model": check_model.run,
+    "inspect": heavy.inspect,
+    "plot": heavy.plot,
     "patterns list": patterns.list_all,
     "patterns show": patterns.show,
     "patterns validate": patterns.validate,

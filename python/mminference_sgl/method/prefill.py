@@ -6,13 +6,14 @@ Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import ops, probe, select
 from mminference_sgl.kernels.choice import Budget, Choice, Proposal
+from mminference_sgl.kernels.levels import Curves
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.stages import Stages, ease_on, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
@@ -54,6 +55,36 @@ Passes = list[tuple[TilePass, TileLists]]
 """Passes of a layer with the tile lists of some heads, the sequence pass first."""
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What was selected for the rows of a group, for a block of ``heads``.
+
+    ``group``: index among the plan's groups. ``patterns``: name and reach of what was proposed, ``curves``: what each
+    of them costs at each threshold. ``picked`` int64 [H]: index of a head's pattern, -1 for dense attention.
+    ``energy`` fp32 [H]: of the probe rows' dense output, mean over the rows. ``dense_output`` fp32 [H, P, Dv]: that.
+    """
+
+    group: int
+    heads: slice
+    choice: Choice
+    patterns: Sequence[tuple[str, int]]
+    curves: Sequence[Curves]
+    picked: torch.Tensor
+    energy: torch.Tensor
+    dense_output: torch.Tensor
+
+
+@dataclass
+class Trace:
+    """Notes of one layer for those who look inside: what was selected, for the groups that had a choice.
+
+    ``guarded``: by group of the plan, the heads that went dense behind it, bool [H].
+    """
+
+    selected: list[Selected] = field(default_factory=list)
+    guarded: list[torch.Tensor] = field(default_factory=list)
+
+
 def run_layer(
     operands: Operands,
     plan: ForwardPlan,
@@ -62,6 +93,7 @@ def run_layer(
     out: torch.Tensor,
     implementation: str,
     layer: int | None = None,
+    trace: Trace | None = None,
 ) -> list[LayerReport]:
     """Computes the plan's rows of one layer into ``out``.
 
@@ -70,12 +102,13 @@ def run_layer(
         specs: one head spec per query head of this rank.
         out: [batch rows, H, Dv].
         layer: id under which the heads' picks are carried over to the request's next chunk; None carries nothing.
+        trace: where to note what was selected.
 
     Returns:
         One report per sparse request.
     """
     stages = stages_of(implementation)
-    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages)
+    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages, trace)
     watched, lse = [], []
     for part in whole.parts():
         passes, seen = _select(part)
@@ -90,6 +123,8 @@ def run_layer(
         failing = [item for item in failing if bool(item.guarded.any())]
     if failing:
         _repair(whole, failing, torch.cat(lse, dim=1), out)
+    if trace is not None:
+        trace.guarded = [item.guarded for item in merged]
     return _reports(merged)
 
 
@@ -179,6 +214,7 @@ class _Layer:
     config: Config
     id: int | None
     stages: Stages
+    trace: Trace | None = None
 
     @property
     def specs(self) -> Sequence[HeadSpec]:
@@ -228,8 +264,8 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
     near = _PassLists(plan.near, heads, layer.stages)
     far = _PassLists(plan.far, heads, layer.stages) if plan.far is not None else None
     watched: list[_Watched] = []
-    for group in plan.groups:
-        choice, dense_output = _select_group(layer, group)
+    for index, group in enumerate(plan.groups):
+        choice, dense_output = _select_group(layer, group, index)
         near.put(group.near, choice.near, choice)
         if far is not None and choice.far is not None:
             far.put(group.far, choice.far, choice)
@@ -243,7 +279,7 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
     return passes, watched
 
 
-def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor | None]:
+def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, torch.Tensor | None]:
     """The choice for all heads, and the probe rows' dense output where they were probed."""
     # Blocks of heads are watched together, so all of them are probed or none.
     if all(spec.of(group.modality) == _DENSE for spec in layer.all_specs):
@@ -267,7 +303,14 @@ def _select_group(layer: _Layer, group: RowGroup) -> tuple[Choice, torch.Tensor 
     budget = replace(selection.budget, energy=torch.cat(energies))
     choice, picked = choose(group.view, blocks, pairs, budget, carried[layer.heads])
     carried[layer.heads] = picked
-    return choice, torch.cat(outputs)
+    dense_output = torch.cat(outputs)
+    if layer.trace is not None:
+        made = [choices.concatenate([proposal for _, proposal in each]) for each in zip(*blocks, strict=True)]
+        patterns = [(one.levels.pattern, one.levels.reach) for one in made]
+        curves = [one.curves for one in made]
+        note = Selected(index, layer.heads, choice, patterns, curves, picked, budget.energy, dense_output)
+        layer.trace.selected.append(note)
+    return choice, dense_output
 
 
 def budget_of(output: torch.Tensor, bound: float, config: Config) -> Budget:
@@ -332,7 +375,8 @@ class _Patterns:
             return self._selection.dense_levels()
         if pattern == "a_shape":
             budget = self._budgets.a_shape
-            return self._selection.window_levels(budget.sink, max(budget.window, 1))
+            levels = self._selection.window_levels(budget.sink, max(budget.window, 1))
+            return replace(levels, pattern=pattern)
         slash = self._budgets.vertical_slash
         return self._selection.vertical_slash(sink=slash.sink, window=slash.window)
 
