@@ -100,7 +100,7 @@ def parse(content: Any, source: str) -> PatternFile:
         ConfigError: it does not follow the schema.
     """
     _require(isinstance(content, dict), source, "must be a JSON object")
-    unknown = set(content) - {"schema", "id", "description", "heads", "config"}
+    unknown = set(content) - {"schema", "id", "description", "heads", "config", "model", "provenance", "measured"}
     _require(not unknown, source, f"unknown keys {sorted(unknown)}")
     _require(content.get("schema") == SCHEMA, source, f"schema must be {SCHEMA}, got {content.get('schema')!r}")
     _require(isinstance(content.get("id"), str), source, "id must be a string")
