@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mminference_sgl import __version__
-from mminference_sgl.cli import check_model, doctor
+from mminference_sgl.cli import check_model, doctor, search_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument("path", type=Path, help="folder of the checkpoint")
     check.add_argument("--trust-remote-code", action="store_true", help="run code of the checkpoint's own, as SGLang")
+    search_options.add_to(commands)
     given = parser.parse_args(arguments)
+    if given.command == "search":
+        return search_options.run_with(given)
     if given.command == "check-model":
         return check_model.run(given.path, trust_remote_code=given.trust_remote_code)
     return doctor.run()

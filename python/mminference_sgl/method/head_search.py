@@ -146,7 +146,7 @@ def score(operands: Operands, plan: ForwardPlan, config: Config, implementation:
                 own = [i for i, one in enumerate(known) if one.rows == group.modality and one.window == window]
                 forms: dict[Pair, list[Proposal]] = {}
                 pairs = [known[i].pair for i in own]
-                for pair, proposal in prefill.propose(selection, _with_window(config, window), pairs):
+                for pair, proposal in prefill.propose(selection, with_window(config, window), pairs):
                     forms.setdefault(pair, []).append(proposal)
                 for i in own:
                     found = forms.get(known[i].pair)
@@ -164,7 +164,8 @@ def _host(values: torch.Tensor) -> Array:
     return values.double().cpu().numpy()
 
 
-def _with_window(config: Config, window: int) -> Config:
+def with_window(config: Config, window: int) -> Config:
+    """The configuration with another window of A-shape, 0 for its own."""
     if not window:
         return config
     shape = dataclasses.replace(config.patterns.a_shape, window=window)
