@@ -44,11 +44,19 @@ class Forward:
 
 
 def forward(
-    problem: Problem, start: int, end: int, config: Config, sample: Ints, *, chunk: int = 0, seed: int = 0
+    problem: Problem,
+    start: int,
+    end: int,
+    config: Config,
+    sample: Ints,
+    *,
+    chunk: int = 0,
+    seed: int = 0,
+    probe_one_in: int = 0,
 ) -> Forward:
     """The plan of rows ``start`` to ``end``, later keys not written yet; ``sample``: positions to attend to.
 
-    ``chunk``: the size of chunks that the layout is told, 0 for none.
+    ``chunk``: the size of chunks that the layout is told, 0 for none. ``probe_one_in``: see :func:`.plan.build`.
     """
     scene = problem.scene
     slots = torch.from_numpy(np.random.default_rng(seed).permutation(scene.length) + 1)
@@ -72,6 +80,7 @@ def forward(
         tile_queries=config.tile_queries,
         tile_keys=config.tile_keys,
         probe_rows=config.probe_rows,
+        probe_one_in=probe_one_in,
     )
     wanted = torch.zeros(end - start, dtype=torch.bool)
     wanted[sample[(sample >= start) & (sample < end)] - start] = True

@@ -20,6 +20,7 @@ from mminference_sgl.backend.geometry import GeometryError, ModelGeometry
 from mminference_sgl.backend.interface import delegate
 from mminference_sgl.backend.layers import Survey, layer_reason
 from mminference_sgl.backend.layout import LayoutCache
+from mminference_sgl.backend.recording import Recorder
 from mminference_sgl.backend.samples import Samples
 from mminference_sgl.backend.sglang_compat import head_offset, set_kv_buffer
 from mminference_sgl.backend.start import Start
@@ -95,6 +96,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             cell_size=start.config.cell_size,
             counters=self.counters,
         )
+        self._recorder = Recorder.of_environment(start, runner, layers)
         self._announce(runner)
 
     # -- what SGLang calls ---------------------------------------------------------------------------------------------
@@ -104,6 +106,9 @@ class MMInferenceAttnBackend(AttentionBackend):
         self._forward = None
         self._samples.tell()
         sparse = self._sparse_requests(forward_batch)
+        if self._recorder is not None:
+            self._recorder.begin(sparse, forward_batch.batch_size, self.req_to_token_pool.req_to_token)
+            sparse = {}
         if not sparse:
             self.dense.init_forward_metadata(forward_batch)
             return
@@ -158,7 +163,11 @@ class MMInferenceAttnBackend(AttentionBackend):
         """Prefill of one layer: the plan's rows sparse, the other rows of the batch dense."""
         forward = self._forward
         if forward is None:
-            return self._dense_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            out = self._dense_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            if self._recorder is not None and self._recorder.wants(layer.layer_id):
+                operands = self._operands(q, layer)
+                self._recorder.layer(layer.layer_id, operands, out.view_as(operands.query))
+            return out
         if forward.plan is None or k is None or v is None:
             reason = "no keys of its own" if forward.plan is not None else "behind the last one"
         else:
@@ -188,17 +197,9 @@ class MMInferenceAttnBackend(AttentionBackend):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         assert forward.plan is not None
-        query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.empty_like(query)
+        operands = self._operands(q, layer)
+        out = torch.empty_like(operands.query)
         out[forward.rows :] = 0
-        operands = Operands(
-            query,
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            layer.scaling,
-            _scale(layer.k_scale_float),
-            _scale(layer.v_scale_float),
-        )
         specs = self._layer_specs(layer)
         reports = self._run_layer(
             operands, forward.plan, specs, self._start.config, out, self._start.implementation, layer.layer_id
@@ -211,6 +212,16 @@ class MMInferenceAttnBackend(AttentionBackend):
         self.counters["sparse_layers"] += 1
         forward.reports.extend(reports)
         return out.view(q.shape)
+
+    def _operands(self, q: torch.Tensor, layer: RadixAttention) -> Operands:
+        return Operands(
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            layer.scaling,
+            _scale(layer.k_scale_float),
+            _scale(layer.v_scale_float),
+        )
 
     def _dense_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         out: torch.Tensor = self.dense.forward_extend(*args, **kwargs)

@@ -61,6 +61,12 @@ def head_offset(runner: ModelRunner) -> int:
     return int(parallel.attn_tp_rank) if parallel.attn_tp_size > 1 else 0
 
 
+def head_ranks(runner: ModelRunner) -> int:
+    """Number of processes that share the attention heads."""
+    del runner  # As above.
+    return int(get_parallel().attn_tp_size)
+
+
 def hybrid_models_on_blackwell() -> bool:
     """Whether SGLang judges the backends of Gated DeltaNet models there by the names the factory left on a runner.
 

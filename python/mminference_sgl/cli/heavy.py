@@ -59,3 +59,40 @@ def plot(
     if as_json:
         print_json({"ok": status == 0, "picture": str(out)})
     return status
+
+
+def search(
+    server: Annotated[list[str] | None, typer.Argument(help="Arguments of SGLang's server, behind --.")] = None,
+    *,
+    model_path: ModelPath,
+    video: Annotated[list[Path], typer.Option(help="A calibration clip; repeatable.")],
+    text: Annotated[str, typer.Option(help="Asked about each clip.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The pattern file.")],
+    density: Annotated[float, typer.Option(help="Tiles to read, as a share of causal tiles.")] = 0.1,
+    combine: Annotated[Literal["worst", "mean"], typer.Option(help="How clips count together.")] = "worst",
+    held_out: Annotated[Path | None, typer.Option(help="A clip that is measured and not searched on.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Of the records; OUTPUT.search if it is not given.")] = None,
+    date: Annotated[str | None, typer.Option(help="In the file; today's if it is not given.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Find the pattern of every head of a model on calibration clips, and write a pattern file.
+
+    Interrupted, the same command goes on where it was.
+    """
+    from mminference_sgl.cli import search as work
+
+    status = work.run(
+        model_path,
+        video,
+        text,
+        output,
+        density=density,
+        combine=combine,
+        held_out=held_out,
+        folder=folder,
+        date=date,
+        server_arguments=server or [],
+    )
+    if as_json:
+        print_json({"ok": status == 0, "pattern": str(output)})
+    return status

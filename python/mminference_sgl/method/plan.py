@@ -115,6 +115,7 @@ def build(
     tile_keys: int,
     probe_rows: int,
     page_size: int = 1,
+    probe_one_in: int = 0,
 ) -> ForwardPlan:
     """Plans one forward over its sparse requests.
 
@@ -123,6 +124,7 @@ def build(
         req_to_token: [pool rows, context] integer; slots of each request's tokens.
         probe_rows: most rows to probe per request and modality.
         page_size: slots of a page of the KV pool; a request's tokens fill its pages in order.
+        probe_one_in: one row in so many is probed instead of what serving can afford, see :func:`rows_to_probe`.
     """
     device = req_to_token.device
     planned = _core.plan(
@@ -187,7 +189,8 @@ def build(
                 continue
             has_cells = modality == "media"
             group_far = far_slice if has_cells else slice(far_slice.start, far_slice.start)
-            rows = _probe_rows(on_host, near_slice, group_far, min(probe_rows, rows_to_probe(request.chunk)))
+            wanted = max(16, request.chunk // probe_one_in) if probe_one_in else rows_to_probe(request.chunk)
+            rows = _probe_rows(on_host, near_slice, group_far, min(probe_rows, wanted))
             cell = None
             if has_cells:
                 assert far is not None

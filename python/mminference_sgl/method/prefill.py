@@ -5,7 +5,7 @@ Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,23 +109,68 @@ def run_layer(
     """
     stages = stages_of(implementation)
     whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages, trace)
-    watched, lse = [], []
-    for part in whole.parts():
-        passes, seen = _select(part)
-        watched.append(seen)
-        part_out = out[:, part.heads]
-        lse.append(ops.sparse_prefill(part.operands, passes, part_out, implementation))
-    merged = [_Watched.of(parts) for parts in zip(*watched, strict=True)]
+    merged, lse = _attend(whole, out, implementation)
     for item in merged:
         item.measure(out, config.ceiling(item.group.modality))
     failing = [item for item in merged if item.dense_output is not None]
     if stages.waits:
         failing = [item for item in failing if bool(item.guarded.any())]
     if failing:
-        _repair(whole, failing, torch.cat(lse, dim=1), out)
+        _repair(whole, failing, lse, out)
     if trace is not None:
         trace.guarded = [item.guarded for item in merged]
     return _reports(merged)
+
+
+def _attend(layer: _Layer, out: torch.Tensor, implementation: str) -> tuple[list[_Watched], torch.Tensor]:
+    """Selects and attends in blocks of heads: what is known of the row groups, and the rows' LSE [batch rows, H]."""
+    watched, lse = [], []
+    for part in layer.parts():
+        passes, seen = _select(part)
+        watched.append(seen)
+        lse.append(ops.sparse_prefill(part.operands, passes, out[:, part.heads], implementation))
+    return [_Watched.of(parts) for parts in zip(*watched, strict=True)], torch.cat(lse, dim=1)
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What the heads of one layer read for one row group: ``tiles`` int64 and ``coverage`` fp32 [H], causal tiles."""
+
+    group: RowGroup
+    tiles: torch.Tensor
+    causal: torch.Tensor
+    coverage: torch.Tensor
+
+
+def run_heads(
+    operands: Operands,
+    plan: ForwardPlan,
+    specs: Sequence[HeadSpec],
+    config: Config,
+    out: torch.Tensor,
+    implementation: str,
+) -> list[HeadReport]:
+    """As :func:`run_layer` without a guard, and with figures by head: one report per row group of the plan."""
+    layer = _Layer(operands, plan, specs, slice(0, len(specs)), config, None, stages_of(implementation))
+    return [
+        HeadReport(item.group, item.tiles, item.causal, item.coverage)
+        for item in _attend(layer, out, implementation)[0]
+    ]
+
+
+def selections(
+    operands: Operands, plan: ForwardPlan, group: RowGroup, config: Config, implementation: str
+) -> Iterator[tuple[slice, select.Selection]]:
+    """Probes a row group, a block of heads at a time: what patterns are proposed from, for those who compare them."""
+    specs = [HeadSpec()] * operands.heads
+    layer = _Layer(operands, plan, specs, slice(0, len(specs)), config, None, stages_of(implementation))
+    bound = config.bound(group.modality)
+    for part in layer.probe_parts(group, with_weights=False):
+        probed = part.probe(group, with_weights=False)
+        yield (
+            part.heads,
+            select.Selection(group.view, probed, budget_of(probed.output, bound, config), layer.stages.search),
+        )
 
 
 def _repair(layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,0 +1,76 @@
+"""`mminference search` on a real model: interrupted, resumed, and what it wrote served."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import serving
+from mminference_sgl.portable.cpu import PLATFORM_NAME
+from mminference_sgl.testing import write_mp4
+from serving import ModelPath, squares, words
+
+pytestmark = pytest.mark.server
+
+CHUNK, DENSITY, HEADS, LAYERS = 509, 0.5, 4, 2
+SERVER = [
+    *("--device", "cpu", "--dtype", "float32", "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "16384"),
+    *("--mem-fraction-static", "0.2", "--disable-overlap-schedule", "--context-length", "8192"),
+]
+
+
+def command(model: Path, clip: Path, output: Path) -> list[str]:
+    given = ["--model-path", str(model), "--video", str(clip), "--text", words(1, 60), "--density", str(DENSITY)]
+    script = str(Path(sys.executable).with_name("mminference"))
+    return [script, "search", *given, "--date", "2026-01-02", "-o", str(output), "--", *SERVER]
+
+
+def test_a_search_is_interrupted_goes_on_and_is_served(model_path: ModelPath, tmp_path: Path):
+    model, clip = model_path("qwen2_5_vl"), write_mp4(tmp_path / "clip.mp4", squares(24, 24, 8, 16))
+    output, env = tmp_path / "searched.json", os.environ | {"SGLANG_PLATFORM": PLATFORM_NAME}
+    with subprocess.Popen(command(model, clip, output), env=env, stdout=subprocess.PIPE, text=True) as first:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("*/scores/*/layer*.npz")):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        first.send_signal(signal.SIGINT)
+        said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, said
+    assert "goes on from there" in said
+    assert not output.exists()
+
+    again, whole = (command(model, clip, path) for path in (output, tmp_path / "whole.json"))
+    for one in (again, whole):
+        done = subprocess.run(one, env=env, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+    content = json.loads(output.read_text())
+    assert content["model"] == {
+        "id": "qwen2_5_vl",
+        "architecture": "Qwen2_5_VLForConditionalGeneration",
+        "layers": LAYERS,
+        "heads": HEADS,
+        "kv_heads": 2,
+        "head_dim": 32,
+    }
+    maps = {pattern for rule in content["heads"] for pattern in rule["map"].values()}
+    assert maps - {"auto", "dense"}, "heads have patterns of their own"
+    assert len(content["measured"]) == LAYERS * HEADS
+    assert all(0 < one["error"] < 1 and 0 < one["density"] < 1 for one in content["measured"])
+
+    config = {"pattern": str(output), "min_tokens": 256, "error": 0.2}
+    with serving.start(model, CHUNK, "mminference", config=config) as server:
+        mark = len(server.log())
+        server.chat([serving.user_message(words(1, 60), videos=[str(clip)])], 1)
+        prefills = serving.prefills(server.log(mark))
+    assert prefills
+    assert any(one.density < 1 for one in prefills)
