@@ -125,7 +125,7 @@ def test_config_and_description_may_be_left_out() -> None:
         ([], "must be a JSON object"),
         (None, "must be a JSON object"),
         ("grid", "must be a JSON object"),
-        (content(model="x", author="y"), "unknown keys ['author', 'model']"),
+        (content(title="x", author="y"), "unknown keys ['author', 'title']"),
         ({"id": "x", "heads": []}, "schema must be 1, got None"),
         (content() | {"schema": 2}, "schema must be 1, got 2"),
         (content() | {"schema": "1"}, "schema must be 1, got '1'"),
