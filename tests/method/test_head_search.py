@@ -185,7 +185,7 @@ def test_rules_say_what_was_chosen() -> None:
     }
     rules = head_search.rules(specs)
     assert [rule.get("heads") for rule in rules] == [[0, 2], [1], None]
-    content = {"schema": catalog.SCHEMA, "id": "made", "heads": rules}
+    content = {"schema": 1, "id": "made", "heads": rules}
     file = catalog.parse(content, "test")
     for layer, own in specs.items():
         assert file.specs(layer, range(3)) == own

@@ -157,5 +157,5 @@ def test_records_of_another_search_are_refused(server, clips, tmp_path, capsys):
     search._same_search(folder, {"model": "other"})
     arguments = ["--model-path", "planted", "--video", str(clips[0]), "--text", "what", "--folder", str(folder)]
     assert cli.main(["search", *arguments, "-o", str(tmp_path / "out.json")]) == 1
-    assert "another search" in capsys.readouterr().out
+    assert "another search" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()

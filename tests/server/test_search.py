@@ -47,11 +47,10 @@ def test_a_search_is_interrupted_goes_on_and_is_served(model_path: ModelPath, tm
     assert "goes on from there" in said
     assert not output.exists()
 
-    again, whole = (command(model, clip, path) for path in (output, tmp_path / "whole.json"))
-    for one in (again, whole):
-        done = subprocess.run(one, env=env, capture_output=True, text=True, check=False, timeout=200)
-        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    # That an uninterrupted search writes the same file is tests/package/test_search.py's to show.
+    again = command(model, clip, output)
+    done = subprocess.run(again, env=env, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
     content = json.loads(output.read_text())
     assert content["model"] == {

@@ -116,20 +116,20 @@ def run_layer(
     if stages.waits:
         failing = [item for item in failing if bool(item.guarded.any())]
     if failing:
-        _repair(whole, failing, lse, out)
+        _repair(whole, failing, torch.cat(lse, dim=1), out)
     if trace is not None:
         trace.guarded = [item.guarded for item in merged]
     return _reports(merged)
 
 
-def _attend(layer: _Layer, out: torch.Tensor, implementation: str) -> tuple[list[_Watched], torch.Tensor]:
-    """Selects and attends in blocks of heads: what is known of the row groups, and the rows' LSE [batch rows, H]."""
+def _attend(layer: _Layer, out: torch.Tensor, implementation: str) -> tuple[list[_Watched], list[torch.Tensor]]:
+    """Selects and attends in blocks of heads: what is known of the row groups, and the blocks' LSE."""
     watched, lse = [], []
     for part in layer.parts():
         passes, seen = _select(part)
         watched.append(seen)
         lse.append(ops.sparse_prefill(part.operands, passes, out[:, part.heads], implementation))
-    return [_Watched.of(parts) for parts in zip(*watched, strict=True)], torch.cat(lse, dim=1)
+    return [_Watched.of(parts) for parts in zip(*watched, strict=True)], lse
 
 
 @dataclass(frozen=True)
