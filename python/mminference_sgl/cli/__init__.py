@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mminference_sgl import __version__
-from mminference_sgl.cli import check_model, doctor, inspect
+from mminference_sgl.cli import bench, check_model, doctor, inspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,13 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="tell what every head of a model does with a video",
         description="Starts a server, asks it once and ends it. Exits non-zero when nothing ran sparse.",
     )
-    look.add_argument("--model-path", required=True, help="folder or name of the model")
     look.add_argument("--video", required=True, help="path or URL")
     look.add_argument("--text", default="What happens?", help="the question behind the video")
-    look.add_argument("--json", action="store_true", help="print a JSON array")
     look.add_argument("--capture", type=Path, metavar="FOLDER", help="keep the captures there, for `mminference plot`")
-    look.add_argument("--chunk", type=int, help="tokens of a prefill chunk (default: SGLang's choice)")
-    look.add_argument("--server-args", default="", help="further arguments of the server, in one string")
+    time = commands.add_parser("bench", help="time dense against sparse prefill of a video, on this machine")
+    time.add_argument("--video", help="path or URL (default: a generated one)")
+    time.add_argument("--frames", type=int, default=64, help="of the generated video")
+    time.add_argument("--repeats", type=int, default=3, help="timed prefills, at most 7")
+    for command in (look, time):
+        command.add_argument("--model-path", required=True, help="folder or name of the model")
+        command.add_argument("--json", action="store_true", help="print a JSON array")
+        command.add_argument("--chunk", type=int, help="tokens of a prefill chunk (default: SGLang's choice)")
+        command.add_argument("--server-args", default="", help="further arguments of the server, in one string")
     picture = commands.add_parser("plot", help="draw what `inspect --capture` or MMINFERENCE_CAPTURE left in a folder")
     picture.add_argument("path", type=Path, help="folder of captures, or one of them")
     picture.add_argument("-o", "--out", type=Path, required=True, help="picture; its suffix says the format")
@@ -51,16 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mminference_sgl.cli import plot
 
         return plot.run(given.path, given.out, **wanted)
-    if given.command == "inspect":
-        return inspect.run(
-            given.model_path,
-            given.video,
-            text=given.text,
-            as_json=given.json,
-            capture=given.capture,
-            chunk=given.chunk,
-            arguments=shlex.split(given.server_args),
-        )
+    if given.command in {"inspect", "bench"}:
+        wanted = {"as_json": given.json, "chunk": given.chunk, "arguments": shlex.split(given.server_args)}
+        if given.command == "bench":
+            return bench.run(given.model_path, given.video, frames=given.frames, repeats=given.repeats, **wanted)
+        return inspect.run(given.model_path, given.video, text=given.text, capture=given.capture, **wanted)
     if given.command == "check-model":
         return check_model.run(given.path, trust_remote_code=given.trust_remote_code)
     return doctor.run()
