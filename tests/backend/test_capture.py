@@ -119,6 +119,27 @@ def test_tiles_and_curves_belong_together(tmp_path: Path) -> None:
     assert checked >= 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_keys_are_kept_as_the_pool_has_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    """With their scale, so that the weights are those of the keys that the pool stands for."""
+    problem = problems.make(REQUESTS[:1], tile_queries=64)
+    if dtype == torch.bfloat16:
+        operands = meant = problems.cast(problem.operands, dtype)
+    else:
+        operands, meant = problems.in_fp8(problem.operands, 0.5, 2.0)
+    out = torch.zeros_like(operands.query)
+    recorded(tmp_path)(operands, problem.plan, SPECS, CONFIG, out, "torch", 0)
+    (path,) = capture.files(tmp_path)
+    found = capture.load(path)
+    assert found.key.dtype == dtype
+    slots = problem.req_to_token[0, : REQUESTS[0].length].long()
+    row = -1
+    query, key = meant.query[found.positions[row], 2].float(), meant.key_pool[slots, 1].float()
+    scores = (key @ query * meant.scale)[: found.positions[row] + 1]
+    weights = found.weights(2)[row, : found.positions[row] + 1]
+    torch.testing.assert_close(weights, scores.softmax(0), rtol=1e-3, atol=1e-5)
+
+
 def test_a_full_folder_takes_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -95,6 +96,14 @@ def test_cell_order_gathers_a_grid_head(captured: Capture) -> None:
         share[order] = float(torch.from_numpy(weights)[around].sum() / weights.sum())
     assert share["cell"] > 0.5
     assert share["cell"] > 2 * share["sequence"]
+
+
+def test_pictures_of_the_documentation_are_small_and_used() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "patterns-in-pictures.md").read_text()
+    names = {path.name for path in (docs / "pictures").iterdir()}
+    assert names == set(re.findall(r"\(pictures/([\w-]+\.png)\)", text))
+    assert max(path.stat().st_size for path in (docs / "pictures").iterdir()) < 150_000
 
 
 def test_a_summary_adds_chunks_up(captured: Capture) -> None:

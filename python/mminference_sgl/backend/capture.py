@@ -279,7 +279,7 @@ def _capture(
         return torch.cat(list(parts), dim).cpu()
 
     slots = group.keys.sequence.slots.flatten()[: request.num_keys]
-    key = operands.key_pool[slots].cpu()
+    key = operands.key_pool.index_select(0, slots).cpu()
     rows, positions, probed = _rows(plan, group, operands.query, FILE_BYTES - key.nbytes)
     dense = torch.cat([one.dense_output for one in selected])
     energy = joined([one.energy for one in selected])

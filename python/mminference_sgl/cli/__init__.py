@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "check-model": check_model.run,
     "inspect": heavy.inspect,
     "plot": heavy.plot,
+    "bench": heavy.bench,
     "search": heavy.search,
     "patterns list": patterns.list_all,
     "patterns show": patterns.show,

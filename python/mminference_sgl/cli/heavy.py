@@ -37,6 +37,30 @@ def inspect(
     return work.run(model_path, video, text=text, as_json=as_json, capture=capture, chunk=chunk, arguments=arguments)
 
 
+def bench(
+    *,
+    model_path: ModelPath,
+    video: Annotated[str | None, typer.Option(help="Path or URL; a generated one if it is not given.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Of the generated video.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, max=7, help="Timed prefills.")] = 3,
+    chunk: Chunk = None,
+    server_args: ServerArguments = "",
+    as_json: Json = False,
+) -> int:
+    """Time dense against sparse prefill of a video: this model on this machine, and its crossover."""
+    from mminference_sgl.cli import bench as work
+
+    return work.run(
+        model_path,
+        video,
+        frames=frames,
+        repeats=repeats,
+        as_json=as_json,
+        chunk=chunk,
+        arguments=shlex.split(server_args),
+    )
+
+
 def plot(
     path: Annotated[Path, typer.Argument(help="Folder of captures, or one of them.", metavar="PATH")],
     *,

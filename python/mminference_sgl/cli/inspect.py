@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mminference_sgl import BACKEND_NAME
+from mminference_sgl.cli.servers import server
 
 if TYPE_CHECKING:
     from mminference_sgl.backend.capture import HeadSummary
@@ -43,11 +44,8 @@ def run(
         chunk: tokens of a prefill chunk; None is SGLang's choice.
         arguments: further arguments of the server.
     """
-    import torch
-
     from mminference_sgl.backend import capture as captures
-    from mminference_sgl.portable.cpu import PLATFORM_NAME
-    from mminference_sgl.testing import Server, ServerError, fallbacks, user_message
+    from mminference_sgl.testing import ServerError, fallbacks, user_message
 
     with ExitStack() as stack:
         if capture is None:
@@ -55,20 +53,12 @@ def run(
         elif capture.is_dir() and captures.files(capture):
             print(f"{capture} holds captures already", file=sys.stderr)
             return 1
-        env = {captures.ENV_FOLDER: str(capture), "MMINFERENCE_LOG": "debug"}
-        env["MMINFERENCE_MIN_TOKENS"] = os.environ.get("MMINFERENCE_MIN_TOKENS", "1")
+        least = os.environ.get("MMINFERENCE_MIN_TOKENS", "1")
+        env = {captures.ENV_FOLDER: str(capture), "MMINFERENCE_MIN_TOKENS": least}
         try:
-            with Server(
-                model,
-                attention_backend=BACKEND_NAME,
-                chunked_prefill_size=chunk,
-                platform=None if torch.cuda.is_available() else PLATFORM_NAME,
-                env=env,
-                args=arguments,
-                quick=True,
-            ) as server:
-                answer = server.chat([user_message(text, videos=[video])], 1, logprobs=False)
-                log = server.log()
+            with server(model, BACKEND_NAME, chunk, arguments, env=env) as one:
+                answer = one.chat([user_message(text, videos=[video])], 1, logprobs=False)
+                log = one.log()
         except ServerError as error:
             print(error, file=sys.stderr)
             return 1

@@ -1,0 +1,152 @@
+"""``mminference bench``: dense against sparse prefill of one video, with this model on this machine.
+
+Two servers one after the other, alike but for the attention backend. Each gets a short clip to warm up, the video once
+for its time to first token, and then the video behind other texts: these miss the radix cache but find the video's
+embeddings, so that what is timed is the language model's prefill alone. The second server is as it comes, so the
+crossover is what it has measured at its start, and a video that is shorter runs dense.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mminference_sgl import BACKEND_NAME
+from mminference_sgl.cli.servers import server
+
+if TYPE_CHECKING:
+    from mminference_sgl.testing import Server
+
+_SIDE = 448
+_WARM_UP_FRAMES = 4
+_OPENINGS = ("one", "two", "three", "four", "five", "six", "seven")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one server needed; seconds.
+
+    ``ttft``: from sending the request to the first token, decoding of the video and vision tower included.
+    ``prefill``: of the language model, the median; ``least``, ``most`` of ``repeats``. ``density``: computed tiles over
+    those of dense attention. ``min_tokens``: the crossover, None on the dense server.
+    """
+
+    name: str
+    tokens: int
+    ttft: float
+    prefill: float
+    least: float
+    most: float
+    density: float
+    min_tokens: int | None
+
+
+def run(
+    model: str,
+    video: str | None = None,
+    *,
+    frames: int = 64,
+    repeats: int = 3,
+    as_json: bool = False,
+    chunk: int | None = None,
+    arguments: Sequence[str] = (),
+) -> int:
+    """Print a line per server; 0 if both answered, else 1.
+
+    Args:
+        model: folder or name of the model.
+        video: path or URL; None is a generated one.
+        frames: of the generated video, 448 x 448 pixels at 2 frames per second.
+        repeats: timed prefills, at most seven.
+        as_json: print a JSON array instead of a table.
+        chunk: tokens of a prefill chunk; None is SGLang's choice.
+        arguments: further arguments of the servers.
+    """
+    from mminference_sgl.testing import ServerError
+
+    found = []
+    with tempfile.TemporaryDirectory(prefix="mminference-bench-") as folder:
+        warm_up = _clip(Path(folder) / "warm-up.mp4", _WARM_UP_FRAMES, 1)
+        video = video or _clip(Path(folder) / "clip.mp4", frames, 0)
+        for name, backend in (("dense", None), (BACKEND_NAME, BACKEND_NAME)):
+            print(f"{name}: starting a server", file=sys.stderr)
+            try:
+                with server(model, backend, chunk, arguments, env={}, metrics=True) as one:
+                    found.append(_measure(one, name, video, warm_up, min(repeats, len(_OPENINGS))))
+            except ServerError as error:
+                print(error, file=sys.stderr)
+                return 1
+    if as_json:
+        print(json.dumps([asdict(one) for one in found]))
+    else:
+        _print(found, model)
+    return 0
+
+
+def _measure(one: Server, name: str, video: str, warm_up: str, repeats: int) -> Figures:
+    from mminference_sgl.testing import ServerError, mean_density, prefills, start_lines, user_message
+
+    one.chat([user_message("hello", videos=[warm_up])], 1)
+    mark = len(one.log())
+    first = one.chat([user_message("What happens?", videos=[video])], 2, stream=True)
+    if first.ttft is None:
+        raise ServerError("the first answer has no token", one.log())
+    density = mean_density(prefills(one.log(mark)), first.prompt_tokens)
+    seconds = [
+        one.chat([user_message("What happens?", videos=[video], before=before)], 1).forward_s
+        for before in _OPENINGS[:repeats]
+    ]
+    crossover = re.search(r"\bmin_tokens=(\d+)", " ".join(start_lines(one.log())))
+    return Figures(
+        name,
+        first.prompt_tokens,
+        first.ttft,
+        statistics.median(seconds),
+        min(seconds),
+        max(seconds),
+        density,
+        int(crossover[1]) if crossover else None,
+    )
+
+
+def _clip(path: Path, frames: int, seed: int) -> str:
+    """A video of random squares that change."""
+    import numpy as np
+
+    from mminference_sgl.testing import write_mp4
+
+    squares = np.random.default_rng(seed).integers(256, size=(frames, _SIDE // 28, _SIDE // 28, 3), dtype=np.uint8)
+    return str(write_mp4(path, squares.repeat(28, 1).repeat(28, 2)))
+
+
+def _print(found: Sequence[Figures], model: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    dense, sparse = found
+    table = Table(title=f"{model}, {dense.tokens} tokens")
+    for name in ("", "density", "TTFT", "ratio", "prefill of the language model", "ratio", "sparse from"):
+        table.add_column(name, justify="right" if name else "left")
+    for one in found:
+        table.add_row(
+            one.name,
+            f"{one.density:.3f}",
+            f"{one.ttft:.2f} s",
+            f"{one.ttft / dense.ttft:.2f}",
+            f"{one.prefill:.2f} s ({one.least:.2f} to {one.most:.2f})",
+            f"{one.prefill / dense.prefill:.2f}",
+            "" if one.min_tokens is None else f"{one.min_tokens} tokens",
+        )
+    console = Console()
+    console.print(table)
+    if sparse.density == 1.0:
+        console.print(
+            "Nothing ran sparse, so the ratios are noise: the video has fewer tokens, or nothing could be left out."
+        )
