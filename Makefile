@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-real bench-summaries bench-method pictures \
+.PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-real bench-summaries bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving fuzz miri clean
 
 FUZZ_SECONDS ?= 600
@@ -20,6 +20,9 @@ venv: ## make .venv, or bring it up to date
 
 demo: venv ## serve a model with dense and with sparse prefill, and compare
 	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
+
+demo-search: venv ## search a pattern file for the toy, and compare it with single patterns
+	$(BIN)/python -m benchmarks.search $(DEMO_ARGS)
 
 test: test-rust test-python ## all tests
 
