@@ -32,10 +32,21 @@ def command(model: Path, clip: Path, output: Path) -> list[str]:
     return [script, "search", *given, "--date", "2026-01-02", "-o", str(output), "--", *SERVER]
 
 
+def _heed_ctrl_c() -> None:
+    """What runs in the background of a shell inherits that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_search_is_interrupted_goes_on_and_is_served(model_path: ModelPath, tmp_path: Path):
     model, clip = model_path("qwen2_5_vl"), write_mp4(tmp_path / "clip.mp4", squares(24, 24, 8, 16))
     output, env = tmp_path / "searched.json", os.environ | {"SGLANG_PLATFORM": PLATFORM_NAME}
-    with subprocess.Popen(command(model, clip, output), env=env, stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        command(model, clip, output),
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heed_ctrl_c,  # noqa: PLW1509
+    ) as first:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("*/scores/*/layer*.npz")):
             assert first.poll() is None
