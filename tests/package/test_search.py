@@ -159,3 +159,13 @@ def test_records_of_another_search_are_refused(server, clips, tmp_path, capsys):
     assert cli.main(["search", *arguments, "-o", str(tmp_path / "out.json")]) == 1
     assert "another search" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_with_json_standard_output_is_json_alone(server, clips, tmp_path, capsys):
+    server()
+    output = str(tmp_path / "out.json")
+    arguments = ["--model-path", "planted", "--video", str(clips[0]), "--text", "what", "--density", str(DENSITY)]
+    assert cli.main(["search", *arguments, "-o", output, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"ok": True, "pattern": output}
+    assert f"written: {output}" in printed.err

@@ -8,7 +8,6 @@ crossover is what it has measured at its start, and a video that is shorter runs
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mminference_sgl import BACKEND_NAME
+from mminference_sgl.cli.report import print_json, show
 from mminference_sgl.cli.servers import server
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def run(
                 print(error, file=sys.stderr)
                 return 1
     if as_json:
-        print(json.dumps([asdict(one) for one in found]))
+        print_json([asdict(one) for one in found])
     else:
         _print(found, model)
     return 0
@@ -127,7 +127,6 @@ def _clip(path: Path, frames: int, seed: int) -> str:
 
 
 def _print(found: Sequence[Figures], model: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     dense, sparse = found
@@ -144,9 +143,6 @@ def _print(found: Sequence[Figures], model: str) -> None:
             f"{one.prefill / dense.prefill:.2f}",
             "" if one.min_tokens is None else f"{one.min_tokens} tokens",
         )
-    console = Console()
-    console.print(table)
+    show(table)
     if sparse.density == 1.0:
-        console.print(
-            "Nothing ran sparse, so the ratios are noise: the video has fewer tokens, or nothing could be left out."
-        )
+        print("Nothing ran sparse, so the ratios are noise: the video has fewer tokens, or nothing could be left out.")

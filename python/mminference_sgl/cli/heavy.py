@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mminference_sgl.cli.report import Json, print_json
+from mminference_sgl.cli.report import Json, json_alone, print_json
 
 ModelPath = Annotated[str, typer.Option("--model-path", help="Folder or name of the model.")]
 Chunk = Annotated[int | None, typer.Option(help="Tokens of a prefill chunk; SGLang's choice if it is not given.")]
@@ -105,18 +105,19 @@ def search(
     """
     from mminference_sgl.cli import search as work
 
-    status = work.run(
-        model_path,
-        video,
-        text,
-        output,
-        density=density,
-        combine=combine,
-        held_out=held_out,
-        folder=folder,
-        date=date,
-        server_arguments=server or [],
-    )
+    with json_alone(as_json):
+        status = work.run(
+            model_path,
+            video,
+            text,
+            output,
+            density=density,
+            combine=combine,
+            held_out=held_out,
+            folder=folder,
+            date=date,
+            server_arguments=server or [],
+        )
     if as_json:
         print_json({"ok": status == 0, "pattern": str(output)})
     return status

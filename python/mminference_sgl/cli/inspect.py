@@ -6,7 +6,6 @@ so that there is something to see; what a server of the same settings would do i
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mminference_sgl import BACKEND_NAME
+from mminference_sgl.cli.report import print_json, show
 from mminference_sgl.cli.servers import server
 
 if TYPE_CHECKING:
@@ -69,14 +69,13 @@ def run(
         print(f"all {answer.prompt_tokens} tokens ran dense: {reasons}", file=sys.stderr)
         return 1
     if as_json:
-        print(json.dumps([asdict(line) for line in lines]))
+        print_json([asdict(line) for line in lines])
     else:
         _print(lines, f"{model}, {answer.prompt_tokens} tokens")
     return 0
 
 
 def _print(lines: Sequence[HeadSummary], title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
@@ -89,4 +88,4 @@ def _print(lines: Sequence[HeadSummary], title: str) -> None:
             table.add_section()
         layer = row["layer"]
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    show(table)

@@ -33,6 +33,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         # As text: brackets in it are no markup.
         table.add_row(*(Text(cell) for cell in row))
+    show(table)
+
+
+def show(table: Table) -> None:
+    """A table on standard output; lines are broken to fit a terminal and nothing else."""
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
         return
@@ -61,9 +66,14 @@ def quiet(*, as_json: bool = False) -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:
-            if as_json:
-                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        with warnings.catch_warnings(action="ignore"), json_alone(as_json):
             yield
     finally:
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def json_alone(as_json: bool) -> Iterator[None]:
+    """With ``as_json``, what is printed inside goes to standard error."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
