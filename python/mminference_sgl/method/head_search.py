@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,16 @@ def candidates() -> tuple[Candidate, ...]:
 
 
 @dataclass(frozen=True)
-class Scores:
+class _Sums:
+    """Figures that are summed over chunks, field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        names = [f.name for f in dataclasses.fields(self)]
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+@dataclass(frozen=True)
+class Scores(_Sums):
     """What candidates cost and lose, of one layer, summed over chunks.
 
     ``error``, ``tiles`` [candidates, 2, H, thresholds]: energy that the rows' output loses, and tiles read, for
@@ -111,9 +120,6 @@ class Scores:
     tiles: Array
     energy: Array
     causal: Array
-
-    def __add__(self, other: Scores) -> Scores:
-        return Scores(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Scores)))
 
     @classmethod
     def concatenate(cls, ranks: Sequence[Scores]) -> Scores:
@@ -272,7 +278,7 @@ def _complexity(text: Candidate, media: Candidate) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(_Sums):
     """What maps lose and read, of one layer, summed over chunks: [H] each.
 
     ``error``, ``energy``: of the output, all rows. ``mass``: kept, summed over rows. ``tiles``, ``causal``; ``rows``.
@@ -284,9 +290,6 @@ class Measured:
     tiles: Array
     causal: Array
     rows: Array
-
-    def __add__(self, other: Measured) -> Measured:
-        return Measured(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Measured)))
 
     @classmethod
     def concatenate(cls, ranks: Sequence[Measured]) -> Measured:
@@ -322,8 +325,7 @@ def measure(
         dense: [batch rows, H, Dv], the exact output.
         implementation: a resolved name.
     """
-    # A bound that is never met: the limit on tiles alone decides.
-    config = dataclasses.replace(search_config(config), error_ceiling=1e9)
+    config = search_config(config)
     out = torch.zeros_like(dense)
     reports = prefill.run_heads(operands, plan, specs, config, out, implementation)
     heads = operands.heads

@@ -164,13 +164,9 @@ def selections(
     """Probes a row group, a block of heads at a time: what patterns are proposed from, for those who compare them."""
     specs = [HeadSpec()] * operands.heads
     layer = _Layer(operands, plan, specs, slice(0, len(specs)), config, None, stages_of(implementation))
-    bound = config.bound(group.modality)
     for part in layer.probe_parts(group, with_weights=False):
         probed = part.probe(group, with_weights=False)
-        yield (
-            part.heads,
-            select.Selection(group.view, probed, budget_of(probed.output, bound, config), layer.stages.search),
-        )
+        yield part.heads, layer.selection(group, probed)
 
 
 def _repair(layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: torch.Tensor) -> None:
@@ -275,6 +271,11 @@ class _Layer:
         own = slice(self.heads.start + heads.start, self.heads.start + heads.stop)
         return replace(self, operands=self.operands.block(heads), heads=own)
 
+    def selection(self, group: RowGroup, probed: probe.Probe) -> select.Selection:
+        """What patterns are proposed from, within the budget of the group's modality."""
+        budget = budget_of(probed.output, self.config.bound(group.modality), self.config)
+        return select.Selection(group.view, probed, budget, self.stages.search)
+
     def probe(self, group: RowGroup, *, with_weights: bool) -> probe.Probe:
         """Probes the group's rows; ``with_weights`` the portable way, for those who look at single keys."""
         run = probe.run if with_weights else self.stages.probe
@@ -329,7 +330,7 @@ def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, t
     # Blocks of heads are watched together, so all of them are probed or none.
     if all(spec.of(group.modality) == _DENSE for spec in layer.all_specs):
         return choices.dense(group.view, len(layer.specs)), None
-    layout, bound = layer.plan.requests[group.request].layout, layer.config.bound(group.modality)
+    layout = layer.plan.requests[group.request].layout
     listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
     carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.operands.query.device)
     pairs = [spec.of(group.modality) for spec in layer.specs]
@@ -339,9 +340,7 @@ def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, t
         if listens and layout.search is not None:
             assert isinstance(probed, probe.WeightProbe)
             layout.search.listen(probed)
-        selection = select.Selection(
-            group.view, probed, budget_of(probed.output, bound, layer.config), layer.stages.search
-        )
+        selection = layer.selection(group, probed)
         blocks.append(propose(selection, layer.config, pairs))
         outputs.append(probed.output)
         energies.append(selection.budget.energy)
