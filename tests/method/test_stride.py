@@ -90,6 +90,34 @@ def item_grids(layout: DeviceLayout) -> list[tuple[int, int]]:
     return [(layout.layout.frame_stride(n), int(lengths[items == n].sum())) for n in numbers]
 
 
+def test_a_stride_that_is_given_is_not_looked_for() -> None:
+    length, counters = 3001, Counter()
+    layouts = LayoutCache(
+        ModelGeometry(2), chunk_tokens=1024, cell_size=0, frame_stride=196, counters=counters, **TILES
+    )
+    # The second run is shorter than two frames: nothing is known of it.
+    inputs = Inputs(9000, opaque(length), opaque(MIN_RUN, 5000), opaque(MIN_RUN // 4, 7000, "IMAGE"))
+    layout = layouts.get(inputs, 2000, torch.device("cpu"))
+    frames, tail = divmod(length, 196)
+    second = MIN_RUN // 196 * 196
+    assert item_grids(layout) == [
+        (196, frames * 196), (0, tail), (196, second), (0, MIN_RUN - second), (0, MIN_RUN // 4)
+    ]  # fmt: skip
+    assert layout.search is not None
+    assert not layout.search.listens(0)
+    assert layout.search.strides == [196, 196]
+    problem = chunk_of(layout, 0, 2000)
+    plant(problem, 122)
+    run(problem)
+    assert layouts.get(inputs, 3000, torch.device("cpu")) is layout
+    assert not counters
+    wide = LayoutCache(ModelGeometry(2), chunk_tokens=1024, cell_size=0, frame_stride=2000, **TILES)
+    layout = wide.get(inputs, 2000, torch.device("cpu"))
+    assert item_grids(layout)[0] == (0, length), "not two frames: looked for, as nothing fits"
+    assert layout.search is not None
+    assert layout.search.listens(0)
+
+
 @pytest.mark.parametrize("stride", [16, 37, 122, 268])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_planted_stride_is_found_exactly(stride: int, seed: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from mminference_sgl.backend.recording import Recorder
 from mminference_sgl.cli import search
 from mminference_sgl.method import catalog
 from mminference_sgl.method.config import Config
+from mminference_sgl.method.stride import StrideSearch
 
 LAYERS = (("lines", "vertical-slash"), ("vertical-slash", "slash"))
 FOUND = ({0: "grid", 1: "vertical_slash"}, {0: "vertical_slash", 1: "grid"})
@@ -49,23 +52,27 @@ def clips(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Has ``engine`` answer with planted layers, one head a rank, that stop ``after`` so many new records."""
+    """Has ``engine`` answer with planted layers, one head a rank, that stop ``after`` so many new records.
+
+    ``opaque``: nobody knows the video's grid.
+    """
     start = SimpleNamespace(config=CONFIG, implementation="torch", page_size=1)
     survey = SimpleNamespace(sparse=frozenset(MODEL["sparse_layers"]))
     monkeypatch.setattr(recording, "_model", lambda *_: MODEL)
     monkeypatch.setattr(recording, "head_offset", lambda runner: runner)
     made: list[str] = []
 
-    def serve(after: int | None = None) -> list[str]:
+    def serve(after: int | None = None, *, opaque: bool = False) -> list[str]:
         made.clear()
 
         def engine(model_path, text, folder, server_arguments):
             recorders = [Recorder(folder, start, rank, survey) for rank in range(MODEL["ranks"])]
 
-            def ask(clip: Path) -> int:
+            def ask(clip: Path, frame_stride: int) -> int:
+                strides = Strides(frame_stride) if opaque else None
                 for bounds in ((first, min(first + CHUNK, TOKENS)) for first in range(0, TOKENS, CHUNK)):
                     for layer, names in enumerate(LAYERS):
-                        _prefill(recorders, layer, names, int(clip.stem), bounds, made, after)
+                        _prefill(recorders, layer, names, int(clip.stem), bounds, made, after, strides)
                 return TOKENS
 
             return _Context(ask)
@@ -74,6 +81,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         return made
 
     return serve
+
+
+class Strides:
+    """What the backend's cache of layouts does with a clip whose grid nobody knows."""
+
+    def __init__(self, given: int) -> None:
+        self.given = given
+        self.search: StrideSearch | None = None
+
+    def items(self, known):
+        """The items of a scene as one learns them."""
+        opaque = [(modality, spans, None) for modality, spans, _ in known]
+        if self.search is not None:
+            self.search.conclude(Counter())
+        self.search = StrideSearch.of(opaque, self.search, self.given)
+        return self.search.applied(opaque)
 
 
 class _Context:
@@ -87,11 +110,15 @@ class _Context:
         pass
 
 
-def _prefill(recorders, layer, names, seed, bounds, made, after) -> None:
-    scene = one_video(GEOMETRIES["longvila"], TOKENS)
+def _prefill(recorders, layer, names, seed, bounds, made, after, strides=None) -> None:
+    scene = one_video(GEOMETRIES["longvila" if strides is None else "llava-video"], TOKENS)
     bounds = bounds[0], min(bounds[1], scene.length)
     problem = plant(scene, [PLANTS[name] for name in names], heads=2, kv_heads=2, seed=10 * seed + layer)
+    if strides is not None:
+        problem = dataclasses.replace(problem, scene=dataclasses.replace(scene, items=strides.items(scene.items)))
     one = forward(problem, *bounds, CONFIG, np.arange(scene.length), chunk=CHUNK)
+    if strides is not None:
+        one.plan.requests[0].layout.search = strides.search
     query, key, value = (x.transpose(0, 1) for x in (problem.query, problem.key, problem.value))
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=problem.scale)
     dense = dense.transpose(0, 1)[slice(*bounds)]
@@ -149,6 +176,31 @@ def test_an_interrupted_search_goes_on_to_the_same_file(server, clips, tmp_path)
     assert run(clips, tmp_path / "parts.json", density=0.5) == 0
     assert made
     assert all(one.startswith("measured") for one in made)
+
+
+def test_a_stride_that_is_found_is_used_and_written(server, clips, tmp_path):
+    stride = GEOMETRIES["llava-video"].area
+    made = server(opaque=True)
+    assert run(clips, tmp_path / "whole.json") == 0
+    content = json.loads((tmp_path / "whole.json").read_text())
+    assert content["config"]["frame_stride"] == stride
+    file = catalog.parse(content, "whole.json")
+    for layer, heads in enumerate(FOUND):
+        assert {head: file.spec(layer, head).media_media for head in heads} == heads
+    everything = len(made)
+    # Cut off behind the first chunk of the first clip, a search listens to it again.
+    made = server(5, opaque=True)
+    assert run(clips, tmp_path / "parts.json") == 130
+    made = server(opaque=True)
+    assert run(clips, tmp_path / "parts.json") == 0
+    assert len(made) > everything - 5
+    assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_strides_that_differ_are_not_written():
+    assert search.frame_stride([[182], [], [182, 182]]) == 182
+    assert search.frame_stride([[182], [196]]) == 0
+    assert search.frame_stride([[], []]) == 0
 
 
 def test_records_of_another_search_are_refused(server, clips, tmp_path, capsys):

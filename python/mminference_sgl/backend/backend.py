@@ -94,6 +94,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             tile_queries=start.config.tile_queries,
             tile_keys=start.config.tile_keys,
             cell_size=start.config.cell_size,
+            frame_stride=start.config.frame_stride,
             counters=self.counters,
         )
         self._recorder = Recorder.of_environment(start, runner, layers)

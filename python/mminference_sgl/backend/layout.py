@@ -36,6 +36,7 @@ class LayoutCache:
 
     Sessions append items to a request, and models without M-RoPE reveal its length chunk by chunk: a layout is made
     anew when either grows, and when a stride was found in a run without a grid, which ``counters`` counts.
+    ``frame_stride``: that of such runs where it is known, else 0.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class LayoutCache:
         tile_queries: int,
         tile_keys: int,
         cell_size: int,
+        frame_stride: int = 0,
         counters: Counter[str] | None = None,
     ):
         self._counters = Counter() if counters is None else counters
         self._geometry = geometry
         self._sizes = {"chunk_tokens": chunk_tokens, "tile_queries": tile_queries, "cell_size": cell_size}
-        self._tile_keys = tile_keys
+        self._tile_keys, self._frame_stride = tile_keys, frame_stride
         self._layouts: dict[int, tuple[tuple[int, int], DeviceLayout]] = {}
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class LayoutCache:
         if cached is not None and cached[0] == key and seen <= cached[1].layout.length and not found:
             return cached[1]
         items = items_of(mm_inputs, self._geometry)
-        search = StrideSearch.of(items, search)
+        search = StrideSearch.of(items, search, self._frame_stride)
         if search is not None:
             items = search.applied(items)
         layout = self._build(request_length(mm_inputs, items, seen), items, device)

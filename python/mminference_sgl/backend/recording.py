@@ -105,12 +105,19 @@ class Recorder:
             probe_one_in=head_search.PROBE_ONE_IN if scored else 0,
         )
         if self._rank == 0:
-            tokens = int(requests[0].layout.layout.length)
-            write_json(self._folder / self._task.into / REQUEST, {"tokens": tokens})
+            layout = requests[0].layout
+            strides = layout.search.strides if layout.search is not None else []
+            content = {"tokens": int(layout.layout.length), "strides": strides}
+            write_json(self._folder / self._task.into / REQUEST, content)
 
     def wants(self, layer: int) -> bool:
-        """Whether a layer of the forward is to be recorded and is not yet."""
-        return self._plan is not None and layer in self._layers and not self._path(layer).exists()
+        """Whether a layer of the forward is to be recorded and is not yet, or is listened to for strides."""
+        if self._plan is None or self._task is None or layer not in self._layers:
+            return False
+        search = self._plan.requests[0].layout.search
+        # A search that goes on must hear again what it heard before.
+        listens = self._task.maps is None and search is not None and search.listens(layer)
+        return listens or not self._path(layer).exists()
 
     def layer(self, layer: int, operands: Operands, dense: torch.Tensor) -> None:
         """Records a layer whose keys are in the pool; ``dense`` [batch rows, H, Dv]: its output."""
@@ -119,7 +126,7 @@ class Recorder:
         assert task is not None
         record: Scores | Measured
         if task.maps is None:
-            record = head_search.score(operands, plan, start.config, start.implementation)
+            record = head_search.score(operands, plan, start.config, start.implementation, layer)
         else:
             config = measuring(start.config, task.density, task.window)
             first = self._rank * operands.heads

@@ -1,8 +1,9 @@
 """``mminference search``: a pattern file for a model, from calibration clips, by SGLang's offline engine.
 
 Clips are prefilled densely, twice: once to score every candidate in every layer and head, once to measure what the
-chosen maps lose. What is done is kept in a folder beside the output, so a search that was interrupted goes on where it
-was, and one with another density or combination prefills only to measure.
+chosen maps lose. Where a frame stride is found in clips without a known grid, they are scored again as frames of it,
+and the file names it. What is done is kept in a folder beside the output, so a search that was interrupted goes on where
+it was, and one with another density or combination prefills only to measure.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from mminference_sgl.method.head_search import Measured, Scores
 OBJECTIVE = "error of each head's output, relative to dense attention's"
 _DONE, _SEARCH = "done.json", "search.json"
 
-Ask = Callable[[Path], int]
-"""Prefills a clip with the text; returns the tokens of the prompt."""
+Ask = Callable[[Path, int], int]
+"""Prefills a clip with the text, runs without a grid at a frame stride or 0; returns the tokens of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Found:
     density: float
     combine: str
     window: int
+    frame_stride: int
     specs: Mapping[int, Sequence[HeadSpec]]
     measured: Mapping[int, Measured]
     held_out: Mapping[int, Measured]
@@ -115,7 +117,8 @@ class Found:
                 name = f"{spec.media_text}/{spec.media_media}" if spec.media_text != spec.media_media else ""
                 name = f"media {name or spec.media_media}, boundary {head_search.boundary(spec)}"
                 counts[name] = counts.get(name, 0) + 1
-        lines = [f"{count:6} heads: {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])]
+        lines = [f"frame stride {self.frame_stride} in clips without a grid"] if self.frame_stride else []
+        lines += [f"{count:6} heads: {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])]
         for name, measured in (("calibration", self.measured), ("held out", self.held_out)):
             if measured:
                 total = _total(measured)
@@ -144,19 +147,25 @@ def search(
         ConfigError: nothing of a clip could run sparse.
     """
     with _Progress(folder) as progress:
-        tokens = [progress.prefill(ask, clip, Task(f"scores/{clip.name}"), f"score {clip.path.name}") for clip in clips]
+        into = "scores"
+        tokens = [progress.prefill(ask, clip, Task(f"{into}/{clip.name}"), f"score {clip.path.name}") for clip in clips]
+        stride = frame_stride([_request(folder / into / clip.name)["strides"] for clip in clips])
+        if stride:
+            into, progress.frame_stride = f"scores-stride{stride}", stride
+            for clip in clips:
+                progress.prefill(ask, clip, Task(f"{into}/{clip.name}"), f"score {clip.path.name}, stride {stride}")
         model = json.loads((folder / recording.MODEL).read_text(encoding="utf-8"))
         layers = model["sparse_layers"]
 
         def scores(layer: int) -> list[Scores]:
             try:
-                return [recording.load(folder / f"scores/{clip.name}", layer, Scores) for clip in clips]
+                return [recording.load(folder / into / clip.name, layer, Scores) for clip in clips]
             except FileNotFoundError as error:
                 raise ConfigError(f"search: nothing could run sparse: {error}") from None
 
         window = head_search.window_for((scores(layer) for layer in layers), density, combine)
         specs = {layer: head_search.choose(scores(layer), density, window, combine).specs for layer in layers}
-        chosen = json.dumps([head_search.rules(specs), density, window])
+        chosen = json.dumps([head_search.rules(specs), density, window, stride])
         name = "measured-" + hashlib.sha256(chosen.encode()).hexdigest()[:16]
         measured: list[dict[int, Measured]] = []
         for clip in [*clips, *([held_out] if held_out is not None else [])]:
@@ -167,12 +176,20 @@ def search(
     for one in measured[1 : len(clips)]:
         total = {layer: total[layer] + one[layer] for layer in layers}
     pairs = list(zip(clips, tokens, strict=True))
-    return Found(model, pairs, density, combine, window, specs, total, measured[-1] if held_out is not None else {})
+    held = measured[-1] if held_out is not None else {}
+    return Found(model, pairs, density, combine, window, stride, specs, total, held)
+
+
+def frame_stride(found: Sequence[Sequence[int]]) -> int:
+    """The stride that runs without a grid have in all clips where one was found; 0 without, or where they differ."""
+    strides = {stride for clip in found for stride in clip}
+    return strides.pop() if len(strides) == 1 else 0
 
 
 def pattern_file(found: Found, name: str, date: str) -> dict[str, Any]:
     """The content of a pattern file, schema 1."""
     model = {key: found.model[key] for key in ("architecture", "layers", "heads", "kv_heads", "head_dim")}
+    stride = {"frame_stride": found.frame_stride} if found.frame_stride else {}
     return {
         "schema": 1,
         "id": f"{name}-searched",
@@ -188,7 +205,7 @@ def pattern_file(found: Found, name: str, date: str) -> dict[str, Any]:
             "device": found.model["device"],
         },
         "heads": head_search.rules(found.specs),
-        "config": {"patterns": {"a_shape": {"window": found.window}}},
+        "config": {"patterns": {"a_shape": {"window": found.window}}, **stride},
         "measured": [
             {"layer": layer, "head": head, **figures}
             for layer in sorted(found.measured)
@@ -205,6 +222,7 @@ class _Progress:
         from rich.progress import TimeRemainingColumn as Remaining
 
         self._folder = folder
+        self.frame_stride = 0
         elapsed, text = TimeElapsedColumn(), TextColumn("{task.description}")
         self._bar = Progress(text, BarColumn(), MofNCompleteColumn(), TextColumn("layers"), elapsed, Remaining())
 
@@ -225,7 +243,7 @@ class _Progress:
         watch = threading.Thread(target=self._watch, args=(into, line, over), daemon=True)
         watch.start()
         try:
-            tokens = ask(clip.path)
+            tokens = ask(clip.path, self.frame_stride)
         finally:
             over.set()
             watch.join()
@@ -241,7 +259,7 @@ class _Progress:
             last = over.wait(0.5)
             try:
                 model = json.loads((self._folder / recording.MODEL).read_text(encoding="utf-8"))
-                tokens = json.loads((into / recording.REQUEST).read_text(encoding="utf-8"))["tokens"]
+                tokens = _request(into)["tokens"]
             except FileNotFoundError:
                 continue
             chunks = -(-tokens // model["chunk_tokens"]) if model["chunk_tokens"] else 1
@@ -249,29 +267,38 @@ class _Progress:
             self._bar.update(line, total=total, completed=sum(1 for _ in recording.records(into)))
 
 
+def _request(folder: Path) -> dict[str, Any]:
+    """What the recorder says of a request."""
+    found: dict[str, Any] = json.loads((folder / recording.REQUEST).read_text(encoding="utf-8"))
+    return found
+
+
 @contextmanager
 def engine(model_path: str, text: str, folder: Path, server_arguments: Sequence[str]) -> Iterator[Ask]:
-    """SGLang's offline engine in search mode, as what asks it; started by the first question."""
-    started: list[Any] = []
+    """SGLang's offline engine in search mode, as what asks it; started by the first question of a stride."""
+    started: dict[int, Any] = {}
 
-    def ask(clip: Path) -> int:
-        if not started:
-            started.append(_start(model_path, folder, server_arguments))
-        return _ask(started[0], text, clip)
+    def ask(clip: Path, frame_stride: int) -> int:
+        if frame_stride not in started:
+            for before in list(started):
+                started.pop(before).shutdown()
+            started[frame_stride] = _start(model_path, folder, frame_stride, server_arguments)
+        return _ask(started[frame_stride], text, clip)
 
     try:
         yield ask
     finally:
-        for one in started:
+        for one in started.values():
             one.shutdown()
 
 
-def _start(model_path: str, folder: Path, server_arguments: Sequence[str]) -> Any:
+def _start(model_path: str, folder: Path, frame_stride: int, server_arguments: Sequence[str]) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {
         recording.ENV_SEARCH: str(folder.resolve()),
         "MMINFERENCE_MIN_TOKENS": "0",
         "MMINFERENCE_PATTERN": "auto",
+        "MMINFERENCE_FRAME_STRIDE": str(frame_stride),
     }
     import sglang
     from sglang.srt.plugins import load_plugins

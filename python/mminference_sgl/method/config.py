@@ -23,7 +23,9 @@ ENV_SHORTHANDS = {
     "MMINFERENCE_PATTERN": "pattern",
     "MMINFERENCE_PATTERNS": "pattern_folder",
     "MMINFERENCE_IMPL": "implementation",
+    "MMINFERENCE_FRAME_STRIDE": "frame_stride",
 }
+_INTEGERS = ("min_tokens", "frame_stride")
 SERVER_JSON_KEY = "mminference"
 TILE_SIZES = (16, 32, 64, 128)
 LARGEST_ERROR = 1000.0
@@ -88,6 +90,7 @@ class Config:
     tile_queries: int = 0
     tile_keys: int = 64
     cell_size: int = 0
+    frame_stride: int = 0
     patterns: PatternBudgets = field(default_factory=PatternBudgets)
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class Config:
             value = getattr(self, name)
             _check(type(value) is int and value in sizes, name, value, "one of " + ", ".join(map(str, sizes)))
         _check_int("cell_size", self.cell_size, 0)
+        _check_int("frame_stride", self.frame_stride, 0)
         for pattern in dataclasses.fields(self.patterns):
             budget = getattr(self.patterns, pattern.name)
             for item in dataclasses.fields(budget):
@@ -200,7 +204,7 @@ def environment_sources(environ: Mapping[str, str] | None = None) -> list[tuple[
     for variable, key in ENV_SHORTHANDS.items():
         text = environ.get(variable, "").strip()
         if text:
-            sources.append((variable, {key: _integer(variable, text) if key == "min_tokens" else text}))
+            sources.append((variable, {key: _integer(variable, text) if key in _INTEGERS else text}))
     disable = environ.get(ENV_DISABLE, "").strip().lower()
     if disable not in {"", "0", "false", "no", "1", "true", "yes"}:
         raise ConfigError(f"{ENV_DISABLE}: must be 0 or 1, got {disable!r}")

@@ -133,8 +133,10 @@ def search_config(config: Config) -> Config:
     return dataclasses.replace(config, error=ERROR, text_error=ERROR)
 
 
-def score(operands: Operands, plan: ForwardPlan, config: Config, implementation: str = "torch") -> Scores:
-    """Scores all candidates for all heads of one layer.
+def score(
+    operands: Operands, plan: ForwardPlan, config: Config, implementation: str = "torch", layer: int | None = None
+) -> Scores:
+    """Scores all candidates for all heads of one layer; a search for strides listens, if there is one.
 
     ``plan``: of one request, with as many probe rows as one can afford (:data:`PROBE_ONE_IN`). Heads are probed in
     blocks, so that memory is that of one block whatever the number of heads.
@@ -146,7 +148,7 @@ def score(operands: Operands, plan: ForwardPlan, config: Config, implementation:
         modality, rows = MODALITIES.index(group.modality), group.row_slots.stop - group.row_slots.start
         causal = int(group.view.causal_tiles)
         scores.causal[modality] += causal
-        for block, selection in prefill.selections(operands, plan, group, config, implementation):
+        for block, selection in prefill.selections(operands, plan, group, config, implementation, layer):
             scores.energy[modality, block] += _host(selection.budget.energy) * rows
             for window in (0, *WINDOWS):
                 own = [i for i, one in enumerate(known) if one.rows == group.modality and one.window == window]
@@ -263,8 +265,15 @@ BOUNDARIES = ("no", "k", "q", "2d")
 
 
 def boundary(spec: HeadSpec) -> str:
-    """What a map depends on: one of :data:`BOUNDARIES`. A grid is vertical-slash to rows of text, which have none."""
-    text, media = spec.of("text"), spec.of("media")
+    """What a map depends on: one of :data:`BOUNDARIES`.
+
+    Rows of text have no place in a frame, so to them vertical-slash is what a grid is to media rows: lines by loss.
+    """
+    media = spec.of("media")
+    text: Pair = tuple(  # type: ignore[assignment]
+        "grid" if (own, other) == ("vertical_slash", "grid") else own
+        for own, other in zip(spec.of("text"), media, strict=True)
+    )
     by_query = text != media
     by_key = text[0] != text[1] or media[0] != media[1]
     if by_query and by_key:

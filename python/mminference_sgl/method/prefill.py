@@ -159,14 +159,13 @@ def run_heads(
 
 
 def selections(
-    operands: Operands, plan: ForwardPlan, group: RowGroup, config: Config, implementation: str
+    operands: Operands, plan: ForwardPlan, group: RowGroup, config: Config, implementation: str, layer: int | None
 ) -> Iterator[tuple[slice, select.Selection]]:
     """Probes a row group, a block of heads at a time: what patterns are proposed from, for those who compare them."""
     specs = [HeadSpec()] * operands.heads
-    layer = _Layer(operands, plan, specs, slice(0, len(specs)), config, None, stages_of(implementation))
-    for part in layer.probe_parts(group, with_weights=False):
-        probed = part.probe(group, with_weights=False)
-        yield part.heads, layer.selection(group, probed)
+    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages_of(implementation))
+    for part, probed in whole.probes(group):
+        yield part.heads, whole.selection(group, probed)
 
 
 def _repair(layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: torch.Tensor) -> None:
@@ -276,12 +275,22 @@ class _Layer:
         budget = budget_of(probed.output, self.config.bound(group.modality), self.config)
         return select.Selection(group.view, probed, budget, self.stages.search)
 
-    def probe(self, group: RowGroup, *, with_weights: bool) -> probe.Probe:
-        """Probes the group's rows; ``with_weights`` the portable way, for those who look at single keys."""
-        run = probe.run if with_weights else self.stages.probe
-        return run(self.operands, group.keys, group.probe_rows)
+    def probes(self, group: RowGroup) -> Iterator[tuple[_Layer, probe.Probe]]:
+        """Probes the group's rows, a block of heads at a time; a search for strides listens where it wants to.
 
-    def probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
+        It looks at single keys, so where it listens the probe is the portable one.
+        """
+        search = self.plan.requests[group.request].layout.search
+        listens = search is not None and group.modality == "media" and search.listens(self.id)
+        run = probe.run if listens else self.stages.probe
+        for part in self._probe_parts(group, with_weights=listens):
+            probed = run(part.operands, group.keys, group.probe_rows)
+            if listens and search is not None:
+                assert isinstance(probed, probe.WeightProbe)
+                search.listen(probed)
+            yield part, probed
+
+    def _probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
         """Blocks of whole GQA groups whose probe stays within the bound of the device."""
         heads, per_group = self.operands.heads, self.operands.group
         bound = PROBE_BYTES_CPU if self.operands.query.device.type == "cpu" else PROBE_BYTES
@@ -331,15 +340,10 @@ def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, t
     if all(spec.of(group.modality) == _DENSE for spec in layer.all_specs):
         return choices.dense(group.view, len(layer.specs)), None
     layout = layer.plan.requests[group.request].layout
-    listens = layout.search is not None and group.modality == "media" and layout.search.listens(layer.id)
     carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.operands.query.device)
     pairs = [spec.of(group.modality) for spec in layer.specs]
     blocks, outputs, energies = [], [], []
-    for part in layer.probe_parts(group, with_weights=listens):
-        probed = part.probe(group, with_weights=listens)
-        if listens and layout.search is not None:
-            assert isinstance(probed, probe.WeightProbe)
-            layout.search.listen(probed)
+    for _, probed in layer.probes(group):
         selection = layer.selection(group, probed)
         blocks.append(propose(selection, layer.config, pairs))
         outputs.append(probed.output)

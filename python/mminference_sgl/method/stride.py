@@ -59,16 +59,25 @@ class StrideSearch:
         self._runs: dict[tuple[int, int], _Run] = {}
 
     @classmethod
-    def of(cls, items: Sequence[Item], before: StrideSearch | None) -> StrideSearch | None:
-        """A search for the items' long opaque runs, None if there are none. ``before``: what is known already."""
+    def of(cls, items: Sequence[Item], before: StrideSearch | None, given: int = 0) -> StrideSearch | None:
+        """A search for the items' long opaque runs, None if there are none.
+
+        ``before``: what is known already. ``given``: the stride of all runs of at least two frames, if it is not 0.
+        """
         spans = [_opaque_run(item) for item in items]
         runs = [span for span in spans if span is not None]
         if not runs:
             return None
         search = cls() if before is None else before
         for start, end in runs:
-            search._runs.setdefault((start, end), _Run(start, end))
+            stride = given if 0 < 2 * given <= end + 1 - start else None
+            search._runs.setdefault((start, end), _Run(start, end, stride))
         return search
+
+    @property
+    def strides(self) -> list[int]:
+        """Those of the runs where one is known, in the order of the runs."""
+        return [run.stride for _, run in sorted(self._runs.items()) if run.stride]
 
     def listens(self, layer: int | None) -> bool:
         """Whether a layer's probe is wanted."""
@@ -121,9 +130,9 @@ def _opaque_run(item: Item) -> tuple[int, int] | None:
 class _Run:
     """One run, tokens ``start`` to ``end`` inclusive. ``stride``: None while not decided, 0 if there is none."""
 
-    def __init__(self, start: int, end: int) -> None:
+    def __init__(self, start: int, end: int, stride: int | None = None) -> None:
         self.start, self.end = start, end
-        self.stride: int | None = None
+        self.stride = stride
         self._spectrum: torch.Tensor | None = None
         self._extent = 0
         self._answered = 0
