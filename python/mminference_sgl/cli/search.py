@@ -2,8 +2,8 @@
 
 Clips are prefilled densely, twice: once to score every candidate in every layer and head, once to measure what the
 chosen maps lose. Where a frame stride is found in clips without a known grid, they are scored again as frames of it,
-and the file names it. What is done is kept in a folder beside the output, so a search that was interrupted goes on where
-it was, and one with another density or combination prefills only to measure.
+and the file names it. What is done is kept in a folder beside the output, so a search that was interrupted goes on
+where it was, and one with another density or combination prefills only to measure.
 """
 
 from __future__ import annotations
