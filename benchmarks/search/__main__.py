@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from benchmarks.toy.scenes import TASKS, make_scene
+from benchmarks.toy.scenes import TASKS, Scene, make_scene
 from benchmarks.toy.serving import CHANGE, CHECKPOINT, CLIP_FPS, COLUMNS, FPS, GUARD_OFF, ROWS, Score, ask, server
 from mminference_sgl.portable.cpu import PLATFORM_NAME
 from mminference_sgl.testing import ServerError, prefills, write_mp4
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SEED = 20260501
+PATCHES, DENSITY = 64, 0.3
 CHUNK = 2048
 ERROR = 0.02
 """So small that the limit on tiles alone decides."""
@@ -40,20 +41,12 @@ CPU = ("--device", "cpu", "--max-total-tokens", "40960", "--mem-fraction-static"
 def main(argv: Sequence[str] | None = None) -> int:
     """Search, serve and print; 1 when a server fails."""
     options = _arguments(argv)
-    rng = np.random.default_rng(SEED)
-    scenes = [make_scene(rng, options.patches, ROWS, COLUMNS, change=CHANGE) for _ in range(2)]
     with tempfile.TemporaryDirectory(prefix="mminference-search-") as name:
         folder = Path(name)
-        videos = [write_mp4(folder / f"{i}.mp4", scene.frames(rng), FPS) for i, scene in enumerate(scenes)]
+        scenes, videos = clips(folder, options.patches)
         output = options.output or folder / "toy.json"
         if not options.output or not output.exists():
-            text, density = scenes[0].questions()[0].text, str(options.density)
-            command = [str(Path(sys.executable).with_name("mminference")), "search", "--model-path", str(CHECKPOINT)]
-            command += ["--video", str(videos[0]), "--held-out", str(videos[1]), "--text", text, "--density", density]
-            gpu = torch.cuda.is_available()
-            env = os.environ if gpu else {**os.environ, "SGLANG_PLATFORM": PLATFORM_NAME}
-            command += ["-o", str(output), "--", *SERVER, *([] if gpu else CPU)]
-            status = subprocess.run(command, env=env, check=False).returncode
+            status = search(scenes, videos, output, options.density)
             if status:
                 return status
         window = json.loads(output.read_text())["config"]["patterns"]
@@ -77,10 +70,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def clips(folder: Path, patches: int = PATCHES) -> tuple[list[Scene], list[Path]]:
+    """The scene that is searched on and the one that is held out, as videos in a folder."""
+    rng = np.random.default_rng(SEED)
+    scenes = [make_scene(rng, patches, ROWS, COLUMNS, change=CHANGE) for _ in range(2)]
+    return scenes, [write_mp4(folder / f"{i}.mp4", scene.frames(rng), FPS) for i, scene in enumerate(scenes)]
+
+
+def search(scenes: Sequence[Scene], videos: Sequence[Path], output: Path, density: float = DENSITY) -> int:
+    """Runs `mminference search` on the toy; returns its exit status."""
+    command = [str(Path(sys.executable).with_name("mminference")), "search", "--model-path", str(CHECKPOINT)]
+    command += ["--video", str(videos[0]), "--held-out", str(videos[1]), "--text", scenes[0].questions()[0].text]
+    records = videos[0].with_name("records")
+    command += ["--density", str(density), "--name", "toy", "--folder", str(records), "-o", str(output), "--", *SERVER]
+    if torch.cuda.is_available():
+        return subprocess.run(command, check=False).returncode
+    env = os.environ | {"SGLANG_PLATFORM": PLATFORM_NAME}
+    return subprocess.run([*command, *CPU], env=env, check=False).returncode
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--patches", type=int, default=64, help="temporal patches of each video, 128 tokens each")
-    parser.add_argument("--density", type=float, default=0.3)
+    parser.add_argument("--patches", type=int, default=PATCHES, help="temporal patches of each video, 128 tokens each")
+    parser.add_argument("--density", type=float, default=DENSITY)
     parser.add_argument("--output", type=Path, help="keep the pattern file there; one that is there is not made again")
     return parser.parse_args(argv)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import catalogue
 import tiny_models
 from mminference_sgl.backend.start import served_model
-from mminference_sgl.method.catalog import Model
+from mminference_sgl.method import catalog
+from mminference_sgl.method.catalog import HeadSpec, Model
 
 
 @pytest.fixture
@@ -72,6 +75,21 @@ def test_a_rule_beyond_the_model_stops_the_server(start):
         SystemExit, match=r"^mminference: pattern 'mine': heads\[0\]\.layers names 2, the model has 2 lay"
     ):
         start("mine", {"layers": [2], "map": {}})
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_models.BUILDERS if name not in catalogue.WITHOUT_VIDEO])
+def test_a_searched_file_is_found_for_its_model(pytestconfig: pytest.Config, name: str):
+    """By architecture and shape of the checkpoint as SGLang reads it, where no other file has these, or by its name."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    path = tiny_models.path_of(name, Path(str(pytestconfig.cache.mkdir("tiny_models"))))
+    served = served_model(ModelConfig(str(path), trust_remote_code="--trust-remote-code" in catalogue.arguments(name)))
+    found = catalog.load("searched", str(catalogue.FOLDER), dataclasses.replace(served, id=f"tiny-{name}"))
+    assert found.id == f"tiny-{name}-searched"
+    found.check(served)
+    assert found.model.layers is not None
+    maps = {spec for layer in range(found.model.layers) for spec in found.specs(layer, range(found.model.heads or 0))}
+    assert maps - {HeadSpec()}
 
 
 def test_a_server_knows_its_model(pytestconfig: pytest.Config):

@@ -17,7 +17,8 @@ from mminference_sgl.method.catalog import MODALITIES, PATTERNS, HeadSpec, Ids, 
 from mminference_sgl.method.config import Config, ConfigError, from_sources
 
 FOLDER = Path(__file__).parents[2] / "patterns"
-SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json") if path.name != "schema.json")
+ANY_MODEL = sorted(path.stem for path in FOLDER.glob("*.json") if path.name != "schema.json")
+SHIPPED = sorted([*ANY_MODEL, *(f"{path.stem}-searched" for path in FOLDER.glob("models/*.json"))])
 CONCRETE = [pattern for pattern in PATTERNS if pattern != "auto"]
 
 
@@ -43,8 +44,8 @@ def test_shipped_file_loads_and_resolves(name: str) -> None:
     pattern = load(name)
     assert pattern.id == name
     from_sources((name, pattern.config))
-    specs = pattern.specs(63, range(128))
-    assert len(specs) == 128
+    layer, heads = (pattern.model.layers or 64) - 1, pattern.model.heads or 128
+    assert len(pattern.specs(layer, range(heads))) == heads
     assert pattern.description.endswith(".")
 
 
@@ -404,6 +405,13 @@ def test_searched_refuses_where_nothing_fits_and_lists_what_is_there(tmp_path: P
     assert f"none in the package and {folder} is for this model (id /models/Qwen-7B, architecture Qwen, " in text
     assert "grid (any model); other (architecture Qwen, layers 5, " in text
     assert text.endswith("name a pattern, or 'auto', or a folder with one for this model in MMINFERENCE_PATTERNS")
+
+
+def test_a_file_of_the_folder_comes_before_one_of_the_package(tmp_path: Path) -> None:
+    shipped = load("searched", None, catalog.read(FOLDER / "models" / "toy.json").model)
+    assert shipped.id == "toy-searched"
+    model = {"id": "toy", **{name: getattr(shipped.model, name) for name in ("architecture", "layers", "heads")}}
+    assert load("searched", folder_of(tmp_path, mine=model), shipped.model).id == "mine"
 
 
 def test_searched_refuses_to_choose(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import serving
+from benchmarks.search import __main__ as demo
+from mminference_sgl.method import catalog
 from mminference_sgl.portable.cpu import PLATFORM_NAME
 from mminference_sgl.testing import write_mp4
 from serving import ModelPath, squares, words
@@ -84,3 +86,19 @@ def test_a_search_is_interrupted_goes_on_and_is_served(model_path: ModelPath, tm
         prefills = serving.prefills(server.log(mark))
     assert prefills
     assert any(one.density < 1 for one in prefills)
+
+
+def test_the_toy_of_the_catalogue_is_what_a_search_finds(tmp_path: Path):
+    """On any machine: maps and settings are the same, figures up to rounding."""
+    scenes, videos = demo.clips(tmp_path)
+    output = tmp_path / "toy.json"
+    assert demo.search(scenes, videos, output) == 0
+    found, kept = catalog.read(output), catalog.load("toy-searched")
+    assert (found.model, found.config) == (kept.model, kept.config)
+    assert found.model.layers is not None
+    assert found.model.heads is not None
+    for layer in range(found.model.layers):
+        heads = range(found.model.heads)
+        assert found.specs(layer, heads) == kept.specs(layer, heads)
+    for one, other in zip(found.measured, kept.measured, strict=True):
+        assert one == pytest.approx(other, rel=0.02, abs=0.002)

@@ -96,6 +96,7 @@ def search(
     combine: Annotated[Literal["worst", "mean"], typer.Option(help="How clips count together.")] = "worst",
     held_out: Annotated[Path | None, typer.Option(help="A clip that is measured and not searched on.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Of the records; OUTPUT.search if it is not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model; the path's last part if it is not given.")] = None,
     date: Annotated[str | None, typer.Option(help="In the file; today's if it is not given.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -115,6 +116,7 @@ def search(
             combine=combine,
             held_out=held_out,
             folder=folder,
+            name=name,
             date=date,
             server_arguments=server or [],
         )

@@ -63,13 +63,14 @@ def run(
     combine: str = "worst",
     held_out: Path | None = None,
     folder: Path | None = None,
+    name: str | None = None,
     date: str | None = None,
     server_arguments: Sequence[str] = (),
 ) -> int:
     """Searches, writes the pattern file and prints what was found.
 
-    ``folder``: of the records, default the output's name with ``.search`` behind it. ``date``: of the provenance,
-    default today.
+    ``folder``: of the records, default the output's name with ``.search`` behind it. ``name``: of the model, default
+    the last part of its path. ``date``: of the provenance, default today.
     """
     if not videos:
         raise ConfigError("search: at least one --video is needed")
@@ -87,7 +88,7 @@ def run(
     except KeyboardInterrupt:
         print(f"interrupted; what is done is in {folder}, and the same command goes on from there")
         return 130
-    content = pattern_file(found, Path(model_path).name or model_path, date or dt.date.today().isoformat())
+    content = pattern_file(found, name or Path(model_path).name or model_path, date or dt.date.today().isoformat())
     catalog.parse(content, str(output))
     write_json(output, content)
     print(found.summary())
@@ -193,7 +194,7 @@ def pattern_file(found: Found, name: str, date: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "id": f"{name}-searched",
-        "description": f"searched for {name} at a density of {found.density:g}",
+        "description": f"Searched for {name} at a density of {found.density:g}.",
         "model": {"id": name, **model},
         "provenance": {
             "version": __version__,

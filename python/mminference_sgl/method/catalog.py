@@ -19,7 +19,8 @@ MODALITIES = ("text", "media")
 DEFAULT = "auto"
 SEARCHED = "searched"
 """Names the pattern that is for the served model, whatever its id."""
-_FOLDER = schema.FILE.parent
+_FOLDERS = (schema.FILE.parent, schema.FILE.parent / "models")
+"""Of the package's files: those for any model, and those that were searched for one."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ def available(folder: str | None = None) -> list[PatternFile]:
     Raises:
         ConfigError: the folder is none, a file does not follow the schema, or two have one id.
     """
-    folders = [_FOLDER] if folder is None else [_FOLDER, Path(folder)]
-    if not folders[-1].is_dir():
+    folders = [*_FOLDERS] if folder is None else [*_FOLDERS, Path(folder)]
+    if folder is not None and not folders[-1].is_dir():
         raise ConfigError(f"pattern_folder {folder!r} is no folder: name one with pattern files, or leave it out")
     found: dict[str, PatternFile] = {}
     for path in dict.fromkeys(file.resolve() for place in folders for file in sorted(place.glob("*.json"))):
@@ -253,10 +254,15 @@ def parse(content: Any, source: str) -> PatternFile:
 
 
 def _searched(patterns: Sequence[PatternFile], served: Model, folder: str | None) -> PatternFile:
-    """The one pattern that is for a model: by the model's id, else by its architecture and shape."""
+    """The one pattern that is for a model: by the model's id, else by its architecture and shape.
+
+    Those of the folder come before those of the package.
+    """
     fitting = [pattern for pattern in patterns if not pattern.model.differences(served)]
     for fits in (Model.named, Model.shaped):
         found = [pattern for pattern in fitting if fits(pattern.model, served)]
+        own = [pattern for pattern in found if folder and Path(pattern.source).parent == Path(folder).resolve()]
+        found = own or found
         if len(found) == 1:
             return found[0]
         if found:
