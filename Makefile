@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-toy bench-real bench-summaries bench-method pictures \
+.PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-long bench-toy bench-real bench-summaries bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving fuzz miri clean
 
 FUZZ_SECONDS ?= 600
@@ -56,6 +56,9 @@ bench-planner: venv ## time planning against numpy and memcpy
 
 bench-method: venv ## what selection keeps of planted attention, and what it computes for it
 	$(BIN)/python -m benchmarks.method --check $(BENCH_ARGS)
+
+bench-long: venv ## one chunk behind 32K to 1M tokens on this CPU, sparse and dense
+	$(BIN)/python -m benchmarks.long $(BENCH_ARGS)
 
 bench-toy: venv ## answers of the toy model, dense and sparse, 2K to 16K tokens
 	$(BIN)/python -m benchmarks.toy.accuracy $(BENCH_ARGS)

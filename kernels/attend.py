@@ -1,11 +1,11 @@
 """Block-sparse prefill attention in Triton over the paged pool: a program per list and sub-tile of its query tile.
 
 Rows and keys are addressed through the pass (``rows``, ``slots``), so nothing is permuted or copied. A list's full
-tiles come first and skip the position compare. A program takes ``BLOCK_M`` rows of the query tile and ``BLOCK_N`` keys
-of a key tile at a time, as :mod:`.launch_table` says for the device. The second pass of a layer starts from what the
-first one left, so that merging costs one read of the output.
+tiles come first and skip the position compare. A program takes ``BLOCK_M`` lanes of the query tile and ``BLOCK_N`` keys
+of a key tile at a time, as :mod:`.launch_table` says for the device. Later passes of a layer start from what those
+before them left, so that merging costs one read of the output.
 
-Floor per listed tile of M rows and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and per sub-tile ``N * (D + Dv)`` elements
+Floor per listed tile of M lanes and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and per sub-tile ``N * (D + Dv)`` elements
 of the pool plus ``8 * N`` bytes of slots, or 8 bytes where tiles are whole pages (and ``4 * N`` of positions for a
 tile that compares them). docs/kernels.md has what that means on a device.
 
@@ -194,11 +194,11 @@ def attend_tiles(
 
 
 @triton.jit
-def store_rows(p_out, b_block, b_row, m_row, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Writes columns ``FIRST`` to ``FIRST + WIDTH`` of some rows."""
+def store_rows(p_out, b_block, b_at, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Writes columns ``FIRST`` to ``FIRST + WIDTH`` of the rows that begin at ``b_at``."""
     o_d = FIRST + tl.arange(0, WIDTH)
     m_out = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
-    tl.store(p_out + b_row[:, None] * stride + o_d[None, :], b_block.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_out + b_at[:, None] + o_d[None, :], b_block.to(p_out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=["query_tiles"])
@@ -235,6 +235,7 @@ def attend_kernel(
     stride_out_head,
     stride_lse_row,
     GROUP: tl.constexpr,
+    SHARING: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -251,34 +252,37 @@ def attend_kernel(
     FAR: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """One list and one sub-tile of its rows; the names of its arguments are those of the pass and the lists.
+    """One list and one sub-tile of its lanes; the names of its arguments are those of the pass and the lists.
 
     Head sizes that are no power of two come in two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded.
     With ``DESCRIPTORS``, ``p_key`` and ``p_value`` are those of :func:`describe`.
     """
     # Sub-tiles of a list start together, so that what they read twice comes from L2.
     i_list = tl.load(p_order + tl.program_id(0) // SUB_TILES)
-    i_head = (i_list // query_tiles).to(tl.int64)
+    i_head = (i_list // query_tiles).to(tl.int64) * SHARING
     i_tile = i_list % query_tiles
-    row_first = tl.load(p_row_indptr + i_tile) + tl.program_id(0) % SUB_TILES * BLOCK_M
+    row_first = tl.load(p_row_indptr + i_tile)
     row_end = tl.load(p_row_indptr + i_tile + 1)
+    lane_first = tl.program_id(0) % SUB_TILES * BLOCK_M
     count = tl.load(p_count + i_list)
-    if row_first >= row_end:
+    if row_first + lane_first // SHARING >= row_end:
         return
     if MERGE and count == 0:
         return
 
-    o_row = row_first + tl.arange(0, BLOCK_M)
+    o_lane = lane_first + tl.arange(0, BLOCK_M)
+    o_row = row_first + o_lane // SHARING
     m_row = o_row < row_end
     b_row = tl.load(p_rows + o_row, mask=m_row, other=0).to(tl.int64)
     # A lane without a row stands before every key, so it sees none.
     b_pos = tl.load(p_row_pos + o_row, mask=m_row, other=-1)
-    # rows x head size
-    p_query += i_head * stride_query_head
-    b_query = load_rows(p_query, b_row, m_row, stride_query_row, 0, BLOCK_D, HEAD_DIM)
+    b_head = i_head + o_lane % SHARING
+    # lanes x head size
+    b_at = b_row * stride_query_row + b_head * stride_query_head
+    b_query = load_rows(p_query, b_at, m_row, 1, 0, BLOCK_D, HEAD_DIM)
     b_query_rest = b_query
     if REST_D > 0:
-        b_query_rest = load_rows(p_query, b_row, m_row, stride_query_row, BLOCK_D, REST_D, HEAD_DIM)
+        b_query_rest = load_rows(p_query, b_at, m_row, 1, BLOCK_D, REST_D, HEAD_DIM)
 
     i_kv = (i_head // GROUP).to(tl.int32)
     if not DESCRIPTORS:
@@ -290,17 +294,17 @@ def attend_kernel(
     sink = tl.load(p_sink + i_list)
     reach = tl.load(p_reach + i_list)
 
-    p_out += i_head * stride_out_head
-    p_lse += b_row * stride_lse_row + i_head
+    b_at = b_row * stride_out_row + b_head * stride_out_head
+    p_lse += b_row * stride_lse_row + b_head
     b_acc_rest = b_pos
     if MERGE:
-        # What the first pass left is a softmax over its keys: it goes on from there.
+        # What earlier passes left is a softmax over their keys: it goes on from there.
         b_max = tl.load(p_lse, mask=m_row, other=-float("inf")) * 1.4426950408889634
         m_old = b_max != -float("inf")
         b_sum = tl.where(m_old, 1.0, 0.0)
-        b_acc = load_rows(p_out, b_row, m_old, stride_out_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32) / value_scale
+        b_acc = load_rows(p_out, b_at, m_old, 1, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32) / value_scale
         if REST_DV > 0:
-            b_acc_rest = load_rows(p_out, b_row, m_old, stride_out_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
+            b_acc_rest = load_rows(p_out, b_at, m_old, 1, BLOCK_DV, REST_DV, HEAD_DIM_V)
             b_acc_rest = b_acc_rest.to(tl.float32) / value_scale
     else:
         b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -348,9 +352,9 @@ def attend_kernel(
     m_seen = b_sum > 0
     b_sum = tl.where(m_seen, b_sum, 1.0)
     b_share = (value_scale / b_sum)[:, None]
-    store_rows(p_out, b_acc * b_share, b_row, m_row, stride_out_row, 0, BLOCK_DV, HEAD_DIM_V)
+    store_rows(p_out, b_acc * b_share, b_at, m_row, 0, BLOCK_DV, HEAD_DIM_V)
     if REST_DV > 0:
-        store_rows(p_out, b_acc_rest * b_share, b_row, m_row, stride_out_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
+        store_rows(p_out, b_acc_rest * b_share, b_at, m_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
     # Natural logarithm: ln(2) = 0.693...
     b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) * 0.6931471805599453, -float("inf"))
     tl.store(p_lse, b_lse, mask=m_row)
@@ -379,12 +383,13 @@ def attend(
         launch = choose(architecture, key_pool, value_pool, contiguous=keys.contiguous)
     elif launch.descriptors and keys.contiguous and not describable(launch, key_pool, value_pool):
         raise ValueError(f"{launch} asks for descriptors, but these pools cannot be read through them")
-    launch = fitted(launch, tile_pass.tile_queries, keys.tile_keys)
+    launch = fitted(launch, tile_pass.lanes, keys.tile_keys)
     constants = constants_for(
         launch,
-        tile_pass.tile_queries,
+        tile_pass.lanes,
         keys.tile_keys,
         group=operands.group,
+        sharing=tile_pass.sharing,
         head_dim=query.shape[2],
         head_dim_v=value_pool.shape[2],
         contiguous=keys.contiguous,
@@ -493,10 +498,11 @@ def describe(pool: torch.Tensor, keys: int, width: int) -> TensorDescriptor:
 
 def constants_for(
     launch: Launch,
-    tile_queries: int,
+    lanes: int,
     tile_keys: int,
     *,
     group: int,
+    sharing: int = 1,
     head_dim: int,
     head_dim_v: int,
     contiguous: bool,
@@ -509,6 +515,7 @@ def constants_for(
     block_dv, rest_dv = head_blocks(head_dim_v, split=launch.split)
     return {
         "GROUP": group,
+        "SHARING": sharing,
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
         "BLOCK_D": block_d,
@@ -517,7 +524,7 @@ def constants_for(
         "REST_DV": rest_dv,
         "BLOCK_M": launch.rows,
         "BLOCK_N": launch.keys,
-        "SUB_TILES": -(-tile_queries // launch.rows),
+        "SUB_TILES": -(-lanes // launch.rows),
         "TILE_KEYS": tile_keys,
         "CONTIGUOUS": contiguous,
         "DESCRIPTORS": launch.descriptors and contiguous,

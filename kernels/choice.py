@@ -161,7 +161,7 @@ class View:
 
     ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [P]: the probe rows' query tile in it;
     ``row_positions`` int32 [P]: the rows' token positions. ``span``: most key tiles that the rows of a query tile lie
-    in, first to last. ``cell`` is None where the rows take no part in a cell pass.
+    in, first to last. ``cell`` is None where the rows take no part in a cell pass. ``sharing``: heads of a list.
     """
 
     queries: QueryTiles
@@ -170,13 +170,14 @@ class View:
     row_positions: torch.Tensor
     span: int
     cell: CellView | None
+    sharing: int = 1
     _near: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     _near_counts: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
     _slash: dict[tuple[int, int], SlashTiles] = field(default_factory=dict, repr=False)
 
     @property
     def causal_tiles(self) -> torch.Tensor:
-        """Number of tiles that dense attention of these rows computes per head, a 0-d int64 tensor."""
+        """Number of tiles that dense attention of these rows computes per list, a 0-d int64 tensor."""
         return self.count_near(0, UNBOUNDED)
 
     def count_near(self, sink: int, reach: int) -> torch.Tensor:
@@ -210,9 +211,9 @@ class View:
 
 @dataclass(frozen=True)
 class Levels:
-    """A pattern's tiles for all heads by level: those of at least a head's threshold are read.
+    """A pattern's tiles for all lists by level: those of at least a list's threshold are read.
 
-    ``near`` int8 [H, t, n] in sequence order and ``far`` int8 [H, t', n'] in cell order, [1, ...] where all heads have
+    ``near`` int8 [G, t, n] in sequence order and ``far`` int8 [G, t', n'] in cell order, [1, ...] where all lists have
     the same; ``far`` is None where nothing is read there. ``sink``, ``reach``: the near region of the sequence pass.
     ``pattern``: what to call it.
     """
@@ -234,22 +235,41 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Tiles for all heads.
+class Offer:
+    """Proposals for lists that ``view.sharing`` heads each share; ``wanted`` bool [proposals, G]: who may have what."""
 
-    ``near`` bool [H, t, n] in sequence order, ``far`` bool [H, t', n'] in cell order or None;
-    ``sink``, ``reach`` int32 [H]: the near region of the sequence pass, the far region of the cell pass is the rest.
-    ``coverage`` fp32 [H]: share of the probe rows' mass that is kept. ``error`` fp32 [H]: energy that the probe rows'
-    output loses, mean over the rows. ``tiles`` int64 [H]: computed tiles.
+    view: View
+    proposals: Sequence[Proposal]
+    wanted: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Map:
+    """Tiles of lists that ``sharing`` heads each share.
+
+    ``near`` bool [G, t, n] in sequence order, ``far`` bool [G, t', n'] in cell order or None;
+    ``sink``, ``reach`` int32 [G]: the near region of the sequence pass, the far region of the cell pass is the rest.
     """
 
     near: torch.Tensor
     far: torch.Tensor | None
     sink: torch.Tensor
     reach: torch.Tensor
+    sharing: int
+
+
+@dataclass(frozen=True)
+class Choice(Map):
+    """Tiles for all heads: in lists of their own, and in ``shared`` ones, those of more heads last; one of them each.
+
+    ``coverage`` fp32 [H]: share of the probe rows' mass that is kept. ``error`` fp32 [H]: energy that the probe rows'
+    output loses, mean over the rows. ``tiles`` fp32 [H]: computed tiles, those of a shared list in equal parts.
+    """
+
     coverage: torch.Tensor
     error: torch.Tensor
     tiles: torch.Tensor
+    shared: Sequence[Map] = ()
 
 
 def dense(view: View, heads: int) -> Choice:
@@ -264,9 +284,10 @@ def dense(view: View, heads: int) -> Choice:
         far=far,
         sink=torch.zeros(heads, dtype=torch.int32, device=device),
         reach=torch.full((heads,), UNBOUNDED, dtype=torch.int32, device=device),
+        sharing=1,
         coverage=torch.ones(heads, device=device),
         error=torch.zeros(heads, device=device),
-        tiles=view.causal_tiles.expand(heads),
+        tiles=view.causal_tiles.float().expand(heads),
     )
 
 
@@ -300,26 +321,28 @@ PRICES = 64
 """Prices that are tried, a third of an octave apart."""
 
 
-def decide(
-    view: View, proposals: Sequence[Proposal], wanted: torch.Tensor, budget: Budget, previous: torch.Tensor
-) -> tuple[Choice, torch.Tensor]:
-    """One proposal and one threshold for each head, so that together they stay within the budget with few tiles.
+def decide(offers: Sequence[Offer], budget: Budget, previous: torch.Tensor) -> tuple[Choice, torch.Tensor]:
+    """One proposal and one threshold for each head, or for all that share, so that few tiles keep within the budget.
 
-    At a price per tile, each head has that proposal and threshold, or dense attention, whose error and price together
-    are least. The highest price at which the heads stay within the budget is the one, so a head gets tiles where they
-    help the layer's output most; what is left of the budget goes to heads that the next higher price would have sooner.
+    At a price per tile, each list has that proposal and threshold, or each head dense attention, whose error and price
+    together are least; and the heads of a KV group are in lists of their own or in shared ones, whatever costs less.
+    The highest price at which the heads stay within the budget is the one, so a head gets tiles where they help the
+    layer's output most; what is left of the budget goes to lists that the next higher price would have sooner.
     Heads with one proposal and nothing to search have that, and neither draw on the budget nor add to it.
 
     Args:
-        wanted: which heads may have which proposal, bool [proposals, H]; heads without any run dense.
-        previous: each head's proposal in the chunk before, int64 [H], -1 for none; another one must be cheaper by more
-            than :data:`LOYALTY`, so that heads between two patterns do not change with every chunk.
+        offers: lists of single heads first, then shared ones, each with more heads than those before.
+        previous: each head's proposal in the chunk before, int64 [H], counted over all offers, -1 for none; another one
+            must be cheaper by more than :data:`LOYALTY`, so that heads between two patterns do not change with every
+            chunk.
 
     Returns:
-        The choice, and the index of each head's proposal, int64 [H], -1 for dense attention.
+        The choice, and the index of each head's proposal, counted likewise, int64 [H], -1 for dense attention.
     """
-    heads, device = wanted.shape[1], wanted.device
-    fixed = (wanted & ~mask_of(tuple(proposal.searched for proposal in proposals), device)[:, None]).any(0)
+    view, device, heads = offers[0].view, previous.device, previous.numel()
+    groups = heads // offers[-1].view.sharing
+    searched = mask_of(tuple(proposal.searched for proposal in offers[0].proposals), device)
+    fixed = (offers[0].wanted & ~searched[:, None]).any(0)
     energy = budget.energy.masked_fill(fixed, 0.0)
     mean = energy.mean().clamp_min(TINY)
     step = torch.arange(PRICES, device=device)
@@ -327,61 +350,160 @@ def decide(
     price *= mean * budget.bound**2 / view.causal_tiles
     if budget.exact:
         price = torch.ones_like(price)
+    bound_to = offers[0].wanted.any(0) if budget.exact else fixed
 
-    def every(name: str, when_dense: torch.Tensor) -> torch.Tensor:
-        """What each proposal has at each threshold, and dense attention behind them: [H, options]."""
-        curves = torch.cat([getattr(proposal.curves, name) for proposal in proposals], dim=1)
-        return torch.cat([curves, when_dense.expand(heads, 1)], dim=1)
+    first, bills = 0, []
+    for offer in offers:
+        bills.append(_Bill.of(offer, first, price, budget.ease, bound_to, fixed, previous))
+        first += len(offer.proposals)
 
-    thresholds = LEVELS + 1
-    error, coverage = every("error", price.new_zeros(1)), every("coverage", price.new_ones(1))
-    tiles = every("tiles", view.causal_tiles)
-    bound_to = wanted.any(0) if budget.exact else fixed
-    barred = torch.cat([~wanted.T.repeat_interleave(thresholds, dim=1), bound_to[:, None]], dim=1)
-    loyal = (previous[:, None] == torch.arange(len(proposals), device=device)).repeat_interleave(thresholds, dim=1)
-    favour = torch.nn.functional.pad(1 - LOYALTY * loyal, (0, 1), value=1 - budget.ease)
-    paid = (error * favour).masked_fill(barred, torch.inf)[..., None] + (tiles * favour)[..., None] * price
-    option = paid.argmin(1)
-    lost = error.gather(1, option).masked_fill(fixed[:, None], 0.0)
+    def by_group(name: str) -> torch.Tensor:
+        """A figure of every bill, summed over the lists of each KV group: [bills, groups, prices]."""
+        return torch.stack([getattr(bill, name).view(groups, -1, PRICES).sum(1) for bill in bills])
+
+    which = by_group("paid").argmin(0, keepdim=True)
+    lost = by_group("lost").gather(0, which)[0].sum(0)
     allowed = budget.bound**2 * energy.sum()
-    best = ((lost.sum(0) <= allowed) * (step + 1)).amax().sub_(1).clamp_min_(0)
+    best = ((lost <= allowed) * (step + 1)).amax().sub_(1).clamp_min_(0)
     if budget.max_density < 1.0:
-        too_many = tiles.gather(1, option).sum(0) > budget.max_density * heads * view.causal_tiles
+        read = by_group("read").gather(0, which)[0].sum(0)
+        too_many = read > budget.max_density * heads * view.causal_tiles
         best = torch.maximum(best, too_many.sum().clamp_max(PRICES - 1))
-    option = _fill(option, lost, tiles, best, allowed)
-    pick = torch.div(option, thresholds, rounding_mode="floor")
-    pick = torch.where(pick == len(proposals), -1, pick)
-    threshold = option % thresholds
+    which = which[0].index_select(1, best[None])[:, 0]
+    uses = [(which == index).repeat_interleave(bill.paid.shape[0] // groups) for index, bill in enumerate(bills)]
+    dearer = torch.split(_fill(bills, uses, best, allowed), [use.numel() for use in uses])
+    parts = [bill.taken(use, best, more) for bill, use, more in zip(bills, uses, dearer, strict=True)]
+    # Heads whose lists are not used have 0 in every figure.
+    pick = torch.stack([part.pick for part in parts]).amax(0)
+    coverage, error, tiles = (
+        torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("coverage", "error", "tiles")
+    )
+    own, *shared = (part.map for part in parts)
+    return Choice(own.near, own.far, own.sink, own.reach, 1, coverage, error, tiles, shared), pick
 
-    everything, is_dense = dense(view, heads), pick < 0
-    near, far = everything.near & is_dense[:, None, None], everything.far
-    sink, reach = everything.sink, everything.reach
-    for index, proposal in enumerate(proposals):
-        own, levels = pick == index, proposal.levels
-        # No level is as high as the threshold of heads that have something else.
-        least = torch.where(own, threshold, LEVELS + 1).to(torch.int8)[:, None, None]
-        near |= levels.near >= least
-        if levels.far is not None and far is not None:
-            far = far | (levels.far >= least)
-        sink, reach = torch.where(own, levels.sink, sink), torch.where(own, levels.reach, reach)
-    coverage, error, tiles = (every.gather(1, option[:, None])[:, 0] for every in (coverage, error, tiles))
-    return Choice(near, far, sink.int(), reach.int(), coverage, error, tiles), pick
+
+@dataclass(frozen=True)
+class _Part:
+    """What an offer's lists that are used come to; figures and ``pick`` by head, 0 and -1 where they are not used."""
+
+    map: Map
+    pick: torch.Tensor
+    coverage: torch.Tensor
+    error: torch.Tensor
+    tiles: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Bill:
+    """What an offer's lists choose at each price and what it costs: [G, prices] each.
+
+    ``options`` int64: proposals by threshold, dense attention behind them where the lists are those of single heads.
+    ``paid``: error and price; ``lost``: error of the heads that are searched for; ``read``: tiles.
+    ``first``: index of the first proposal over all offers.
+    """
+
+    offer: Offer
+    first: int
+    option: torch.Tensor
+    paid: torch.Tensor
+    lost: torch.Tensor
+    read: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        offer: Offer,
+        first: int,
+        price: torch.Tensor,
+        ease: float,
+        bound_to: torch.Tensor,
+        fixed: torch.Tensor,
+        previous: torch.Tensor,
+    ) -> _Bill:
+        """``bound_to``: heads that may not run dense. ``fixed``: see :func:`decide`; bool [H]."""
+        proposals, sharing = offer.proposals, offer.view.sharing
+        thresholds, alone = LEVELS + 1, sharing == 1
+        error = _every(proposals, "error")
+        error = error.view(-1, sharing, error.shape[1]).sum(1)
+        tiles = _every(proposals, "tiles")
+        barred = ~offer.wanted.T.repeat_interleave(thresholds, dim=1)
+        number = torch.arange(first, first + len(proposals), device=price.device)
+        loyal = (previous[::sharing, None] == number).repeat_interleave(thresholds, dim=1)
+        favour = 1 - LOYALTY * loyal
+        if alone:
+            lists = error.shape[0]
+            error = torch.cat([error, error.new_zeros(lists, 1)], dim=1)
+            tiles = torch.cat([tiles, offer.view.causal_tiles.expand(lists, 1)], dim=1)
+            barred = torch.cat([barred, bound_to[:, None]], dim=1)
+            favour = torch.nn.functional.pad(favour, (0, 1), value=1 - ease)
+        costs = (error * favour).masked_fill(barred, torch.inf)[..., None] + (tiles * favour)[..., None] * price
+        paid, option = costs.min(1)
+        lost = error.gather(1, option).masked_fill(fixed[::sharing, None], 0.0)
+        return cls(offer, first, option, paid, lost, tiles.gather(1, option))
+
+    def taken(self, use: torch.Tensor, best: torch.Tensor, dearer: torch.Tensor) -> _Part:
+        """The lists that are used, bool [G], at the best price or, where ``dearer``, at the next one."""
+        view, proposals, sharing = self.offer.view, self.offer.proposals, self.offer.view.sharing
+        thresholds = LEVELS + 1
+        at = self.option.index_select(1, torch.stack([best, _next(best)]))
+        option = torch.where(dearer, at[:, 1], at[:, 0])
+        pick = torch.div(option, thresholds, rounding_mode="floor")
+        is_dense, threshold = use & (pick == len(proposals)), option % thresholds
+
+        everything = dense(view, use.numel())
+        near, far = everything.near & is_dense[:, None, None], everything.far
+        sink, reach = everything.sink, everything.reach
+        for index, proposal in enumerate(proposals):
+            own, levels = use & (pick == index), proposal.levels
+            # No level is as high as the threshold of lists that have something else.
+            least = torch.where(own, threshold, thresholds).to(torch.int8)[:, None, None]
+            near |= levels.near >= least
+            if levels.far is not None and far is not None:
+                far = far | (levels.far >= least)
+            sink, reach = torch.where(own, levels.sink, sink), torch.where(own, levels.reach, reach)
+
+        def by_head(values: torch.Tensor) -> torch.Tensor:
+            return values.repeat_interleave(sharing, dim=0)
+
+        # Behind the options of the curves is dense attention, which keeps everything.
+        at = torch.where(pick == len(proposals), 0, option)[:, None]
+        coverage, error = (_every(proposals, name).gather(1, by_head(at))[:, 0] for name in ("coverage", "error"))
+        tiles = torch.where(is_dense, view.causal_tiles, _every(proposals, "tiles").gather(1, at)[:, 0])
+        used, everything_kept = by_head(use), by_head(is_dense)
+        return _Part(
+            Map(near, far, sink.int(), reach.int(), sharing),
+            by_head(torch.where(use & ~is_dense, self.first + pick, -1)),
+            torch.where(everything_kept, 1.0, coverage) * used,
+            torch.where(everything_kept, 0.0, error) * used,
+            by_head(tiles / sharing) * used,
+        )
+
+
+def _every(proposals: Sequence[Proposal], name: str) -> torch.Tensor:
+    """A figure of all proposals at each threshold: [H or G, options]."""
+    return torch.cat([getattr(proposal.curves, name) for proposal in proposals], dim=1)
+
+
+def _next(price: torch.Tensor) -> torch.Tensor:
+    return (price + 1).clamp_max(PRICES - 1)
 
 
 def _fill(
-    option: torch.Tensor, lost: torch.Tensor, tiles: torch.Tensor, best: torch.Tensor, allowed: torch.Tensor
+    bills: Sequence[_Bill], uses: Sequence[torch.Tensor], best: torch.Tensor, allowed: torch.Tensor
 ) -> torch.Tensor:
-    """Options at the best price, or at the next higher one for those heads that gain most by it, int64 [H].
+    """Lists for which the next higher price fits into what is left, those that gain most by it: bool [lists].
 
-    ``option``, ``lost`` [H, prices]; ``tiles`` [H, options]; ``best``, ``allowed`` 0-d.
+    Of all bills' lists one behind the other; ``uses`` bool [G] each: which are used. ``best``, ``allowed`` 0-d.
     """
-    index = torch.stack([best, (best + 1).clamp_max(PRICES - 1)]).expand(option.shape[0], 2)
-    option, lost = option.gather(1, index), lost.gather(1, index)
-    more, fewer = lost[:, 1] - lost[:, 0], -tiles.gather(1, option).diff(dim=1)[:, 0]
-    order = (more / fewer.clamp_min(1)).argsort()
-    affordable = lost[:, 0].sum() + more[order].cumsum(0) <= allowed
-    dearer = torch.zeros_like(affordable).scatter_(0, order, affordable)
-    return torch.where(dearer, option[:, 1], option[:, 0])
+    prices = torch.stack([best, _next(best)])
+    lost, read = (
+        torch.cat([getattr(bill, name).index_select(1, prices) for bill in bills]) for name in ("lost", "read")
+    )
+    used = torch.cat(list(uses))
+    more, fewer = (lost[:, 1] - lost[:, 0]) * used, (read[:, 0] - read[:, 1]).clamp_min(1)
+    order = (more / fewer).argsort()
+    affordable = (lost[:, 0] * used).sum() + more[order].cumsum(0) <= allowed
+    return torch.zeros_like(used).scatter_(0, order, affordable)
 
 
 def concatenate(blocks: Sequence[Proposal]) -> Proposal:
@@ -389,10 +511,11 @@ def concatenate(blocks: Sequence[Proposal]) -> Proposal:
     if len(blocks) == 1:
         return blocks[0]
     first = blocks[0]
+    lists = [block.curves.tiles.shape[0] for block in blocks]
     far = None
     if first.levels.far is not None:
-        far = _shared_or_all([block.levels.far for block in blocks if block.levels.far is not None])
-    near = _shared_or_all([block.levels.near for block in blocks])
+        far = _for_all([block.levels.far for block in blocks if block.levels.far is not None], lists)
+    near = _for_all([block.levels.near for block in blocks], lists)
     error, coverage, tiles = (
         torch.cat([getattr(block.curves, name) for block in blocks]) for name in ("error", "coverage", "tiles")
     )
@@ -400,8 +523,10 @@ def concatenate(blocks: Sequence[Proposal]) -> Proposal:
     return Proposal(levels, Curves(error, coverage, tiles), first.searched)
 
 
-def _shared_or_all(levels: Sequence[torch.Tensor]) -> torch.Tensor:
-    return levels[0] if levels[0].shape[0] == 1 else torch.cat(list(levels))
+def _for_all(levels: Sequence[torch.Tensor], lists: Sequence[int]) -> torch.Tensor:
+    """Levels of blocks of so many lists as one; those that one block's lists have in common are all lists'."""
+    common = [own for own, count in zip(levels, lists, strict=True) if own.shape[0] != count]
+    return common[0] if common else torch.cat(list(levels))
 
 
 @cache

@@ -113,12 +113,12 @@ TABLE: dict[tuple[int, int, int], Launch] = {
     (90, 128, 1): Launch(128, 64, 8, 3),
     (90, 256, 1): Launch(128, 32, 8, 3, split=True),
     (100, 64, 1): Launch(128, 64, 8, 3, split=True),
-    (100, 80, 1): Launch(128, 64, 8, 3),
+    (100, 80, 1): Launch(128, 32, 8, 3),
     (100, 96, 1): Launch(128, 32, 8, 3),
     (100, 128, 1): Launch(128, 64, 8, 3),
     (100, 256, 1): Launch(128, 64, 8, 3, split=True),
     (120, 64, 1): Launch(128, 64, 8, 3),
-    (120, 80, 1): Launch(64, 64, 8, 3),
+    (120, 80, 1): Launch(64, 16, 8, 3),
     (120, 96, 1): Launch(64, 32, 8, 3, split=True),
     (120, 128, 1): Launch(128, 32, 8, 3),
     (120, 256, 1): Launch(64, 32, 8, 3, split=True),
@@ -180,9 +180,9 @@ def _covering(architecture: int, head_dim: int) -> tuple[int, int]:
     return known, width
 
 
-def fitted(launch: Launch, tile_queries: int, tile_keys: int) -> Launch:
-    """An entry cut to a plan's tiles: no program has more rows than a query tile, and its keys divide a key tile."""
-    rows = min(launch.rows, tile_queries)
+def fitted(launch: Launch, lanes: int, tile_keys: int) -> Launch:
+    """An entry cut to a plan's tiles: no program has twice a query tile's lanes, and its keys divide a key tile."""
+    rows = min(launch.rows, max(16, 1 << (lanes - 1).bit_length()))
     return launch._replace(
         rows=rows, keys=gcd(launch.keys, tile_keys), warps=max(1, launch.warps * rows // launch.rows)
     )

@@ -22,7 +22,7 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Curves:
-    """What each threshold costs a head: [H, LEVELS + 1] each.
+    """What each threshold costs: ``error`` and ``coverage`` [H, LEVELS + 1], ``tiles`` [G, LEVELS + 1] by list.
 
     ``error`` fp32: squared length of what a probe row's output loses, mean over the rows. ``coverage`` fp32: mass that
     is kept, mean over the rows. ``tiles`` int64: tiles that are read, those of the other pass among them.

@@ -29,7 +29,7 @@ class Attend(Protocol):
         """Attention into the batch rows of the pass; other rows of ``out`` and ``lse`` are left alone.
 
         Args:
-            lists: the listed key tiles of every (head, query tile) of the pass.
+            lists: the listed key tiles of every query tile of the pass, for each head or all that share a list.
             out: [batch rows, H, Dv]. A row that sees no key has output 0.
             lse: [batch rows, H], natural logarithm, fp32 (fp64 for fp64 input). A row that sees no key has -inf.
             merge: what ``out`` and ``lse`` hold is attention over other keys of the same rows, and becomes the softmax
@@ -146,8 +146,11 @@ def _check(operands: Operands, passes: Sequence[tuple[TilePass, TileLists]], out
     if out.shape != (*query.shape[:2], value_pool.shape[2]):
         raise ValueError(f"out has shape {tuple(out.shape)}, must be rows x heads x head size of the values")
     for tile_pass, lists in passes:
-        if lists.sink.shape != (query.shape[1], tile_pass.num_tiles):
+        if query.shape[1] // key_pool.shape[1] % tile_pass.sharing:
             raise ValueError(
-                f"lists are for {tuple(lists.sink.shape)} (heads, query tiles), the pass has "
-                f"({query.shape[1]}, {tile_pass.num_tiles})"
+                f"{tile_pass.sharing} heads of {query.shape[1]} share a list, but {query.shape[1]} query heads on "
+                f"{key_pool.shape[1]} KV heads do not divide into such"
             )
+        shape = query.shape[1] // tile_pass.sharing, tile_pass.num_tiles
+        if lists.sink.shape != shape:
+            raise ValueError(f"lists are for {tuple(lists.sink.shape)} (heads, query tiles), the pass has {shape}")

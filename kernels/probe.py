@@ -208,17 +208,13 @@ class WeightProbe:
 
 def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
     """Computes the probe rows' attention over a request's keys."""
-    slots = keys.sequence.slots
-    k, v = (
-        pool.index_select(0, slots.flatten()).transpose(0, 1).float()
-        for pool in (operands.key_pool, operands.value_pool)
-    )
+    k, v = operands.in_order(keys.sequence, torch.float32)
     q = operands.query[rows.rows].float() * (operands.scale * operands.key_scale)
     heads, kv_heads, count = q.shape[1], k.shape[0], len(rows.rows)
     grouped = q.view(count, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 3, 2, 0).flatten(2)
     by_key = torch.matmul(k, grouped)
     # Keys before the first row are seen by all; padding lies behind the last key, so it is in the future as well.
-    late = torch.arange(rows.first + 1, k.shape[1], device=slots.device)
+    late = torch.arange(rows.first + 1, k.shape[1], device=k.device)
     future = (late[:, None] > rows.positions).repeat(1, heads // kv_heads)
     by_key[:, rows.first + 1 :].masked_fill_(future, float("-inf"))
     by_key = torch.softmax(by_key, dim=1)

@@ -25,16 +25,17 @@ def attend(
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys = tile_pass.keys
     for head in range(operands.heads):
+        index = head // tile_pass.sharing
         for tile in range(tile_pass.num_tiles):
-            listed = keys.tile_indptr[tile_pass.request[tile]] + lists.tiles_of(head * tile_pass.num_tiles + tile)
+            listed = keys.tile_indptr[tile_pass.request[tile]] + lists.tiles_of(index * tile_pass.num_tiles + tile)
             slots, key_positions = keys.slots[listed].flatten(), keys.positions[listed].flatten()
             rows = slice(int(tile_pass.indptr[tile]), int(tile_pass.indptr[tile + 1]))
             visible = element_mask(
                 tile_pass.region,
                 tile_pass.positions[rows, None],
                 key_positions[None, :],
-                lists.sink[head, tile],
-                lists.reach[head, tile],
+                lists.sink[index, tile],
+                lists.reach[index, tile],
             )
             k = operands.key_pool[slots, head // operands.group].to(compute) * operands.key_scale
             v = operands.value_pool[slots, head // operands.group].to(compute) * operands.value_scale

@@ -4,7 +4,8 @@ A *candidate* is a set of tiles, such as a column or a diagonal. What a row woul
 read anyhow is shared out among them; a candidate's *level* is the logarithm of what its tiles have of it, per tile, in
 steps of a third of an octave, and a tile's level is the highest of the candidates it is in. Tiles are taken from the
 highest level down to a threshold, so summing what the probe rows' tiles hold by level tells once what every threshold
-costs: :func:`curves`. This is the portable form and the specification of :mod:`.search_triton`.
+costs: :func:`curves`. Where heads share a list, a candidate has the highest of their levels. This is the portable form
+and the specification of :mod:`.search_triton`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,27 @@ from .levels import ALWAYS, FAIR, LEAST, LEVELS, PER_OCTAVE, TINY, Curves
 
 
 def columns_and_diagonals(
-    held: torch.Tensor, size: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, allowed: torch.Tensor
+    held: torch.Tensor,
+    size: torch.Tensor,
+    slash: SlashTiles,
+    causal: torch.Tensor,
+    allowed: torch.Tensor,
+    *,
+    sharing: int = 1,
 ) -> torch.Tensor:
-    """Levels of the sequence pass's tiles by columns and diagonals: int8 [H, t, n], -1 for tiles without a key.
+    """Levels of the sequence pass's tiles by columns and diagonals: int8 [G, t, n], -1 for tiles without a key.
 
     Args:
         held: by the probe rows' tiles, fp32 [HELD, H, P, n], see :mod:`.probe`.
         size: squared length of the probe rows' output, fp32 [H, P].
         causal: tiles of dense attention, 0-d int64.
         allowed: energy per row that a head may lose, fp32 [H].
+        sharing: heads that share a list.
     """
     energy = _shared_out(held, size, ~slash.fixed_at_rows)
     by_candidate = torch.cat([energy, _by_distance(energy, slash)], dim=2).mean(1)
-    columns, diagonals = _levels(by_candidate, slash.cost, causal, allowed).chunk(2, dim=1)
+    levels = shared(_levels(by_candidate, slash.cost, causal, allowed), sharing)
+    columns, diagonals = levels.chunk(2, dim=1)
     levels = torch.maximum(columns[:, None], _on_diagonals(diagonals, slash.first, slash.last, slash.span))
     return levels.masked_fill_(slash.fixed, ALWAYS).masked_fill_(~slash.causal, -1)
 
@@ -42,8 +51,9 @@ def lines(
     allowed: torch.Tensor,
     *,
     min_lines: int,
+    sharing: int = 1,
 ) -> torch.Tensor:
-    """Levels of the cell pass's tiles by v-lines, h-lines and neighbours: int8 [H, t', n'], -1 outside the region.
+    """Levels of the cell pass's tiles by v-lines, h-lines and neighbours: int8 [G, t', n'], -1 outside the region.
 
     ``held``: in the far region, fp32 [HELD, H, P, n']. At least ``min_lines`` v-lines are taken. Otherwise as
     :func:`columns_and_diagonals`.
@@ -54,7 +64,7 @@ def lines(
     levels = _levels(torch.cat([energy.mean(1), by_band, neighbours], dim=1), tiles.cost, causal, allowed)
     if min_lines:
         take_lines(levels[:, : energy.shape[2]], min_lines)
-    line, band, wide = torch.split(levels, [energy.shape[2], cell.num_bands, 1], dim=1)
+    line, band, wide = torch.split(shared(levels, sharing), [energy.shape[2], cell.num_bands, 1], dim=1)
     # A band's few rows may miss what a neighbour's show: rows that read everything lie together, not band by band.
     band = torch.nn.functional.max_pool1d(band.float(), 3, stride=1, padding=1).to(torch.int8)
     on_tiles = torch.maximum(line[:, None], band[:, cell.bands, None])
@@ -74,14 +84,19 @@ def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_til
     Args:
         held: what the pass's tiles hold in its region, fp32 [HELD, H, P, n]; what lies outside of it is kept anyhow.
         size: squared length of the probe rows' output, fp32 [H, P].
-        levels: int8 [H, t, n].
+        levels: int8 [G, t, n].
         row_tiles: the probe rows' query tile, int64 [P].
     """
-    at_rows = levels[:, row_tiles].long() + 1
+    at_rows = (levels[:, row_tiles].long() + 1).repeat_interleave(held.shape[1] // levels.shape[0], dim=0)
     by_level = held.new_zeros(*held.shape[:3], LEVELS + 2)
     by_level.scatter_add_(3, at_rows.expand(held.shape), held)
     lost = by_level.cumsum_(3)[..., :-1]
     return Curves(_loss(lost, size).mean(1), 1 - lost[0].mean(1), _tiles(levels))
+
+
+def shared(levels: torch.Tensor, sharing: int) -> torch.Tensor:
+    """Levels of lists from those of heads, the highest of each that share: int8 [H, m] -> [G, m]."""
+    return levels if sharing == 1 else levels.view(-1, sharing, levels.shape[1]).amax(1)
 
 
 def _shared_out(held: torch.Tensor, size: torch.Tensor, loose: torch.Tensor) -> torch.Tensor:
@@ -118,11 +133,11 @@ def _levels(energy: torch.Tensor, cost: torch.Tensor, causal: torch.Tensor, allo
 
 
 def _tiles(levels: torch.Tensor) -> torch.Tensor:
-    """Number of tiles at every threshold: int8 [H, t, n] -> int64 [H, LEVELS + 1]."""
-    heads, bins = levels.shape[0], LEVELS + 2
-    by_head = torch.arange(1, heads * bins, bins, device=levels.device)[:, None]
-    counted = torch.bincount((levels.flatten(1) + by_head).flatten(), minlength=heads * bins)
-    return counted.view(heads, bins).flip(-1).cumsum(-1).flip(-1)[:, 1:]
+    """Number of tiles at every threshold: int8 [G, t, n] -> int64 [G, LEVELS + 1]."""
+    lists, bins = levels.shape[0], LEVELS + 2
+    by_list = torch.arange(1, lists * bins, bins, device=levels.device)[:, None]
+    counted = torch.bincount((levels.flatten(1) + by_list).flatten(), minlength=lists * bins)
+    return counted.view(lists, bins).flip(-1).cumsum(-1).flip(-1)[:, 1:]
 
 
 def _by_distance(mass: torch.Tensor, slash: SlashTiles) -> torch.Tensor:
@@ -133,7 +148,7 @@ def _by_distance(mass: torch.Tensor, slash: SlashTiles) -> torch.Tensor:
 
 
 def _on_diagonals(levels: torch.Tensor, first: torch.Tensor, last: torch.Tensor, span: int) -> torch.Tensor:
-    """Highest level of the diagonals that touch each key tile: int8 [H, n] -> [H, q, n].
+    """Highest level of the diagonals that touch each key tile: int8 [G, n] -> [G, q, n].
 
     Rows whose key tiles are ``first`` to ``last``, int64 [q], at most ``span`` of them, have key tile ``j`` on the
     diagonals ``first - j`` to ``last - j``. The maximum over so many is that of two powers of two that overlap.

@@ -215,7 +215,7 @@ def tiles_kernel(
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One (query tile, head): level of each key tile, ``p_tile_levels`` [H, t, n], -1 where it may not be read."""
+    """One (query tile, list): level of each key tile, ``p_tile_levels`` [G, t, n], -1 where it may not be read."""
     i_tile, i_head, query_tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     low, high, width = query_tile(p_low, p_high, i_tile, margin)
     band = 0
@@ -233,15 +233,26 @@ def tiles_kernel(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def lost_kernel(p_held, p_size, p_levels, p_row_tile, p_error, p_kept, tiles, stride_head, BLOCK: tl.constexpr):
+def lost_kernel(
+    p_held,
+    p_size,
+    p_levels,
+    p_row_tile,
+    p_error,
+    p_kept,
+    tiles,
+    stride_list,
+    SHARING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One (probe row, head): error energy and kept mass at every threshold, ``p_error``, ``p_kept`` [H, P, THRESHOLDS].
 
-    ``p_levels`` [H, t, n], ``stride_head`` apart by head.
+    ``p_levels`` [G, t, n], ``stride_list`` apart by list.
     """
     i_row, i_head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     i_index = i_head * rows + i_row
     channel = tl.num_programs(1).to(tl.int64) * rows * tiles
-    p_levels += i_head * stride_head + tl.load(p_row_tile + i_row) * tiles
+    p_levels += i_head // SHARING * stride_list + tl.load(p_row_tile + i_row) * tiles
     o_threshold, o_c = tl.arange(0, THRESHOLDS), tl.arange(0, CHANNELS_ALL)
     b_lost = tl.zeros([THRESHOLDS, CHANNELS_ALL], tl.float32)
     for first in tl.range(0, tiles, BLOCK):
@@ -261,21 +272,27 @@ def lost_kernel(p_held, p_size, p_levels, p_row_tile, p_error, p_kept, tiles, st
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def counts_kernel(p_levels, p_counts, tiles, stride_head, BLOCK: tl.constexpr):
-    """One (query tile, head): tiles that reach each threshold, ``p_counts`` int32 [H, t, THRESHOLDS]."""
-    i_tile, i_head, query_tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    p_levels += i_head * stride_head + i_tile.to(tl.int64) * tiles
+def counts_kernel(p_levels, p_counts, tiles, stride_list, BLOCK: tl.constexpr):
+    """One (query tile, list): tiles that reach each threshold, ``p_counts`` int32 [G, t, THRESHOLDS]."""
+    i_tile, i_list, query_tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    p_levels += i_list * stride_list + i_tile.to(tl.int64) * tiles
     o_threshold = tl.arange(0, THRESHOLDS)
     b_count = tl.zeros([BLOCK, THRESHOLDS], tl.int32)
     for first in tl.range(0, tiles, BLOCK):
         o_tile = first + tl.arange(0, BLOCK)
         b_level = tl.load(p_levels + o_tile, mask=o_tile < tiles, other=-1).to(tl.int32)
         b_count += tl.where(b_level[:, None] >= o_threshold[None, :], 1, 0)
-    tl.store(p_counts + (i_head * query_tiles + i_tile) * THRESHOLDS + o_threshold, tl.sum(b_count, 0))
+    tl.store(p_counts + (i_list * query_tiles + i_tile) * THRESHOLDS + o_threshold, tl.sum(b_count, 0))
 
 
 def columns_and_diagonals(
-    held: torch.Tensor, size: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, allowed: torch.Tensor
+    held: torch.Tensor,
+    size: torch.Tensor,
+    slash: SlashTiles,
+    causal: torch.Tensor,
+    allowed: torch.Tensor,
+    *,
+    sharing: int = 1,
 ) -> torch.Tensor:
     """See :func:`.search.columns_and_diagonals`."""
     return _levels(
@@ -294,6 +311,7 @@ def columns_and_diagonals(
         always=slash.sink_tiles,
         margin=slash.window_tiles,
         min_lines=0,
+        sharing=sharing,
     )
 
 
@@ -306,6 +324,7 @@ def lines(
     allowed: torch.Tensor,
     *,
     min_lines: int,
+    sharing: int = 1,
 ) -> torch.Tensor:
     """See :func:`.search.lines`."""
     return _levels(
@@ -324,6 +343,7 @@ def lines(
         always=0,
         margin=0,
         min_lines=min_lines,
+        sharing=sharing,
     )
 
 
@@ -331,15 +351,25 @@ def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_til
     """See :func:`.search.curves`."""
     held, size = held.contiguous(), size.contiguous()
     heads, rows, tiles = held.shape[1:]
-    query_tiles = levels.shape[1]
+    lists, query_tiles = levels.shape[:2]
     if levels.stride()[1:] != (tiles, 1):
         levels = levels.contiguous()
     error, kept = (held.new_empty(heads, rows, scale.LEVELS + 1) for _ in range(2))
-    counts = torch.empty(heads, query_tiles, scale.LEVELS + 1, dtype=torch.int32, device=held.device)
+    counts = torch.empty(lists, query_tiles, scale.LEVELS + 1, dtype=torch.int32, device=held.device)
     lost_kernel[rows, heads](
-        held, size, levels, row_tiles, error, kept, tiles, levels.stride(0), BLOCK=BLOCK_COUNTED, **OPTIONS
+        held,
+        size,
+        levels,
+        row_tiles,
+        error,
+        kept,
+        tiles,
+        levels.stride(0),
+        SHARING=heads // lists,
+        BLOCK=BLOCK_COUNTED,
+        **OPTIONS,
     )
-    counts_kernel[query_tiles, heads](levels, counts, tiles, levels.stride(0), BLOCK=BLOCK_COUNTED, **OPTIONS)
+    counts_kernel[query_tiles, lists](levels, counts, tiles, levels.stride(0), BLOCK=BLOCK_COUNTED, **OPTIONS)
     return Curves(error.mean(1), kept.mean(1), counts.sum(1))
 
 
@@ -360,6 +390,7 @@ def _levels(
     always: int,
     margin: int,
     min_lines: int,
+    sharing: int,
 ) -> torch.Tensor:
     """The launches; ``row_own`` is there for columns and diagonals, ``bands`` and ``band_of_row`` for lines.
 
@@ -396,8 +427,9 @@ def _levels(
     )
     if min_lines:
         search.take_lines(levels[:, :tiles], min_lines)
-    tile_levels = empty(query_tiles, tiles, dtype=torch.int8)
-    tiles_kernel[query_tiles, heads](
+    levels = search.shared(levels, sharing)
+    tile_levels = torch.empty(levels.shape[0], query_tiles, tiles, dtype=torch.int8, device=held.device)
+    tiles_kernel[query_tiles, levels.shape[0]](
         low, high, bands, visible, levels, tile_levels, *numbers, LINES=is_lines, BLOCK=BLOCK, **OPTIONS
     )
     return tile_levels

@@ -7,15 +7,15 @@ then picks a pattern and a threshold for each head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
 import torch
 
 from .choice import Budget, CellTiles, CellView, Choice, Levels, Proposal, SlashTiles, View
-from .levels import ALWAYS, Curves
-from .probe import Probe, WeightProbe
+from .levels import ALWAYS, LEVELS, Curves
+from .probe import Probe, Reach, WeightProbe
 from .tiles import UNBOUNDED, Region, element_mask
 
 
@@ -23,7 +23,14 @@ class Search(Protocol):
     """The search, see :mod:`.search`; a device may have its own."""
 
     def columns_and_diagonals(
-        self, held: torch.Tensor, size: torch.Tensor, slash: SlashTiles, causal: torch.Tensor, allowed: torch.Tensor
+        self,
+        held: torch.Tensor,
+        size: torch.Tensor,
+        slash: SlashTiles,
+        causal: torch.Tensor,
+        allowed: torch.Tensor,
+        *,
+        sharing: int,
     ) -> torch.Tensor:
         """Levels by columns and diagonals of the sequence pass."""
         ...
@@ -38,6 +45,7 @@ class Search(Protocol):
         allowed: torch.Tensor,
         *,
         min_lines: int,
+        sharing: int,
     ) -> torch.Tensor:
         """Levels by v-lines, h-lines and neighbours of the cell pass."""
         ...
@@ -49,12 +57,20 @@ class Search(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """What patterns are proposed from: a request's rows of one modality, and some heads' probe of them."""
+    """What patterns are proposed from: a request's rows of one modality, and some heads' probe of them.
+
+    The view says how many of the heads share a list.
+    """
 
     view: View
     probe: Probe
     budget: Budget
     search: Search
+    _far: dict[tuple[Reach, ...], list[torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    def of(self, view: View) -> Selection:
+        """The same rows in other query tiles; what keys hold of them is asked for once."""
+        return replace(self, view=view)
 
     def a_shape(self, *, sink: int, window: int) -> Proposal:
         """Sink tokens and a local window of ``window`` keys, the row's own included (method: A-shape).
@@ -69,7 +85,7 @@ class Selection:
         never = torch.full((lost.shape[1], 1, 1), -1, dtype=torch.int8, device=lost.device)
         rows = torch.zeros_like(self.view.row_tiles)
         curves = self.search.curves(lost[..., None], self.size, never, rows)
-        tiles = self.view.count_near(*region).expand_as(curves.tiles)
+        tiles = self.view.count_near(*region).expand(self._lists, LEVELS + 1)
         levels = replace(self.window_levels(*region), pattern="a_shape")
         return Proposal(levels, replace(curves, tiles=tiles), searched=False)
 
@@ -97,7 +113,7 @@ class Selection:
         view = self.view
         slash = view.slash_tiles(sink, window)
         levels = self.search.columns_and_diagonals(
-            self.probe.held, self.size, slash, view.causal_tiles, self.budget.allowed
+            self.probe.held, self.size, slash, view.causal_tiles, self.budget.allowed, sharing=view.sharing
         )
         return Levels(levels, None, 0, UNBOUNDED, "vertical_slash")
 
@@ -113,15 +129,17 @@ class Selection:
         view, cell = self.view, self.view.cell
         if cell is None:
             raise ValueError("the grid pattern needs a cell pass; these rows have none")
-        regions = [(sink, reach) for reach in reaches]
+        regions = tuple((sink, reach) for reach in reaches)
+        if regions not in self._far:
+            self._far[regions] = self.probe.far(regions)
         found = []
-        for region, held in zip(regions, self.probe.far(regions), strict=True):
+        for region, held in zip(regions, self._far[regions], strict=True):
             tiles = cell.tiles(*region)
             if self.budget.exact:
                 far = _always(tiles.visible)
             else:
                 given = held, self.size, cell, tiles, view.causal_tiles, self.budget.allowed
-                far = self.search.lines(*given, min_lines=min_lines)
+                far = self.search.lines(*given, min_lines=min_lines, sharing=view.sharing)
             found.append((replace(self.window_levels(*region), far=far, pattern="grid"), held))
         return found
 
@@ -136,8 +154,12 @@ class Selection:
         return Proposal(levels, replace(curves, tiles=tiles), searched=True)
 
     def _curves(self, held: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor) -> Curves:
-        heads = self.probe.output.shape[0]
-        return self.search.curves(held, self.size, levels.expand(heads, -1, -1), row_tiles)
+        return self.search.curves(held, self.size, levels.expand(self._lists, -1, -1), row_tiles)
+
+    @property
+    def _lists(self) -> int:
+        """Lists of a query tile, for the heads that were probed."""
+        return self.probe.output.shape[0] // self.view.sharing
 
 
 def on_text_keys(view: View, grid: Levels, pattern: str) -> Levels:

@@ -24,6 +24,7 @@ CPU_EASE = 0.4
 class Stages(NamedTuple):
     """``probe``: see :func:`.probe.run`; ``search``: see :mod:`.search`; ``lists``: see :func:`.tiles.lists_from_map`.
 
+    ``shares``: whether attention takes lists that several heads share.
     ``waits``: whether the host may ask the device for a value, because both are the same.
     ``repair``: the implementation for the guard's pass, whose lists are nearly always empty.
     """
@@ -33,16 +34,18 @@ class Stages(NamedTuple):
     lists: Callable[[TilePass, torch.Tensor, torch.Tensor, torch.Tensor], TileLists]
     waits: bool
     repair: str
+    shares: bool
 
 
 def stages_of(implementation: str) -> Stages:
     """The stages that go with an implementation of attention: those in Triton on devices, or the portable ones."""
     if implementation not in _FUSED:
-        return Stages(probe.run, search, tiles.lists_from_map, waits=True, repair=implementation)
+        return Stages(probe.run, search, tiles.lists_from_map, waits=True, repair=implementation, shares=True)
     probe_triton, search_triton, lists_triton = (
         importlib.import_module(f".{name}_triton", __package__) for name in ("probe", "search", "lists")
     )
-    return Stages(probe_triton.run, search_triton, lists_triton.lists_from_map, waits=False, repair="triton")
+    run, lists, shares = probe_triton.run, lists_triton.lists_from_map, implementation == "triton"
+    return Stages(run, search_triton, lists, waits=False, repair="triton", shares=shares)
 
 
 def ease_on(device: torch.device) -> float:

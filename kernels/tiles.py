@@ -1,8 +1,9 @@
 """Data that selection and attention exchange: key orders, query tiles, tile lists.
 
-Shapes use these letters: ``H`` query heads, ``T`` query tiles of a pass, ``R`` requests, ``D`` head size.
-A query tile is up to ``tile_queries`` rows of the chunk; a key tile is ``tile_keys`` keys that are consecutive in an
-order. All index tensors live on the device of the KV pool.
+Shapes use these letters: ``H`` query heads, ``G`` lists per query tile, ``T`` query tiles of a pass, ``R`` requests,
+``D`` head size. A query tile is up to ``tile_queries`` rows of the chunk; a key tile is ``tile_keys`` keys that are
+consecutive in an order. Neighbouring query heads of one KV head may *share* a list: a *lane* is a (row, head) of a tile
+that reads it, and ``H = G * sharing``. All index tensors live on the device of the KV pool.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class KeyOrder:
     def of_request(self, tiles: slice) -> KeyOrder:
         """The part that is one request's, as an order of its own; ``tiles`` are the request's."""
         count = tiles.stop - tiles.start
+        if count == self.slots.shape[0]:
+            return self
         return KeyOrder(
             slots=self.slots[tiles],
             positions=self.positions[tiles],
@@ -77,6 +80,7 @@ class TilePass:
     ``rows`` int64 [n]: batch row of each row slot; ``positions`` int32 [n]: its token position.
     ``indptr`` int32 [T + 1]: row slots of each query tile; ``request`` int32 [T].
     ``min_pos``, ``max_pos`` int32 [T]: smallest and largest token position among a tile's rows.
+    ``sharing``: query heads that share each list.
     """
 
     region: Region
@@ -88,24 +92,30 @@ class TilePass:
     min_pos: torch.Tensor
     max_pos: torch.Tensor
     tile_queries: int
+    sharing: int = 1
 
     @property
     def num_tiles(self) -> int:
         """Query tiles."""
         return self.request.numel()
 
+    @property
+    def lanes(self) -> int:
+        """Most lanes of a query tile."""
+        return self.tile_queries * self.sharing
+
 
 @dataclass(frozen=True)
 class TileLists:
-    """For every (head, query tile) the key tiles it reads: list ``h * T + t``.
+    """For every query tile, and all heads that share, the key tiles they read: list ``g * T + t``.
 
     A list has its *full* tiles first, those of which every row of the query tile sees every key, so that no positions
     need comparing; then the others. Both parts ascend. Lists may lie anywhere, share entries and leave gaps: how much
     memory they need is then known before what they hold.
 
-    ``begin``, ``count``, ``full`` int32 [H * T]: first entry of each list, its tiles, and how many of these are full.
+    ``begin``, ``count``, ``full`` int32 [G * T]: first entry of each list, its tiles, and how many of these are full.
     ``tiles`` int32 [capacity]: key tile, counted within the request.
-    ``sink``, ``reach`` int32 [H, T]: bounds of the near region (see :class:`Region`).
+    ``sink``, ``reach`` int32 [G, T]: bounds of the near region (see :class:`Region`).
     """
 
     begin: torch.Tensor
@@ -122,7 +132,7 @@ class TileLists:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """Lists by length, the longest first, int32 [H * T]: the order in which to start them on many processors."""
+        """Lists by length, the longest first, int32 [G * T]: the order in which to start them on many processors."""
         return self.count.argsort(descending=True).int()
 
 
@@ -137,7 +147,7 @@ def tile_visibility(
 ) -> torch.Tensor:
     """Whether a key tile holds a key of ``region`` for some row, from position bounds alone.
 
-    ``query_*`` int32 [t], ``key_*`` int32 [n], ``sink`` and ``reach`` int32 [H, t]. Returns bool [H, t, n].
+    ``query_*`` int32 [t], ``key_*`` int32 [n], ``sink`` and ``reach`` int32 [G, t]. Returns bool [G, t, n].
     """
     q_min, q_max = query_min[None, :, None], query_max[None, :, None]
     k_min, k_max = key_min[None, None, :], key_max[None, None, :]
@@ -150,7 +160,7 @@ def tile_visibility(
 def lists_from_map(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tensor, reach: torch.Tensor) -> TileLists:
     """Turns a tile map into :class:`TileLists`.
 
-    ``selected`` bool [H, T, n]: key tile ``n`` counted within the tile's request; ``sink``, ``reach`` int32 [H, T].
+    ``selected`` bool [G, T, n]: key tile ``n`` counted within the tile's request; ``sink``, ``reach`` int32 [G, T].
     """
     keys = tile_pass.keys
     first = keys.tile_indptr[tile_pass.request.long()].long()
@@ -172,7 +182,7 @@ def lists_from_map(tile_pass: TilePass, selected: torch.Tensor, sink: torch.Tens
 
 
 def dense_lists(tile_pass: TilePass, wanted: torch.Tensor) -> TileLists:
-    """All causal tiles of a sequence pass where ``wanted`` bool [H, T] holds, empty lists elsewhere.
+    """All causal tiles of a sequence pass where ``wanted`` bool [G, T] holds, empty lists elsewhere.
 
     In sequence order these are the first so many tiles, the full ones before the others: all lists share their entries.
     """

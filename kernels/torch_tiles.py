@@ -1,11 +1,12 @@
 """Portable block-sparse prefill attention in plain PyTorch: batches of lists of similar length through SDPA.
 
-Keys and values are copied once per pass into the pass's order, so that a list gathers whole tiles. Lists are sorted
-by length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their batch, and
-each batch is one gather and one fused attention call. On the CPU that call is PyTorch's flash kernel, which returns the
-LSE; elsewhere scores are materialised within the same bound. A mask over all scores costs about what attention does, so
-the full tiles of long lists are attended to by themselves, in batches of lists that are equally long, and merged. Heads
-that list every causal tile of a request are attended to at once, without tiles, which takes half the time per key.
+Keys and values are copied once per layer into the order of each pass, so that a list gathers whole tiles. Lists are
+sorted by length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their
+batch, and each batch is one gather and one fused attention call. On the CPU that call is PyTorch's flash kernel, which
+returns the LSE; elsewhere scores are materialised within the same bound. A mask over all scores costs about what
+attention does, so the full tiles of long lists are attended to by themselves, in batches of lists that are equally
+long, and merged. Heads that list every causal tile of a request are attended to at once, without tiles, which takes
+half the time per key.
 """
 
 from __future__ import annotations
@@ -42,11 +43,19 @@ def attend(
 ) -> None:
     """Attention of one pass; see :class:`.ops.Attend`."""
     query, heads, tiles = operands.query, operands.heads, tile_pass.num_tiles
+    if not bool(lists.count.any()):
+        if not merge:
+            out[tile_pass.rows], lse[tile_pass.rows] = 0, float("-inf")
+        return
     dtype = compute_dtype(query.dtype, query.device)
+    keys, values = (
+        operand.view(operand.shape[0], *tile_pass.keys.slots.shape, -1).flatten(2)
+        for operand in operands.in_order(tile_pass.keys, dtype)
+    )
     problem = _Problem(
         query=query[tile_pass.rows].transpose(0, 1).flatten(0, 1).to(dtype),
-        keys=_tile_major(operands.key_pool, tile_pass.keys.slots).to(dtype),
-        values=_tile_major(operands.value_pool, tile_pass.keys.slots).to(dtype),
+        keys=keys,
+        values=values,
         tile_pass=tile_pass,
         lists=lists,
         group=operands.group,
@@ -54,14 +63,14 @@ def attend(
     )
     part = query.new_zeros(heads * tile_pass.rows.numel() + 1, operands.value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
-    row_counts = tile_pass.indptr.diff().long().repeat(heads)
+    lane_counts = (tile_pass.indptr.diff().long() * tile_pass.sharing).repeat(heads // tile_pass.sharing)
     count = torch.where(_attend_dense(problem, part, part_lse), 0, lists.count)
     full = torch.where((count >= LONG) & (2 * lists.full >= count), lists.full, 0).long()
     for begin, lengths, whole in ((lists.begin.long(), full, True), (lists.begin + full, count - full, False)):
         work = torch.nonzero(lengths).squeeze(1)
-        # Longest lists first; among equal ones those with the same number of rows stay together.
-        work = work[torch.argsort(lengths[work] * (tile_pass.tile_queries + 1) + row_counts[work], descending=True)]
-        for batch in _batches(work, lengths, row_counts, tile_pass.keys.tile_keys, alike=whole):
+        # Longest lists first; among equal ones those with the same number of lanes stay together.
+        work = work[torch.argsort(lengths[work] * (tile_pass.lanes + 1) + lane_counts[work], descending=True)]
+        for batch in _batches(work, lengths, lane_counts, tile_pass.keys.tile_keys, alike=whole):
             entries = None if whole else full
             _attend_batch(problem, batch, tiles, begin[batch], lengths[batch], entries, part, part_lse)
     part, part_lse = part[:-1], part_lse[:-1]
@@ -112,20 +121,15 @@ class _Problem:
     scale: float
 
 
-def _tile_major(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Pool rows of each key tile: [slots, KV heads, D] -> [KV heads, key tiles, tile_keys * D]."""
-    rows = pool.index_select(0, slots.flatten())
-    return rows.view(*slots.shape, *pool.shape[1:]).permute(2, 0, 1, 3).flatten(2)
-
-
 def _attend_dense(problem: _Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Attention of the heads that list every causal tile of a request; which lists that were, bool [H * T].
+    """Attention of the heads that list every causal tile of a request; which lists that were, bool [G * T].
 
     ``out``, ``lse``: of all rows of all heads; the last row is spare.
     """
     tile_pass, lists = problem.tile_pass, problem.lists
     done = torch.zeros_like(lists.reach, dtype=torch.bool)
-    if tile_pass.region is Region.FAR or out.device.type != "cpu" or problem.keys.shape != problem.values.shape:
+    apart = tile_pass.region is Region.NEAR and tile_pass.sharing == 1
+    if not apart or out.device.type != "cpu" or problem.keys.shape != problem.values.shape:
         return done.flatten()
     causal = torch.div(tile_pass.max_pos, tile_pass.keys.tile_keys, rounding_mode="floor") + 1
     every = (lists.count.view_as(done) == causal) & (lists.reach > tile_pass.max_pos)
@@ -158,24 +162,24 @@ def _attend_dense(problem: _Problem, out: torch.Tensor, lse: torch.Tensor) -> to
 
 
 def _batches(
-    work: torch.Tensor, lengths: torch.Tensor, row_counts: torch.Tensor, tile_keys: int, *, alike: bool
+    work: torch.Tensor, lengths: torch.Tensor, lane_counts: torch.Tensor, tile_keys: int, *, alike: bool
 ) -> list[torch.Tensor]:
     """Cuts the sorted work so that a batch's padded score matrix fits and at most a third of it is padding.
 
     ``alike``: nothing is padding.
     """
     batches = []
-    host_lengths, host_rows = lengths[work].tolist(), row_counts[work].tolist()
+    host_lengths, host_lanes = lengths[work].tolist(), lane_counts[work].tolist()
     start = 0
     while start < len(host_lengths):
-        longest, rows, end = host_lengths[start], host_rows[start], start + 1
+        longest, lanes, end = host_lengths[start], host_lanes[start], start + 1
         while end < len(host_lengths):
-            rows_with = max(rows, host_rows[end])
-            if 4 * (end + 1 - start) * rows_with * longest * tile_keys > WORKSPACE_BYTES:
+            lanes_with = max(lanes, host_lanes[end])
+            if 4 * (end + 1 - start) * lanes_with * longest * tile_keys > WORKSPACE_BYTES:
                 break
             if 3 * host_lengths[end] < 2 * longest or (alike and host_lengths[end] != longest):
                 break
-            rows, end = rows_with, end + 1
+            lanes, end = lanes_with, end + 1
         batches.append(work[start:end])
         start = end
     return batches
@@ -191,7 +195,7 @@ def _attend_batch(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Attention over a part of some lists, each ``head * tiles + query tile``.
+    """Attention over a part of some lists, each ``g * tiles + query tile``.
 
     Args:
         first, count: the part's first entry and entries, int64 [B].
@@ -201,30 +205,31 @@ def _attend_batch(
     """
     tile_pass, lists, keys = problem.tile_pass, problem.lists, problem.tile_pass.keys
     device = work.device
-    head, tile = work // tiles, work % tiles
+    number, tile, sharing = work // tiles, work % tiles, tile_pass.sharing
 
-    # Row slots [B, M]; slots past a short query tile repeat its first row and are dropped at the end.
+    # Lanes [B, M]: the heads that share by row; those past a short query tile repeat its first and are dropped at last.
     row_start = tile_pass.indptr[tile].long()
     row_count = tile_pass.indptr[tile + 1] - row_start
-    lane = torch.arange(int(row_count.max()), device=device)
-    row_valid = lane < row_count[:, None]
-    row_slot = row_start[:, None] + torch.where(row_valid, lane, 0)
-    row_index = head[:, None] * tile_pass.rows.numel() + row_slot
+    row = torch.arange(int(row_count.max()), device=device).repeat_interleave(sharing)
+    row_valid = row < row_count[:, None]
+    row_slot = row_start[:, None] + torch.where(row_valid, row, 0)
+    head = number[:, None] * sharing + torch.arange(sharing, device=device).repeat(row.numel() // sharing)
+    row_index = head * tile_pass.rows.numel() + row_slot
 
     # Key tiles [B, L]; entries past a short list repeat its first tile and are masked.
-    lane = torch.arange(int(count.max()), device=device)
-    listed = lane < count[:, None]
-    entry = first[:, None] + torch.where(listed, lane, 0)
+    place = torch.arange(int(count.max()), device=device)
+    listed = place < count[:, None]
+    entry = first[:, None] + torch.where(listed, place, 0)
     key_tile = keys.tile_indptr[tile_pass.request[tile].long()][:, None].long() + lists.tiles[entry]
 
     mask = None
     if before is not None and not bool((lists.full[work] - before[work] == int(listed.shape[1])).all()):
         key_pos = torch.where(listed[..., None], keys.positions[key_tile], ABSENT).flatten(1)
-        sink, reach = lists.sink[head, tile], lists.reach[head, tile]
+        sink, reach = lists.sink[number, tile], lists.reach[number, tile]
         mask = _mask(tile_pass.region, tile_pass.positions[row_slot], key_pos, sink, reach)
 
     def gather(operand: torch.Tensor) -> torch.Tensor:
-        index = (head // problem.group)[:, None] * operand.shape[1] + key_tile
+        index = (number * sharing // problem.group)[:, None] * operand.shape[1] + key_tile
         rows = operand.flatten(0, 1).index_select(0, index.flatten())
         return rows.view(len(work), 1, -1, operand.shape[2] // keys.tile_keys)
 

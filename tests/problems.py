@@ -115,6 +115,7 @@ def make(
     cell_size: int = 0,
     page_size: int = 1,
     seed: int = 0,
+    sharing: Sequence[int] = (),
 ) -> Problem:
     """A problem with random operands, request after request in the batch, pages of the pool in random order.
 
@@ -145,7 +146,11 @@ def make(
     for index, request in enumerate(requests):
         written[req_to_token[index, : request.prefix + request.chunk].long()] = True
         layout = _core.Layout(
-            request.length, request.items, chunk_tokens=request.chunk, tile_queries=tile_queries, cell_size=cell_size
+            request.length,
+            request.items,
+            chunk_tokens=request.chunk,
+            tile_queries=max(1, tile_queries // max(sharing, default=1)),
+            cell_size=cell_size,
         )
         pool_row = torch.tensor([index])
         sparse.append(SparseRequest(DeviceLayout(layout, tile_keys, CPU), request.prefix, request.chunk, pool_row, row))
@@ -153,6 +158,12 @@ def make(
     key_pool[~written] = torch.nan
     value_pool[~written] = torch.nan
     plan = build(
-        sparse, req_to_token, tile_queries=tile_queries, tile_keys=tile_keys, probe_rows=probe_rows, page_size=page_size
+        sparse,
+        req_to_token,
+        tile_queries=tile_queries,
+        tile_keys=tile_keys,
+        probe_rows=probe_rows,
+        page_size=page_size,
+        sharing=sharing,
     )
     return Problem(query, key_pool, value_pool, req_to_token, requests, plan, head_dim**-0.5)

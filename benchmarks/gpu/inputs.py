@@ -1,15 +1,21 @@
-"""Planted inputs of the GPU benchmarks: one request with one video, its pages in random order, and its plan."""
+"""Planted inputs of one layer, for the GPU benchmarks and benchmarks/long: one request with one video, and its plan.
+
+Its pages lie in the pool in random order.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.operands import Operands
+from mminference_sgl.method import prefill
 from mminference_sgl.method.config import Config
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, rows_per_tile
 
 HEAD_DIM = 128
 FRAME = (18, 20)
@@ -40,16 +46,25 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layer:
-    """Operands of one layer on the device and their plan; ``slots`` int64 [length]."""
+    """Operands of one layer on the device and their plan, which ``planner`` makes anew; ``slots`` int64 [length]."""
 
     operands: Operands
     slots: torch.Tensor
     plan: ForwardPlan
     shape: Shape
+    planner: Callable[[], ForwardPlan]
 
 
-def make_layer(shape: Shape, page_size: int, config: Config, heads: tuple[int, int], device: torch.device) -> Layer:
-    """A planted request whose pages lie in the pool in random order, page 0 left out."""
+def make_layer(
+    shape: Shape,
+    page_size: int,
+    config: Config,
+    heads: tuple[int, int],
+    device: torch.device,
+    implementation: str = "triton",
+) -> Layer:
+    """A planted request whose pages lie in the pool in random order, page 0 left out; for a resolved implementation."""
+    sharing = prefill.sharing(config, heads[0] // heads[1], implementation)
     rows, cols = FRAME
     frames = (shape.length - LEAD - QUESTION) // (rows * cols)
     start = shape.length - QUESTION - frames * rows * cols
@@ -61,7 +76,7 @@ def make_layer(shape: Shape, page_size: int, config: Config, heads: tuple[int, i
         shape.length,
         [item],
         chunk_tokens=shape.chunk,
-        tile_queries=config.tile_queries,
+        tile_queries=rows_per_tile(config.tile_queries, max(sharing, default=1)),
         cell_size=config.cell_size,
     )
     request = SparseRequest(
@@ -71,13 +86,15 @@ def make_layer(shape: Shape, page_size: int, config: Config, heads: tuple[int, i
         torch.zeros(1, dtype=torch.long, device=device),
         0,
     )
-    plan = build(
+    planner = functools.partial(
+        build,
         [request],
         slots.int()[None],
         tile_queries=config.tile_queries,
         tile_keys=config.tile_keys,
         probe_rows=config.probe_rows,
         page_size=page_size,
+        sharing=sharing,
     )
     query, key, value = planted(shape, start, *heads, generator)
     pool_rows = (pages.numel() + 1) * page_size
@@ -86,7 +103,7 @@ def make_layer(shape: Shape, page_size: int, config: Config, heads: tuple[int, i
         pool = torch.zeros(pool_rows, heads[1], HEAD_DIM, dtype=operand.dtype, device=device)
         pool[slots] = operand
         pools.append(pool)
-    return Layer(Operands(query, *pools, HEAD_DIM**-0.5), slots, plan, shape)
+    return Layer(Operands(query, *pools, HEAD_DIM**-0.5), slots, planner(), shape, planner)
 
 
 def planted(

@@ -209,11 +209,11 @@ def _spans(clock: Clock) -> Iterator[list[Callable[[], float]]]:
 
 
 def _work(passes: Sequence[tuple[TilePass, TileLists]]) -> tuple[int, int]:
-    """Listed tiles, and their (row, key) pairs."""
+    """Listed tiles, and their (lane, key) pairs."""
     tiles = pairs = 0
     for tile_pass, lists in passes:
         lengths = lists.count.long()
-        rows = tile_pass.indptr.diff().long().repeat(lengths.numel() // tile_pass.num_tiles)
+        rows = tile_pass.indptr.diff().long().repeat(lengths.numel() // tile_pass.num_tiles) * tile_pass.sharing
         tiles += int(lengths.sum())
         pairs += int((lengths * rows).sum()) * tile_pass.keys.tile_keys
     return tiles, pairs
@@ -251,10 +251,11 @@ def _listed(tile_pass: TilePass, lists: TileLists, row: int, head: int) -> torch
     if where.numel() == 0:
         return keys.slots[:0].flatten()
     tile = int(torch.searchsorted(tile_pass.indptr, where[0].int(), right=True)) - 1
-    listed = keys.tile_indptr[tile_pass.request[tile]] + lists.tiles_of(head * tile_pass.num_tiles + tile)
+    number = head // tile_pass.sharing
+    listed = keys.tile_indptr[tile_pass.request[tile]] + lists.tiles_of(number * tile_pass.num_tiles + tile)
     position = tile_pass.positions[where[0]]
     sees = element_mask(
-        tile_pass.region, position, keys.positions[listed], lists.sink[head, tile], lists.reach[head, tile]
+        tile_pass.region, position, keys.positions[listed], lists.sink[number, tile], lists.reach[number, tile]
     )
     return keys.slots[listed][sees]
 

@@ -3,7 +3,7 @@
 Queries and keys are built so that the true attention map is known (:mod:`.planted`). For each case and pattern:
 
 - *needed*: tiles of the planted map, under the better split over the two passes, over causal tiles;
-- *density*: tiles that the pattern computes, over causal tiles;
+- *density*: tiles that the pattern computes, over causal tiles; those of shared lists are as many (lane, key) products;
 - *coverage*: the mass kept as selection itself reports it, from its probe rows;
 - *mass*: the mass kept in truth, mean over all rows, and *weakest*: the kind of rows that keeps least;
 - *error*: relative error of the output against dense attention.

@@ -39,12 +39,17 @@ PLANTS = {
     "2d-boundary": Plant(Mix(slash=0.6, text=0.3), Mix(window=0.2, text=0.3, columns=0.4)),
 }
 MIXED = ("lines", "slash", "a-shape", "vertical-slash")
+DIFFERENT = ("lines", "vertical-slash", "a-shape", "diffuse")
+"""Heads on one KV head that have nothing in common."""
 BOUNDARIES = ("no-boundary", "k-boundary", "q-boundary", "2d-boundary")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A planted layer at a length; ``chunk`` 0 is one chunk; ``plant`` names :data:`PLANTS` or is "mixed"."""
+    """A planted layer at a length; ``chunk`` 0 is one chunk.
+
+    ``plant`` names :data:`PLANTS` or is "mixed" or "different", for heads of several.
+    """
 
     plant: str
     geometry: str
@@ -59,7 +64,13 @@ class Case:
     def name(self) -> str:
         """Unique among the cases."""
         chunk = f" in {self.chunk // K}K" if self.chunk else ""
-        return f"{self.geometry} {self.plant} {self.tokens // K}K{chunk}"
+        group = f" group of {self.group}" if self.group > 2 else ""
+        return f"{self.geometry} {self.plant} {self.tokens // K}K{chunk}{group}"
+
+    @property
+    def group(self) -> int:
+        """Query heads on a KV head."""
+        return self.heads // self.kv_heads
 
     @property
     def data(self) -> Any:
@@ -69,7 +80,8 @@ class Case:
     @property
     def plants(self) -> list[Plant]:
         """One per query head, cycled."""
-        return [PLANTS[name] for name in MIXED] if self.plant == "mixed" else [PLANTS[self.plant]]
+        several = {"mixed": MIXED, "different": DIFFERENT}
+        return [PLANTS[name] for name in several.get(self.plant, (self.plant,))]
 
     @property
     def boundary(self) -> bool:
@@ -120,6 +132,10 @@ def _all_cases() -> Iterator[Case]:
     yield Case("lines", "longvila", 64 * K, chunk=2 * K)
     yield Case("all", "longvila", 64 * K)
     yield Case("lines", "qwen3", 64 * K)
+    for heads in (4, 7):
+        yield Case("lines", "longvila", 64 * K, chunk=8 * K, heads=heads)
+        yield Case("slash", "qwen2.5", 64 * K, chunk=8 * K, heads=heads)
+    yield Case("different", "qwen2.5", 16 * K, chunk=4 * K, heads=4)
 
 
 CASES = list(_all_cases())

@@ -15,6 +15,7 @@ from mminference_sgl import _core
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import TilePass
 from mminference_sgl.method import plan as planning
+from mminference_sgl.method import prefill
 from mminference_sgl.method.config import Config
 
 CPU = torch.device("cpu")
@@ -65,11 +66,13 @@ def forward(
         pool = torch.full((scene.length + 1, *operand.shape[1:]), torch.nan)
         pool[slots[:end]] = operand[:end]
         pools.append(pool)
+    heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
+    sharing = prefill.sharing(config, heads // kv_heads, "torch")
     layout = _core.Layout(
         scene.length,
         scene.items,
         chunk_tokens=chunk,
-        tile_queries=config.tile_queries,
+        tile_queries=planning.rows_per_tile(config.tile_queries, max(sharing, default=1)),
         cell_size=config.cell_size,
     )
     device_layout = planning.DeviceLayout(layout, config.tile_keys, CPU)
@@ -81,6 +84,7 @@ def forward(
         tile_keys=config.tile_keys,
         probe_rows=config.probe_rows,
         probe_one_in=probe_one_in,
+        sharing=sharing,
     )
     wanted = torch.zeros(end - start, dtype=torch.bool)
     wanted[sample[(sample >= start) & (sample < end)] - start] = True
@@ -90,7 +94,11 @@ def forward(
     near, far = thin(plan.near, wanted), plan.far and thin(plan.far, wanted)
     slots = [slice(*near.indptr[[group.near.start, group.near.stop]].tolist()) for group in plan.groups]
     groups = [replace(group, row_slots=own) for group, own in zip(plan.groups, slots, strict=True)]
-    sampled = replace(plan, near=near, far=far, groups=groups)
+    shared = [
+        replace(tiling, near=thin(tiling.near, wanted), far=tiling.far and thin(tiling.far, wanted))
+        for tiling in plan.shared
+    ]
+    sampled = replace(plan, near=near, far=far, groups=groups, shared=shared)
     operands = Operands(problem.query[start:end], *pools, problem.scale)
     return Forward(problem, start, end, operands, plan, sampled)
 

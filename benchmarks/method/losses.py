@@ -22,12 +22,17 @@ def kept_keys(passes: Sequence[tuple[TilePass, TileLists]], head: int, row: int,
         if slot.numel() == 0:
             continue
         tile = int(torch.searchsorted(tile_pass.indptr, slot[:1].int(), right=True)) - 1
-        index = head * tile_pass.num_tiles + tile
+        number = head // tile_pass.sharing
+        index = number * tile_pass.num_tiles + tile
         listed = lists.tiles_of(index).long()
         positions = tile_pass.keys.positions[listed].flatten()
         own = int(tile_pass.positions[slot[0]])
         seen = element_mask(
-            tile_pass.region, torch.tensor(own), positions, int(lists.sink[head, tile]), int(lists.reach[head, tile])
+            tile_pass.region,
+            torch.tensor(own),
+            positions,
+            int(lists.sink[number, tile]),
+            int(lists.reach[number, tile]),
         )
         kept[positions[seen].long()] = True
     return kept

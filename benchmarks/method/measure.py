@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,13 @@ from benchmarks.method.forward import Forward, forward
 from benchmarks.method.losses import losses
 from benchmarks.method.truth import KINDS, Truth, dense_truth, measured_chunks
 from mminference_sgl.kernels import ops
+from mminference_sgl.kernels.tiles import Region
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
+
+APART = "auto apart"
+"""``auto`` with lists of single heads, in cells that suit these."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def measure(
         (report,) = prefill.run_layer(one.operands, one.sampled_plan, specs, config, out, "torch")
         coverage.append(float(report.coverage))
         tiles += sum(lists.tiles.numel() for _, lists in passes)
-        near_tiles += passes[0][1].tiles.numel()
+        near_tiles += sum(lists.tiles.numel() for own, lists in passes if own.region is Region.NEAR)
         if report.guarded > 0:
             # Heads that the guard sent to dense compute all of their tiles on top, and keep everything.
             guarded += int(report.guarded)
@@ -130,14 +134,19 @@ def run(cases: Sequence[Case], config: Config, *, why: bool = False) -> Iterator
         truth = dense_truth(problem, [case.chunk for case in same], first.seed)
         for case in same:
             chunks = measured_chunks(problem.scene.length, case.chunk)
-            # Query tiles of 64 rows are the smallest that a GPU is fast at.
+            # Query tiles of 64 lanes are the smallest that a GPU is fast at.
             sized = config.for_chunks(case.chunk, 64)
-            forwards = [
-                forward(problem, *bounds, sized, truth.positions, chunk=case.chunk, seed=case.seed) for bounds in chunks
-            ]
-            for pattern, specs in case.specs().items():
-                start = time.perf_counter()
-                figures = measure(forwards, truth, case.chunk, specs, sized, why=why)
-                yield Result(
-                    case.name, pattern, case.tokens, case.chunk, **figures, seconds=time.perf_counter() - start
-                )
+            ways = {sized: case.specs()}
+            if case.group > 1:
+                ways[replace(sized, sharing=False)] = {APART: case.specs()["auto"]}
+            for own, patterns in ways.items():
+                forwards = [
+                    forward(problem, *bounds, own, truth.positions, chunk=case.chunk, seed=case.seed)
+                    for bounds in chunks
+                ]
+                for pattern, specs in patterns.items():
+                    start = time.perf_counter()
+                    figures = measure(forwards, truth, case.chunk, specs, own, why=why)
+                    yield Result(
+                        case.name, pattern, case.tokens, case.chunk, **figures, seconds=time.perf_counter() - start
+                    )

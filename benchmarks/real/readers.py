@@ -134,7 +134,7 @@ class Twin:
         config = from_sources(("--set", settings)).for_chunks(CHUNK, SMALLEST_TILE)
         shape, pattern = self._model.shape, catalog.load(config.pattern)
         specs = [pattern.specs(layer, range(shape.heads)) for layer in range(shape.layers)]
-        method = twin.Method(config, specs, len(tokens), CHUNK, shape.scale, until)
+        method = twin.Method(config, specs, len(tokens), CHUNK, shape, until)
         found = _with_reports(twin.read(self._model, tokens, CHUNK, method), method.chunks, len(tokens))
         return replace(found, layers=[_figures(report) for report in method.chunks[-1].layers] if method.chunks else [])
 

@@ -20,7 +20,7 @@ from mminference_sgl.method import prefill
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.real.model import Attend, LanguageModel
+    from benchmarks.real.model import Attend, LanguageModel, Shape
     from mminference_sgl.method.catalog import HeadSpec
     from mminference_sgl.method.config import Config
 
@@ -66,14 +66,19 @@ class Method:
         specs: Sequence[Sequence[HeadSpec]],
         length: int,
         chunk: int,
-        scale: float,
+        shape: Shape,
         until: int | None = None,
     ) -> None:
-        self.config, self.scale = config, scale
+        self.config, self.scale = config, shape.scale
         self._until = length if until is None else until
         self._specs, self._chunk = specs, chunk
+        self._sharing = prefill.sharing(config, shape.heads // shape.kv_heads, "torch")
         layout = _core.Layout(
-            length, [], chunk_tokens=chunk, tile_queries=config.tile_queries, cell_size=config.cell_size
+            length,
+            [],
+            chunk_tokens=chunk,
+            tile_queries=planning.rows_per_tile(config.tile_queries, max(self._sharing, default=1)),
+            cell_size=config.cell_size,
         )
         self._layout = planning.DeviceLayout(layout, config.tile_keys, CPU)
         self._slots = torch.arange(1, length + 1, dtype=torch.int32)[None]
@@ -104,6 +109,7 @@ class Method:
             tile_queries=self.config.tile_queries,
             tile_keys=self.config.tile_keys,
             probe_rows=self.config.probe_rows,
+            sharing=self._sharing,
         )
 
 

@@ -95,7 +95,7 @@ def method_of(language: model.LanguageModel, settings: dict, chunk: int, length:
     config = config.for_chunks(chunk, readers.SMALLEST_TILE)
     pattern = catalog.load(config.pattern)
     specs = [pattern.specs(layer, range(language.shape.heads)) for layer in range(language.shape.layers)]
-    return twin.Method(config, specs, length, chunk, language.shape.scale)
+    return twin.Method(config, specs, length, chunk, language.shape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,7 +134,8 @@ def test_the_twin_that_keeps_everything_is_dense(
     assert [part.prefix for part in method.chunks] == list(range(0, LENGTH, chunk))
     for part in method.chunks:
         assert len(part.layers) == language.shape.layers
-        assert part.density == 1
+        # All that a row may see; tiles of shared lists have fewer rows, so fewer keys that none of them sees.
+        assert 0.85 < part.density <= 1
         assert part.coverage == pytest.approx(1, abs=1e-5)
         assert part.error < 1e-5
 

@@ -43,6 +43,8 @@ TILE_QUERIES, TILE_KEYS = 128, 64
 """The configuration's defaults."""
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 """Dtype of the pool and its bytes; the query of an fp8 pool is bf16."""
+GROUP = 7
+"""Query heads on a KV head: an odd number, as it is in Qwen2.5-VL 7B."""
 INT64_POINTERS = ("p_rows", "p_slots")
 REGISTERS = 65536
 
@@ -54,19 +56,23 @@ class Variant:
     far: bool
     merge: bool
     contiguous: bool
+    shared: bool = False
 
     def __str__(self) -> str:
-        """Region, epilogue and body."""
+        """Region, epilogue, body, and whether the heads of a KV group share lists."""
         body = "pages" if self.contiguous else "gather"
-        return f"{'far' if self.far else 'near'}-{'merge' if self.merge else 'write'}-{body}"
+        shared = "-shared" if self.shared else ""
+        return f"{'far' if self.far else 'near'}-{'merge' if self.merge else 'write'}-{body}{shared}"
 
 
 SERVED = (
     Variant(False, False, False),
     Variant(True, True, False),
     Variant(False, True, True),
+    Variant(True, True, False, shared=True),
 )
-"""A sequence pass that writes, a cell pass that merges, and heads that the guard runs again, from whole pages."""
+"""A sequence pass that writes, a cell pass that merges, heads that the guard runs again, from whole pages, and a cell
+pass of shared lists."""
 PAGES = (Variant(False, False, True), Variant(False, True, True))
 """What runs from whole pages: sequence passes that write, and those that merge."""
 EVERY = (*PAGES, *itertools.starmap(Variant, itertools.product((False, True), (False, True), (False,))))
@@ -158,9 +164,10 @@ def compile_job(job: Job) -> Compiled:
     bits = fp8 and job.arch < NATIVE_FP8
     constants = attend.constants_for(
         job.launch,
-        TILE_QUERIES,
+        TILE_QUERIES // GROUP * GROUP if job.variant.shared else TILE_QUERIES,
         TILE_KEYS,
-        group=7,
+        group=GROUP,
+        sharing=GROUP if job.variant.shared else 1,
         head_dim=job.head_dim,
         head_dim_v=job.head_dim,
         contiguous=job.variant.contiguous,

@@ -36,6 +36,7 @@ class Case:
     """Shapes of one problem; ``launch`` None takes the table's entry; ``value_dim`` 0 is the head size.
 
     ``every_tile`` lists all tiles that a pass may see behind a sink and a reach of 8 keys, otherwise random ones are.
+    ``shared``: the heads of a KV group share lists of smaller query tiles in the last two of the passes.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     value_dim: int = 0
     fp8: bool = False
     every_tile: bool = False
+    shared: bool = False
 
 
 CASES = (
@@ -72,6 +74,14 @@ CASES = (
     Case("descriptors-sub-tiles", 32, 32, 32, 4, 2, 64, Launch(16, 16, 1, 2, descriptors=True)),
     Case("descriptors-split-head", 32, 16, 128, 2, 2, 32, Launch(32, 16, 2, 2, split=True, descriptors=True)),
     Case("descriptors-padded-heads", 16, 32, 56, 4, 1, 32, Launch(16, 32, 1, 2, descriptors=True), value_dim=24),
+)
+CASES += tuple(
+    Case(f"group-of-{group}", 32, 16, 16, group, 1, 16, Launch(rows, 16, 2, 2), shared=True)
+    for group, rows in ((2, 32), (3, 16), (4, 32), (5, 32), (7, 16), (8, 32), (12, 16), (16, 32))
+)
+CASES += (
+    Case("groups-and-fp8", 64, 32, 64, 6, 2, 1, Launch(64, 16, 1, 2), fp8=True, shared=True),
+    Case("groups-and-head-80", 32, 16, 80, 8, 2, 1, Launch(32, 16, 1, 2, split=True), shared=True),
 )
 KEY_SCALE, VALUE_SCALE = 0.75, 1.5
 """Scales of the fp8 cases."""
@@ -97,6 +107,7 @@ def run(case: Case, dtype: torch.dtype) -> None:
         kv_heads=case.kv_heads,
         page_size=case.page_size,
         dtype=dtype,
+        sharing=(case.heads // case.kv_heads,) if case.shared else (),
     )
     meant = replace(problem.operands, value_pool=problem.value_pool[..., : case.value_dim or case.head_dim])
     stored = meant
@@ -105,7 +116,10 @@ def run(case: Case, dtype: torch.dtype) -> None:
     stored = replace(stored, query=strided(stored.query))
     exact, plain = Result(problems.cast(meant, torch.float64)), Result(meant)
     ours, pointers = Result(stored), Result(stored)
-    for step, tile_pass in enumerate((problem.plan.near, problem.plan.far, problem.plan.near)):
+    passes = [problem.plan.near, problem.plan.far, problem.plan.near]
+    if case.shared:
+        passes[1:] = reversed(problem.plan.shared[0].passes)
+    for step, tile_pass in enumerate(passes):
         lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, step)
         for result in (exact, plain):
             result.run(reference, tile_pass, lists, merge=step > 0)

@@ -38,21 +38,25 @@ LAYERS = (
 """Pattern of all heads, error ceiling and error."""
 CASES = ((BATCH, 32, 16), (STRADDLING, 64, 16))
 """Requests, and rows and keys of tiles."""
+SHARING = 2
+"""Heads that share lists."""
 
 
 def main() -> None:
     for layer in LAYERS:
-        compare_layers(*layer)
+        for sharing in ((), (SHARING,)):
+            compare_layers(*layer, sharing)
     for requests, tile_queries, tile_keys in CASES:
-        problem = problems.make(requests, tile_queries=tile_queries, tile_keys=tile_keys, heads=2, kv_heads=1)
+        sizes = {"tile_queries": tile_queries, "tile_keys": tile_keys, "heads": SHARING, "kv_heads": 1}
+        problem = problems.make(requests, **sizes, sharing=(SHARING,))
         compare_searches(problem)
-        for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far)):
+        for seed, tile_pass in enumerate((problem.plan.near, problem.plan.far, *problem.plan.shared[0].passes)):
             compare_lists(tile_pass, *random_map(problem, tile_pass, seed))
 
 
-def compare_layers(spec: HeadSpec, ceiling: float, error: float) -> None:
+def compare_layers(spec: HeadSpec, ceiling: float, error: float, sharing: tuple[int, ...]) -> None:
     """A layer with every stage in Triton, and with the portable ones around the reference."""
-    problem = problems.make([VIDEO], tile_queries=16, tile_keys=16, head_dim=16, heads=4, kv_heads=2)
+    problem = problems.make([VIDEO], tile_queries=16, tile_keys=16, head_dim=16, heads=4, kv_heads=2, sharing=sharing)
     config = Config(error=error, text_error=error, error_ceiling=ceiling, patterns=BUDGETS)
     runs = {}
     for implementation in ("triton", "reference"):
@@ -65,6 +69,7 @@ def compare_layers(spec: HeadSpec, ceiling: float, error: float) -> None:
             {
                 "kernel": "layer",
                 "pattern": str(spec),
+                "sharing": sharing,
                 "error": distance(ours, want),
                 "scale": float(want.abs().max()),
                 "guarded": [int(r.guarded) for r in reports],
@@ -80,9 +85,14 @@ def compare_layers(spec: HeadSpec, ceiling: float, error: float) -> None:
 def compare_searches(problem: problems.Problem) -> None:
     """Both searches on what is probed of each row group, keys scaled up so that attention is sharp."""
     operands = replace(problem.operands, key_pool=problem.key_pool * 4)
-    for group in problem.plan.groups:
+    groups = [
+        (group, tiles.view)
+        for tiling in problem.plan.tilings
+        for group, tiles in zip(problem.plan.groups, tiling.groups, strict=True)
+    ]
+    for group, view in groups:
         probed = probe.run(operands, group.keys, group.probe_rows)
-        view, cell = group.view, group.view.cell
+        cell, sharing = view.cell, view.sharing
         size = probed.output.square().sum(2)
         energy = size.mean(1)
         for index, share in enumerate(ALLOWED):
@@ -93,13 +103,13 @@ def compare_searches(problem: problems.Problem) -> None:
                 probed.held,
                 size,
                 view.row_tiles,
-                *(each.columns_and_diagonals(*given) for each in (search_triton, search)),
+                *(each.columns_and_diagonals(*given, sharing=sharing) for each in (search_triton, search)),
             )
             if cell is None:
                 continue
             (held,) = probed.far([(8, 17)])
             given = held, size, cell, cell.tiles(8, 17), view.causal_tiles, energy * share
-            ours, want = (each.lines(*given, min_lines=index % 2) for each in (search_triton, search))
+            ours, want = (each.lines(*given, min_lines=index % 2, sharing=sharing) for each in (search_triton, search))
             report("lines", held, size, cell.row_tiles, ours, want)
 
 

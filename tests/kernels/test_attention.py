@@ -40,9 +40,9 @@ def random_lists(problem: problems.Problem, tile_pass: TilePass, seed: int) -> T
 def random_map(
     problem: problems.Problem, tile_pass: TilePass, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Those tiles as a map bool [H, T, n], and the sinks and reaches, int32 [H, T]."""
+    """Those tiles as a map bool [G, T, n], and the sinks and reaches, int32 [G, T]."""
     generator = torch.Generator().manual_seed(seed)
-    heads, tiles, keys = problem.query.shape[1], tile_pass.num_tiles, tile_pass.keys
+    heads, tiles, keys = problem.query.shape[1] // tile_pass.sharing, tile_pass.num_tiles, tile_pass.keys
     sink = torch.randint(0, 200, (heads, tiles), generator=generator, dtype=torch.int32)
     reach = torch.randint(1, 300, (heads, tiles), generator=generator, dtype=torch.int32)
     selected = torch.zeros(heads, tiles, keys.widest, dtype=torch.bool)
@@ -96,6 +96,35 @@ def test_torch_equals_reference_on_random_lists(tiles: tuple[int, int], page_siz
         assert (out[blind] == 0).all()
         assert_as_exact_as(plain, out, exact)
         assert_as_exact_as(plain_lse[~blind], lse[~blind], exact_lse[~blind])
+
+
+GROUPS = (2, 3, 4, 5, 7, 8, 12, 16)
+"""Query heads on a KV head."""
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("tiles", [(128, 64), (32, 16)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_heads_that_share_lists_equal_the_reference(group: int, tiles: tuple[int, int]) -> None:
+    """Rows of a tile are as many as its lanes hold; several requests, odd rows, merged into what passes before left."""
+    heads = 2 * group
+    problem = problems.make(
+        heads=heads, kv_heads=2, head_dim=16, tile_queries=tiles[0], tile_keys=tiles[1], sharing=(group,)
+    )
+    (tiling,) = problem.plan.shared
+    assert tiling.near.tile_queries == tiles[0] // group
+    assert tiling.near.lanes <= tiles[0]
+    operands = problem.operands
+    results = {}
+    for name, implementation, dtype in (
+        ("ours", torch_tiles, torch.float32), ("plain", reference, torch.float32), ("exact", reference, torch.float64)
+    ):  # fmt: skip
+        cast = problems.cast(operands, dtype)
+        out, lse = torch.full_like(cast.query, torch.nan), torch.full(cast.query.shape[:2], torch.nan, dtype=dtype)
+        passes = (problem.plan.near, *tiling.passes)
+        for seed, tile_pass in enumerate(passes):
+            implementation.attend(cast, tile_pass, random_lists(problem, tile_pass, seed), out, lse, merge=seed > 0)
+        results[name] = out
+    assert_as_exact_as(results["plain"], results["ours"], results["exact"])
 
 
 @pytest.mark.parametrize("heads", [(8, 1), (4, 4), (6, 2)], ids=lambda h: f"{h[0]}q{h[1]}kv")

@@ -33,7 +33,7 @@ def choose(problem: problems.Problem, group, pattern: str, config: Config) -> ch
     budget = prefill.budget_of(rows.output, config.bound(group.modality), config)
     blocks = [prefill.propose(select.Selection(group.view, rows, budget, search), config, pairs)]
     nothing = torch.full((len(pairs),), -1)
-    return prefill.choose(group.view, blocks, pairs, budget, nothing)[0]
+    return choices.decide([prefill.Want.of(group.view, pairs).offer(blocks)], budget, nothing)[0]
 
 
 def loose(error: float, **settings) -> Config:
@@ -85,7 +85,7 @@ def test_reported_coverage_and_error_are_those_of_attention(request_: problems.R
         lists = prefill._PassLists(tile_pass, 4, stages_of("reference"))
         lists.put(tiles, selected, choice)
         whole = torch.zeros_like(problem.query), torch.full(problem.query.shape[:2], -torch.inf)
-        reference.attend(problem.operands, tile_pass, lists.lists(), *whole, merge=False)
+        reference.attend(problem.operands, *lists.lists(), *whole, merge=False)
         parts.append([x[group.probe_rows.rows] for x in whole])
     (near_out, near_lse), (far_out, far_lse) = parts
     lse = torch.logaddexp(near_lse, far_lse)
@@ -334,7 +334,7 @@ def decide(view, proposals, wanted, energy, bound, previous=None, **limits):
     joined = [replace(each, levels=replace(each.levels, near=each.levels.near)) for each in joined]
     carried = torch.full((heads,), -1) if previous is None else torch.tensor(previous)
     budget = choices.Budget(torch.tensor(energy), bound, **limits)
-    choice, pick = choices.decide(view, joined, torch.tensor(wanted), budget, carried)
+    choice, pick = choices.decide([choices.Offer(view, joined, torch.tensor(wanted))], budget, carried)
     return pick.tolist(), choice.tiles.tolist(), choice.error.tolist()
 
 

@@ -74,14 +74,14 @@ def test_searches_find_the_same() -> None:
 
 def test_lists_are_the_same() -> None:
     lines = [line for line in selections() if line["kernel"] == "lists"]
-    assert len(lines) == 2 * len(interpret_select.CASES)
+    assert len(lines) == 4 * len(interpret_select.CASES)
     assert all(line["same"] and line["tiles"] > line["full"] for line in lines)
     assert any(line["full"] for line in lines)
 
 
 def test_layers_are_the_same() -> None:
     lines = [line for line in selections() if line["kernel"] == "layer"]
-    assert len(lines) == len(interpret_select.LAYERS)
+    assert len(lines) == 2 * len(interpret_select.LAYERS)
     for line in lines:
         assert line["error"] <= 1e-5 * line["scale"], line
         assert line["same_tiles"], line

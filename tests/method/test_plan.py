@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,12 +90,14 @@ BATCHES: dict[str, list[Request]] = {
 }
 
 SIZES = {
-    "64x16": (64, 16, 0, 16),
-    "32x64": (32, 64, 0, 64),
-    "16x16 cells of 3": (16, 16, 3, 1),
-    "128x128": (128, 128, 5, 7),
+    "64x16": (64, 16, 0, 16, 1),
+    "32x64": (32, 64, 0, 64, 1),
+    "16x16 cells of 3": (16, 16, 3, 1, 1),
+    "128x128": (128, 128, 5, 7, 1),
+    "64x16 by 7": (64, 16, 0, 16, 7),
+    "32x64 by 2": (32, 64, 4, 64, 2),
 }
-"""Query tile, key tile, cell size (0: automatic) and probe rows."""
+"""Lanes of a query tile, key tile, cell size (0: automatic), probe rows, and how many heads share a list."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,22 @@ class Case:
     tile_queries: int
     tile_keys: int
     probe_rows: int
+    shared: int
 
 
 def make(
-    requests: Sequence[Request], *, tile_queries: int, tile_keys: int, cell_size: int = 0, probe_rows: int = 16
+    requests: Sequence[Request],
+    *,
+    tile_queries: int,
+    tile_keys: int,
+    cell_size: int = 0,
+    probe_rows: int = 16,
+    shared: int = 1,
 ) -> Case:
-    """Plans a batch in which rows of dense requests lie between the sparse ones and pool rows are not batch indices."""
+    """Plans a batch in which rows of dense requests lie between the sparse ones and pool rows are not batch indices.
+
+    Where heads share lists, the plan is that of their query tiles: what holds of single heads' tiles holds of these.
+    """
     generator = torch.Generator().manual_seed(7)
     context = max(request.length for request in requests) + 5
     pool_rows = torch.randperm(2 * len(requests) + 1, generator=generator)[: len(requests)]
@@ -124,17 +137,25 @@ def make(
         device_layout = DeviceLayout(layout, tile_keys, CPU)
         sparse.append(SparseRequest(device_layout, request.prefix, request.chunk, pool_rows[index : index + 1], row))
         row += request.chunk + 11 * index
-    plan = build(sparse, req_to_token, tile_queries=tile_queries, tile_keys=tile_keys, probe_rows=probe_rows)
-    return Case(requests, sparse, req_to_token, plan, tile_queries, tile_keys, probe_rows)
+    sizes = {"tile_queries": tile_queries, "tile_keys": tile_keys, "probe_rows": probe_rows}
+    plan = build(sparse, req_to_token, **sizes, sharing=(shared,) if shared > 1 else ())
+    if shared > 1:
+        (tiling,) = plan.shared
+        assert all(tile_pass.sharing == shared for tile_pass in tiling.passes)
+        groups = [
+            dataclasses.replace(group, view=tiles.view, near=tiles.near, far=tiles.far)
+            for group, tiles in zip(plan.groups, tiling.groups, strict=True)
+        ]
+        assert all(group.view.sharing == shared for group in groups)
+        plan = dataclasses.replace(plan, near=tiling.near, far=tiling.far, groups=groups)
+    return Case(requests, sparse, req_to_token, plan, tile_queries // shared, tile_keys, probe_rows, shared)
 
 
 @pytest.fixture(scope="module", params=[(b, s) for b in BATCHES for s in SIZES], ids=lambda p: f"{p[0]}-{p[1]}")
 def case(request: pytest.FixtureRequest) -> Case:
     batch, size = request.param
-    tile_queries, tile_keys, cell_size, probe_rows = SIZES[size]
-    return make(
-        BATCHES[batch], tile_queries=tile_queries, tile_keys=tile_keys, cell_size=cell_size, probe_rows=probe_rows
-    )
+    names = ("tile_queries", "tile_keys", "cell_size", "probe_rows", "shared")
+    return make(BATCHES[batch], **dict(zip(names, SIZES[size], strict=True)))
 
 
 # -- the slow derivation -----------------------------------------------------------------------------------------------
@@ -424,12 +445,19 @@ def test_media_probes_stand_for_bands(case: Case) -> None:
         bands = cell.bands.tolist()
         assert len(bands) == group.far.stop - group.far.start
         assert bands == sorted(bands)
+        assert set(cell.band_of_row.tolist()) == set(range(cell.num_bands)), "every band is probed"
+        if case.shared > 1:
+            # Their bands are those of single heads' tiles: a tile is in the one that its first row is in.
+            assert set(bands) <= set(range(cell.num_bands))
+            at_rows = cell.bands[cell.row_tiles]
+            assert (at_rows <= cell.band_of_row).all()
+            assert (at_rows == cell.band_of_row).float().mean() >= 0.5
+            continue
         assert set(bands) == set(range(cell.num_bands))
         sizes = [bands.count(band) for band in range(cell.num_bands)]
         assert max(sizes) - min(sizes) <= 1
         wanted = min(case.probe_rows, rows_to_probe(case.requests[group.request].chunk))
         assert cell.num_bands == min(wanted, len(bands))
-        assert set(cell.band_of_row.tolist()) == set(range(cell.num_bands)), "every band is probed"
         for row, band in zip(probed(group), cell.band_of_row.tolist(), strict=True):
             own = [rows_of(far, group.far.start + tile) for tile, of in enumerate(bands) if of == band]
             assert row in [item for rows in own for item in rows]

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mminference_sgl.kernels.choice import Choice
 from mminference_sgl.kernels.levels import LEVELS
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import Region, TilePass, element_mask
@@ -50,7 +51,7 @@ class About:
     ``prefix``, ``chunk``: tokens before the rows' chunk, and of it. ``first_head``: id of head 0 over all ranks.
     ``scale``: what the products of queries and keys as they are stored are multiplied by before the softmax.
     ``causal_tiles``: tiles that dense attention of the rows computes for a head. ``patterns``: name and reach (see
-    :class:`~mminference_sgl.kernels.tiles.Region`) of what was proposed to some head.
+    :class:`~mminference_sgl.kernels.tiles.Region`) of what was proposed to some head, and how many share a list then.
     """
 
     layer: int
@@ -62,7 +63,7 @@ class About:
     scale: float
     tile_keys: int
     causal_tiles: int
-    patterns: list[tuple[str, int]]
+    patterns: list[tuple[str, int, int]]
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,18 @@ class Capture:
     """Rows of one modality in one layer of one forward, and what was selected for them.
 
     Shapes: ``H`` query heads, ``R`` rows, ``N`` keys, ``t`` query tiles and ``n`` key tiles of the sequence pass,
-    ``t'`` and ``n'`` of the cell pass (0 where these rows have none), ``C`` proposed patterns, ``L`` thresholds.
+    ``t'`` and ``n'`` of the cell pass (0 where these rows have none), ``C`` proposed patterns, ``L`` thresholds. Heads
+    that share a list have other query tiles than those that do not; ``t`` and ``t'`` are the larger numbers of them.
 
     ``query`` [R, H, D], ``key`` [N, KV heads, D]: as they are in the pool, keys by token position.
     ``positions`` int32 [R]: the rows' token positions, ascending; ``probed`` bool [R]: whether selection saw the row.
-    ``near`` bool [H, t, n], ``far`` bool [H, t', n']: tiles that are read; ``near_tile``, ``far_tile`` int64 [R]: the
-    rows' query tiles. ``cell_keys`` int32 [n', tile_keys]: token positions in cell order, ABSENT behind a run's end.
-    ``sink``, ``reach`` int32 [H]: the near region. ``picked`` int64 [H]: index of the pattern, -1 for dense attention.
-    ``guarded`` bool [H]: heads that went dense behind that; for these ``near`` and ``far`` are what failed.
-    ``tiles`` int64 [H]: tiles computed; ``coverage`` fp32 [H]: share of the probe rows' mass that is kept, the mean
-    over the rows; ``error`` fp32 [H]: relative error of the probe rows' output, measured; all three behind the guard.
+    ``near`` bool [H, t, n], ``far`` bool [H, t', n']: tiles that are read; ``near_tile``, ``far_tile`` int64 [H, R]:
+    the rows' query tiles. ``cell_keys`` int32 [n', tile_keys]: token positions in cell order, ABSENT behind a run's
+    end. ``sink``, ``reach`` int32 [H]: the near region. ``picked`` int64 [H]: index of the pattern, -1 for dense
+    attention. ``guarded`` bool [H]: heads that went dense behind that; for these ``near`` and ``far`` are what failed.
+    ``tiles`` fp32 [H]: tiles computed, its part of them for a head that shares; ``coverage`` fp32 [H]: share of the
+    probe rows' mass that is kept, the mean over the rows; ``error`` fp32 [H]: relative error of the probe rows' output,
+    measured; all three behind the guard.
     ``estimate`` fp32 [H]: the error that selection reckoned with. ``energy`` fp32 [H]: squared length of the dense
     output of a probe row, the mean over the rows.
     ``curve_error``, ``curve_coverage``, ``curve_tiles`` fp32 [C, H, L]: relative error, kept mass and tiles at each
@@ -156,11 +159,11 @@ class Capture:
         keys = torch.arange(self.key.shape[0])
         sink, reach = int(self.sink[head]), int(self.reach[head])
         near = element_mask(Region.NEAR, self.positions[rows, None], keys, sink, reach)
-        seen = self.near[head, self.near_tile[rows]].repeat_interleave(self.about.tile_keys, 1)[:, : keys.numel()]
+        seen = self.near[head, self.near_tile[head, rows]].repeat_interleave(self.about.tile_keys, 1)[:, : keys.numel()]
         found = (near & seen).to(torch.int8)
         if self.far.numel():
             far = (keys <= self.positions[rows, None]) & ~near
-            found += 2 * (self.far[head, self.far_tile[rows]][:, self._cell_tile] & far).to(torch.int8)
+            found += 2 * (self.far[head, self.far_tile[head, rows]][:, self._cell_tile] & far).to(torch.int8)
         return found
 
     def save(self, path: Path) -> int:
@@ -177,7 +180,7 @@ def load(path: Path) -> Capture:
     """Reads a file back."""
     with safe_open(path, "pt") as file:
         about = About(**json.loads(file.metadata()["about"]))
-        about = replace(about, patterns=[(name, reach) for name, reach in about.patterns])
+        about = replace(about, patterns=[(name, reach, shared) for name, reach, shared in about.patterns])
         return Capture(about, **{name: file.get_tensor(name) for name in _TENSORS})
 
 
@@ -287,15 +290,22 @@ def _capture(
     guarded = guarded.cpu()
     error = (lost / energy.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
     # Blocks of heads with other patterns are proposed others.
-    patterns = list(dict.fromkeys(pattern for one in selected for pattern in one.patterns))
+    patterns = list(dict.fromkeys(pattern for one in selected for pattern in _patterns(one)))
     curves = {
         name: joined([_curves(one, patterns, name) for one in selected], 1) for name in ("error", "coverage", "tiles")
     }
-    picks = [torch.tensor([*map(patterns.index, one.patterns), -1])[one.picked.cpu()] for one in selected]
-    far = [one.far for one in choice if one.far is not None]
-    has_cells = bool(far) and plan.far is not None and group.keys.cell is not None
+    picks = [torch.tensor([*map(patterns.index, _patterns(one)), -1])[one.picked.cpu()] for one in selected]
+    picked = torch.cat(picks)
+    sharing = torch.tensor([*(shared for *_, shared in patterns), 1])[picked]
+    has_cells = choice[0].far is not None and group.keys.cell is not None
     heads = operands.heads
     nothing = torch.zeros(heads, 0, 0, dtype=torch.bool)
+    near_tiles, far_tiles = torch.zeros(heads, len(rows)).long(), torch.zeros(heads, len(rows)).long()
+    for tiling in plan.tilings:
+        tiles, own = tiling.groups[selected[0].group], sharing == tiling.sharing
+        near_tiles[own] = _tiles_of(tiling.near, tiles.near, rows)
+        if has_cells and tiling.far is not None:
+            far_tiles[own] = _tiles_of(tiling.far, tiles.far, rows)
     return Capture(
         about=About(
             layer=place[0],
@@ -313,14 +323,14 @@ def _capture(
         key=key,
         positions=positions,
         probed=probed,
-        near=joined([one.near for one in choice]),
-        near_tile=_tiles_of(plan.near, group.near, rows),
-        far=joined(far) if has_cells else nothing,
-        far_tile=_tiles_of(plan.far, group.far, rows) if has_cells and plan.far is not None else torch.zeros(0).long(),
+        near=_by_head(choice, sharing, "near"),
+        near_tile=near_tiles,
+        far=_by_head(choice, sharing, "far") if has_cells else nothing,
+        far_tile=far_tiles if has_cells else torch.zeros(heads, 0).long(),
         cell_keys=_cell_keys(group) if has_cells else torch.zeros(0, group.view.keys.tile_keys, dtype=torch.int32),
-        sink=joined([one.sink for one in choice]),
-        reach=joined([one.reach for one in choice]),
-        picked=torch.cat(picks),
+        sink=_by_head(choice, sharing, "sink"),
+        reach=_by_head(choice, sharing, "reach"),
+        picked=picked,
         guarded=guarded,
         tiles=joined([one.tiles for one in choice]).masked_fill(guarded, causal),
         coverage=joined([one.coverage for one in choice]).masked_fill(guarded, 1.0),
@@ -333,12 +343,46 @@ def _capture(
     )
 
 
-def _curves(selected: Selected, patterns: Sequence[tuple[str, int]], name: str) -> torch.Tensor:
+_Pattern = tuple[str, int, int]
+
+
+def _patterns(selected: Selected) -> list[_Pattern]:
+    """What was proposed, in the order that picks count in."""
+    return [
+        (proposal.levels.pattern, proposal.levels.reach, offer.view.sharing)
+        for offer in selected.offers
+        for proposal in offer.proposals
+    ]
+
+
+def _curves(selected: Selected, patterns: Sequence[_Pattern], name: str) -> torch.Tensor:
     """A figure of a block of heads at every threshold of the patterns: fp32 [C, H, L]."""
-    own = {pattern: getattr(curves, name) for pattern, curves in zip(selected.patterns, selected.curves, strict=True)}
-    shape = selected.picked.numel(), LEVELS + 1
-    unknown = torch.full(shape, torch.nan)
-    return torch.stack([own[pattern].float().cpu() if pattern in own else unknown for pattern in patterns])
+    heads = selected.picked.numel()
+    found = [torch.full((heads, LEVELS + 1), torch.nan)] * len(patterns)
+    proposals = [proposal for offer in selected.offers for proposal in offer.proposals]
+    for pattern, proposal in zip(_patterns(selected), proposals, strict=True):
+        values = getattr(proposal.curves, name).float().cpu()
+        if values.shape[0] != heads:
+            values = values.repeat_interleave(pattern[2], dim=0) / pattern[2]
+        found[patterns.index(pattern)] = values
+    return torch.stack(found)
+
+
+def _by_head(choice: Sequence[Choice], sharing: torch.Tensor, name: str) -> torch.Tensor:
+    """A field of the maps that blocks of heads have, each head's own in as much memory as the largest needs: [H, ...].
+
+    ``sharing`` int64 [H]: of the map that is a head's.
+    """
+    found = []
+    for block, own in zip(choice, torch.split(sharing, [one.tiles.numel() for one in choice]), strict=True):
+        maps = [(one.sharing, getattr(one, name).cpu()) for one in (block, *block.shared)]
+        shape = [max(sizes) for sizes in zip(*(values.shape[1:] for _, values in maps), strict=True)]
+        every = maps[0][1].new_zeros(len(own), *shape)
+        for shared, values in maps:
+            heads = (own == shared).nonzero()[:, 0]
+            every[(heads, *(slice(size) for size in values.shape[1:]))] = values[heads // shared]
+        found.append(every)
+    return torch.cat(found)
 
 
 def _relative(lost: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:

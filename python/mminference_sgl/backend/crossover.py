@@ -39,7 +39,7 @@ from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, rows_per_tile
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SECONDS = 4.0
@@ -181,11 +181,12 @@ def _planner(shape: Shape, length: int) -> Callable[[], ForwardPlan]:
     rows = min(length, shape.chunk_tokens or length)
     req_to_token = torch.arange(1, length + 1, dtype=torch.int32, device=shape.device)[None]
     frames = length // _SIDE**2
+    sharing = prefill.sharing(shape.config, shape.heads // shape.kv_heads, shape.implementation)
     layout = _core.Layout(
         length,
         [(2, [(0, length - 1)], (frames, _SIDE, _SIDE))],
         chunk_tokens=shape.chunk_tokens,
-        tile_queries=shape.config.tile_queries,
+        tile_queries=rows_per_tile(shape.config.tile_queries, max(sharing, default=1)),
         cell_size=shape.config.cell_size,
     )
     on_device = DeviceLayout(layout, shape.config.tile_keys, shape.device)
@@ -197,6 +198,7 @@ def _planner(shape: Shape, length: int) -> Callable[[], ForwardPlan]:
         tile_queries=shape.config.tile_queries,
         tile_keys=shape.config.tile_keys,
         probe_rows=shape.config.probe_rows,
+        sharing=sharing,
     )
 
 

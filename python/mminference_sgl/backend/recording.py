@@ -102,6 +102,7 @@ class Recorder:
             tile_keys=config.tile_keys,
             probe_rows=LARGEST_INTEGER if scored else config.probe_rows,
             page_size=self._start.page_size,
+            sharing=self._start.sharing,
             probe_one_in=head_search.PROBE_ONE_IN if scored else 0,
         )
         if self._rank == 0:

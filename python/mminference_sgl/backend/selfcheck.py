@@ -29,7 +29,7 @@ from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
 from mminference_sgl.method.items import VIDEO
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, rows_per_tile
 
 ISOLATED = ("flashinfer",)
 """Implementations on internal interfaces of others: a mistake could hang or corrupt the process that tries them."""
@@ -184,7 +184,8 @@ def _check_here(implementation: str, device: torch.device, served: Served, token
     try:
         operands = _operands(served, tokens, pages * tile, device)
         out = torch.full_like(operands.query, torch.nan)
-        plan = _plan(slots, served, page_size=tile if contiguous else 1)
+        sharing = prefill.sharing(Config(tile_queries=served.tile_queries), operands.group, implementation)
+        plan = _plan(slots, served, sharing, page_size=tile if contiguous else 1)
         prefill.run_layer(operands, plan, grid, exact, out, implementation)
         error = (out.double() - _dense(operands, slots)).abs().max().item()
         kept, expected = (
@@ -229,13 +230,14 @@ def _dense(operands: Operands, slots: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _plan(slots: torch.Tensor, served: Served, *, page_size: int) -> ForwardPlan:
+def _plan(slots: torch.Tensor, served: Served, sharing: tuple[int, ...], *, page_size: int) -> ForwardPlan:
     """One request in one chunk, token i in slot ``slots[i]``: a video of 3 x 6 places, and words before and behind."""
     device, tokens = slots.device, slots.numel()
     words, places = 3, 3 * 6
     frames = (tokens - 2 * words) // places
     item = (VIDEO, [(words, words + frames * places - 1)], (frames, 3, 6))
-    layout = _core.Layout(tokens, [item], chunk_tokens=0, tile_queries=served.tile_queries)
+    rows = rows_per_tile(served.tile_queries, max(sharing, default=1))
+    layout = _core.Layout(tokens, [item], chunk_tokens=0, tile_queries=rows)
     on_device = DeviceLayout(layout, served.tile_keys, device)
     return build(
         [SparseRequest(on_device, 0, tokens, torch.zeros(1, dtype=torch.int64), 0)],
@@ -244,6 +246,7 @@ def _plan(slots: torch.Tensor, served: Served, *, page_size: int) -> ForwardPlan
         tile_keys=served.tile_keys,
         probe_rows=_PROBE_ROWS,
         page_size=page_size,
+        sharing=sharing,
     )
 
 

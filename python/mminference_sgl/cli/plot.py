@@ -131,12 +131,13 @@ def curves(capture: Capture, head: int) -> Figure:
     causal, pick = capture.about.causal_tiles, int(capture.picked[head])
     for axis, name, chosen in ((axes[0], "error", capture.estimate), (axes[1], "coverage", capture.coverage)):
         values = capture.curve_error if name == "error" else capture.curve_coverage
-        for index, (pattern, reach) in enumerate(capture.about.patterns):
+        for index, (pattern, reach, sharing) in enumerate(capture.about.patterns):
             if values[index, head].isnan().any():
                 continue
-            window = f", window {reach}" if pattern == "grid" else ""
+            says = f"{pattern}, window {reach}" if pattern == "grid" else pattern
+            says += f", {sharing} heads" if sharing > 1 else ""
             density = capture.curve_tiles[index, head] / causal
-            axis.plot(density.numpy(), values[index, head].numpy(), marker=".", label=f"{pattern}{window}")
+            axis.plot(density.numpy(), values[index, head].numpy(), marker=".", label=says)
         if pick >= 0 and not capture.guarded[head]:
             axis.plot(float(capture.density[head]), float(chosen[head]), "k*", ms=12, label="chosen")
         axis.set(xlabel="density (tiles over causal tiles)", ylabel=name, xlim=(0, None), ylim=(0, None))

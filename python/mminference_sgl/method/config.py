@@ -91,6 +91,7 @@ class Config:
     tile_keys: int = 64
     cell_size: int = 0
     frame_stride: int = 0
+    sharing: bool = True
     patterns: PatternBudgets = field(default_factory=PatternBudgets)
 
     def __post_init__(self) -> None:
@@ -124,6 +125,7 @@ class Config:
             _check(type(value) is int and value in sizes, name, value, "one of " + ", ".join(map(str, sizes)))
         _check_int("cell_size", self.cell_size, 0)
         _check_int("frame_stride", self.frame_stride, 0)
+        _check(isinstance(self.sharing, bool), "sharing", self.sharing, "true or false")
         for pattern in dataclasses.fields(self.patterns):
             budget = getattr(self.patterns, pattern.name)
             for item in dataclasses.fields(budget):

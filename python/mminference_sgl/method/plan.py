@@ -80,31 +80,65 @@ class SparseRequest:
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """Rows of one request and one query modality, as selection sees them.
+class GroupTiles:
+    """Query tiles of a row group: what selection sees of them, and where they are among the two passes' tiles."""
 
-    ``near`` and ``far``: the group's query tiles, as slices of the two passes' tiles.
+    view: View
+    near: slice
+    far: slice
+
+
+@dataclass(frozen=True)
+class RowGroup(GroupTiles):
+    """Rows of one request and one query modality; the tiles are those for lists of single heads.
+
     ``row_slots``: its row slots in the sequence pass. ``keys``: the request's, for the probe.
     """
 
     request: int
     modality: str
-    view: View
     probe_rows: ProbeRows
     keys: ProbeKeys
-    near: slice
-    far: slice
     row_slots: slice
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """All rows in query tiles for lists that ``sharing`` heads share; ``groups`` as the plan's."""
+
+    sharing: int
+    near: TilePass
+    far: TilePass | None
+    groups: Sequence[GroupTiles]
+
+    @property
+    def passes(self) -> list[TilePass]:
+        """The sequence pass, and the cell pass if there is one."""
+        return [self.near] if self.far is None else [self.near, self.far]
+
+
+@dataclass(frozen=True)
 class ForwardPlan:
-    """Everything geometric about one forward."""
+    """Everything geometric about one forward.
+
+    Query tiles for lists of single heads are the plan's own; ``shared`` are others of the same rows.
+    """
 
     requests: Sequence[SparseRequest]
     near: TilePass
     far: TilePass | None
     groups: Sequence[RowGroup]
+    shared: Sequence[Tiling] = ()
+
+    @property
+    def tilings(self) -> list[Tiling]:
+        """All of them, that of single heads first."""
+        return [Tiling(1, self.near, self.far, self.groups), *self.shared]
+
+
+def rows_per_tile(lanes: int, sharing: int) -> int:
+    """Rows of a query tile of so many lanes, for lists that so many heads share."""
+    return max(1, lanes // sharing)
 
 
 def build(
@@ -116,33 +150,21 @@ def build(
     probe_rows: int,
     page_size: int = 1,
     probe_one_in: int = 0,
+    sharing: Sequence[int] = (),
 ) -> ForwardPlan:
     """Plans one forward over its sparse requests.
 
     Args:
         requests: at least one.
         req_to_token: [pool rows, context] integer; slots of each request's tokens.
+        tile_queries: most lanes of a query tile.
         probe_rows: most rows to probe per request and modality.
         page_size: slots of a page of the KV pool; a request's tokens fill its pages in order.
         probe_one_in: one row in so many is probed instead of what serving can afford, see :func:`rows_to_probe`.
+        sharing: numbers of heads that may share a list, ascending; a query tile of such lists has as many rows as its
+            lanes hold, at least one.
     """
     device = req_to_token.device
-    planned = _core.plan(
-        [(r.layout.layout, r.prefix, r.chunk, r.row_start) for r in requests],
-        tile_queries=tile_queries,
-        tile_keys=tile_keys,
-    )
-    host, fields = planned.buffer, planned.fields()
-    uploaded = _to_device(host, device)
-
-    def on_host(name: str) -> Int32Array:
-        offset, length = fields[name]
-        return host[offset : offset + length]
-
-    def on_device(name: str) -> torch.Tensor:
-        offset, length = fields[name]
-        return uploaded[offset : offset + length]
-
     slots = [req_to_token[r.pool_row][0, : r.num_keys].long() for r in requests]
     near_keys = _key_order(
         [
@@ -151,80 +173,142 @@ def build(
         ],
         contiguous=page_size % tile_keys == 0,
     )
-
-    def tile_pass(prefix: str, region: Region, keys: KeyOrder) -> TilePass:
-        return TilePass(
-            region=region,
-            keys=keys,
-            rows=on_device(f"{prefix}.rows").long(),
-            positions=on_device(f"{prefix}.positions"),
-            indptr=on_device(f"{prefix}.row_indptr"),
-            request=on_device(f"{prefix}.tile_request"),
-            min_pos=on_device(f"{prefix}.tile_min_pos"),
-            max_pos=on_device(f"{prefix}.tile_max_pos"),
-            tile_queries=tile_queries,
-        )
-
-    near = tile_pass("seq", Region.NEAR, near_keys)
-    far = None
-    if fields["cell.tile_request"][1] > 0:
-        far = tile_pass(
-            "cell",
-            Region.FAR,
-            _key_order([_cell_tiles(r, own, tile_keys) for r, own in zip(requests, slots, strict=True)]),
-        )
-    own_lo, own_hi = on_device("cell.own_lo"), on_device("cell.own_hi")
-
+    single, *others = (
+        _Planned(requests, shared, rows_per_tile(tile_queries, shared), tile_keys, device) for shared in (1, *sharing)
+    )
+    far_keys = None
+    if single.has_cells:
+        far_keys = _key_order([_cell_tiles(r, own, tile_keys) for r, own in zip(requests, slots, strict=True)])
+    near, far = single.passes(near_keys, far_keys)
+    tilings: list[list[GroupTiles]] = [[] for _ in others]
     groups: list[RowGroup] = []
-    near_request, near_kind = on_host("seq.tile_request"), on_host("seq.tile_kind")
-    far_request, near_indptr = on_host("cell.tile_request"), on_host("seq.row_indptr")
     near_tiles, far_tiles = (_request_tiles(order, requests, tile_keys) for order in ("sequence", "cell"))
     for index, request in enumerate(requests):
-        cell_keys = far.keys.of_request(far_tiles[index]) if far is not None and request.layout.has_media else None
-        keys = ProbeKeys(near.keys.of_request(near_tiles[index]), cell_keys, request.num_keys - 1)
-        far_slice = _span(far_request == index)
+        cell_keys = far_keys.of_request(far_tiles[index]) if far_keys is not None and request.layout.has_media else None
+        keys = ProbeKeys(near_keys.of_request(near_tiles[index]), cell_keys, request.num_keys - 1)
         for modality in ("text", "media"):
-            near_slice = _span((near_request == index) & ((near_kind == KIND_TEXT) == (modality == "text")))
+            near_slice, far_slice = single.tiles_of(index, modality)
             if near_slice.start == near_slice.stop:
                 continue
             has_cells = modality == "media"
-            group_far = far_slice if has_cells else slice(far_slice.start, far_slice.start)
             wanted = max(16, request.chunk // probe_one_in) if probe_one_in else rows_to_probe(request.chunk)
-            rows = _probe_rows(on_host, near_slice, group_far, min(probe_rows, wanted))
-            cell = None
-            if has_cells:
-                assert far is not None
-                cell = CellView(
-                    queries=QueryTiles(far.min_pos[group_far], far.max_pos[group_far]),
-                    keys=request.layout.cell_tiles,
-                    own_lo=own_lo[group_far],
-                    own_hi=own_hi[group_far],
-                    row_tiles=torch.from_numpy(rows.far_tiles).to(device),
-                    bands=torch.from_numpy(rows.bands).to(device),
-                    band_of_row=torch.from_numpy(rows.band_of_row).to(device),
-                    num_bands=rows.num_bands,
-                    stride=request.layout.stride,
-                )
+            rows = _probe_rows(single.on_host, near_slice, far_slice, min(probe_rows, wanted))
             positions = torch.from_numpy(rows.positions).to(device)
-            ends = (on_host(f"seq.tile_{end}_pos")[near_slice] // tile_keys for end in ("max", "min"))
-            view = View(
-                queries=QueryTiles(near.min_pos[near_slice], near.max_pos[near_slice]),
-                keys=_visible(request, request.layout.sequence_tiles),
-                row_tiles=torch.from_numpy(rows.near_tiles).to(device),
-                row_positions=positions,
-                span=int(np.subtract(*ends).max()) + 1,
-                cell=cell,
-            )
             probed = ProbeRows(
                 rows=torch.from_numpy(rows.rows).to(device),
                 positions=positions,
                 first=int(rows.positions.min()),
-                key_tile=(request.layout.key_tile if has_cells else uploaded[:0]).long(),
+                key_tile=(request.layout.key_tile if has_cells else single.uploaded[:0]).long(),
                 key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
             )
+            view = single.view(request, near_slice, far_slice, rows, positions)
+            near_indptr = single.on_host("seq.row_indptr")
             slots_of_rows = slice(*(int(near_indptr[tile]) for tile in (near_slice.start, near_slice.stop)))
-            groups.append(RowGroup(index, modality, view, probed, keys, near_slice, group_far, slots_of_rows))
-    return ForwardPlan(requests, near, far, groups)
+            groups.append(RowGroup(view, near_slice, far_slice, index, modality, probed, keys, slots_of_rows))
+            for planned, tiles in zip(others, tilings, strict=True):
+                near_slice, far_slice = planned.tiles_of(index, modality)
+                own = planned.view(request, near_slice, far_slice, rows, positions)
+                tiles.append(GroupTiles(own, near_slice, far_slice))
+    shared = [
+        Tiling(planned.sharing, *planned.passes(near_keys, far_keys), tiles)
+        for planned, tiles in zip(others, tilings, strict=True)
+    ]
+    return ForwardPlan(requests, near, far, groups, shared)
+
+
+class _Planned:
+    """The Rust plan of one size of query tiles: on the host, and on the device in one copy."""
+
+    def __init__(
+        self, requests: Sequence[SparseRequest], sharing: int, rows: int, tile_keys: int, device: torch.device
+    ) -> None:
+        planned = _core.plan(
+            [(r.layout.layout, r.prefix, r.chunk, r.row_start) for r in requests],
+            tile_queries=rows,
+            tile_keys=tile_keys,
+        )
+        self.sharing, self._rows, self._tile_keys, self._device = sharing, rows, tile_keys, device
+        self._host, self._fields = planned.buffer, planned.fields()
+        self.uploaded = _to_device(self._host, device)
+
+    def on_host(self, name: str) -> Int32Array:
+        """A field of the plan."""
+        offset, length = self._fields[name]
+        return self._host[offset : offset + length]
+
+    def on_device(self, name: str) -> torch.Tensor:
+        """A field of the plan."""
+        offset, length = self._fields[name]
+        return self.uploaded[offset : offset + length]
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether there is a cell pass."""
+        return self._fields["cell.tile_request"][1] > 0
+
+    def passes(self, near: KeyOrder, far: KeyOrder | None) -> tuple[TilePass, TilePass | None]:
+        """The sequence pass and the cell pass over keys in their orders."""
+        return (
+            self._pass("seq", Region.NEAR, near),
+            self._pass("cell", Region.FAR, far) if far is not None else None,
+        )
+
+    def _pass(self, prefix: str, region: Region, keys: KeyOrder) -> TilePass:
+        return TilePass(
+            region=region,
+            keys=keys,
+            rows=self.on_device(f"{prefix}.rows").long(),
+            positions=self.on_device(f"{prefix}.positions"),
+            indptr=self.on_device(f"{prefix}.row_indptr"),
+            request=self.on_device(f"{prefix}.tile_request"),
+            min_pos=self.on_device(f"{prefix}.tile_min_pos"),
+            max_pos=self.on_device(f"{prefix}.tile_max_pos"),
+            tile_queries=self._rows,
+            sharing=self.sharing,
+        )
+
+    def tiles_of(self, request: int, modality: str) -> tuple[slice, slice]:
+        """The query tiles of a request's rows of a modality in the two passes; text has none in the second."""
+        near = self.on_host("seq.tile_request") == request
+        near &= (self.on_host("seq.tile_kind") == KIND_TEXT) == (modality == "text")
+        far = _span(self.on_host("cell.tile_request") == request)
+        return _span(near), far if modality == "media" else slice(far.start, far.start)
+
+    def view(self, request: SparseRequest, near: slice, far: slice, rows: _ProbeRows, positions: torch.Tensor) -> View:
+        """What selection sees of a row group in these tiles, with the rows that were chosen to be probed."""
+        cell = None
+        if rows.far_slots.size:
+            indptr = self.on_host("cell.row_indptr")
+            cell = CellView(
+                queries=self._queries("cell", far),
+                keys=request.layout.cell_tiles,
+                own_lo=self.on_device("cell.own_lo")[far],
+                own_hi=self.on_device("cell.own_hi")[far],
+                row_tiles=self._tiles_at(indptr, far, rows.far_slots),
+                bands=torch.from_numpy(rows.bands_at(indptr[far])).to(self._device),
+                band_of_row=torch.from_numpy(rows.bands_at(rows.far_slots)).to(self._device),
+                num_bands=rows.band_slots.size,
+                stride=request.layout.stride,
+            )
+        ends = (self.on_host(f"seq.tile_{end}_pos")[near] // self._tile_keys for end in ("max", "min"))
+        return View(
+            queries=self._queries("seq", near),
+            keys=_visible(request, request.layout.sequence_tiles),
+            row_tiles=self._tiles_at(self.on_host("seq.row_indptr"), near, rows.near_slots),
+            row_positions=positions,
+            span=int(np.subtract(*ends).max()) + 1,
+            cell=cell,
+            sharing=self.sharing,
+        )
+
+    def _queries(self, prefix: str, tiles: slice) -> QueryTiles:
+        low, high = (self.on_device(f"{prefix}.tile_{end}_pos")[tiles] for end in ("min", "max"))
+        return QueryTiles(low, high)
+
+    def _tiles_at(self, indptr: Int32Array, tiles: slice, slots: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The query tiles of row slots, counted from the first of ``tiles``."""
+        found = np.searchsorted(indptr[tiles.start : tiles.stop + 1], slots, side="right") - 1
+        return torch.from_numpy(found).to(self._device)
 
 
 def _request_tiles(order: str, requests: Sequence[SparseRequest], tile_keys: int) -> list[slice]:
@@ -281,15 +365,21 @@ def rows_to_probe(chunk: int) -> int:
 
 @dataclass(frozen=True)
 class _ProbeRows:
-    """Probe rows on the host; see :class:`ProbeRows` and :class:`CellView` for what the arrays are."""
+    """Probe rows on the host: batch rows and positions, see :class:`ProbeRows`.
+
+    ``near_slots``, ``far_slots``: their row slots in the two passes, which are the same whatever the query tiles' size;
+    none of the latter without a cell pass. ``band_slots``: first row slot of each band, ascending.
+    """
 
     rows: npt.NDArray[np.int64]
     positions: Int32Array
-    near_tiles: npt.NDArray[np.int64]
-    far_tiles: npt.NDArray[np.int64]
-    bands: npt.NDArray[np.int64]
-    band_of_row: npt.NDArray[np.int64]
-    num_bands: int
+    near_slots: npt.NDArray[np.int64]
+    far_slots: npt.NDArray[np.int64]
+    band_slots: npt.NDArray[np.int64]
+
+    def bands_at(self, slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """The bands of row slots of the cell pass."""
+        return np.searchsorted(self.band_slots, slots, side="right") - 1
 
 
 def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int) -> _ProbeRows:
@@ -303,33 +393,26 @@ def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, c
     tiles = far.stop - far.start
     near_indptr = on_host("seq.row_indptr")
     first, end = int(near_indptr[near.start]), int(near_indptr[near.stop])
-    nothing = np.zeros(0, dtype=np.int64)
     if tiles == 0:
         count = min(count, end - first)
         bounds = first + np.arange(count + 1) * (end - first) // count
         place = np.arange(count) * _GOLDEN % 1
         slots = bounds[:-1] + (place * np.diff(bounds)).astype(np.int64)
         slots[-1] = end - 1
+        nothing = np.zeros(0, dtype=np.int64)
         rows, positions = on_host("seq.rows")[slots], on_host("seq.positions")[slots]
-        far_tiles = bands = band_of_row = nothing
-        num_bands = 0
-    else:
-        num_bands = min(count, tiles)
-        bands = np.arange(tiles) * num_bands // tiles
-        starts = far.start + np.searchsorted(bands, np.arange(num_bands + 1))
-        indptr = on_host("cell.row_indptr").astype(np.int64)
-        sizes = np.diff(indptr[starts])
-        lane, band = np.divmod(np.arange(count // num_bands * num_bands), num_bands)
-        moment = (lane + np.arange(1, num_bands + 1)[band] * _GOLDEN % 1) / (count // num_bands)
-        slots = indptr[starts[band]] + np.minimum(moment * sizes[band], sizes[band] - 1).astype(np.int64)
-        slots = np.unique(slots)
-        tile = np.searchsorted(indptr, slots, side="right") - 1
-        rows, positions, far_tiles = on_host("cell.rows")[slots], on_host("cell.positions")[slots], tile - far.start
-        band_of_row = bands[far_tiles]
-    # Row slots ascend in the sequence pass, so a position finds its slot and with it its tile.
+        return _ProbeRows(rows.astype(np.int64), positions.copy(), slots, nothing, nothing)
+    num_bands = min(count, tiles)
+    starts = far.start + np.searchsorted(np.arange(tiles) * num_bands // tiles, np.arange(num_bands + 1))
+    indptr = on_host("cell.row_indptr").astype(np.int64)
+    sizes = np.diff(indptr[starts])
+    lane, band = np.divmod(np.arange(count // num_bands * num_bands), num_bands)
+    moment = (lane + np.arange(1, num_bands + 1)[band] * _GOLDEN % 1) / (count // num_bands)
+    slots = np.unique(indptr[starts[band]] + np.minimum(moment * sizes[band], sizes[band] - 1).astype(np.int64))
+    rows, positions = on_host("cell.rows")[slots], on_host("cell.positions")[slots]
+    # Row slots ascend in the sequence pass, so a position finds its slot.
     near_slots = first + np.searchsorted(on_host("seq.positions")[first:end], positions)
-    near_tiles = np.searchsorted(near_indptr[near.start : near.stop + 1], near_slots, side="right") - 1
-    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_tiles, far_tiles, bands, band_of_row, num_bands)
+    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_slots, slots, indptr[starts[:-1]])
 
 
 def _key_tiles(

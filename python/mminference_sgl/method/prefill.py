@@ -13,13 +13,12 @@ import torch
 from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import ops, probe, select
 from mminference_sgl.kernels.choice import Budget, Choice, Proposal
-from mminference_sgl.kernels.levels import Curves
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.stages import Stages, ease_on, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
-from mminference_sgl.method.plan import ForwardPlan, RowGroup
+from mminference_sgl.method.plan import ForwardPlan, RowGroup, Tiling
 
 PROBE_BYTES = 128 << 20
 """Bound on the probe's weights, or on what its key tiles hold, held at a time; there are three of the latter."""
@@ -52,23 +51,22 @@ class LayerReport:
 
 
 Passes = list[tuple[TilePass, TileLists]]
-"""Passes of a layer with the tile lists of some heads, the sequence pass first."""
+"""Passes of a layer with the tile lists of some heads, the sequence pass of single heads first."""
 
 
 @dataclass(frozen=True)
 class Selected:
     """What was selected for the rows of a group, for a block of ``heads``.
 
-    ``group``: index among the plan's groups. ``patterns``: name and reach of what was proposed, ``curves``: what each
-    of them costs at each threshold. ``picked`` int64 [H]: index of a head's pattern, -1 for dense attention.
+    ``group``: index among the plan's groups. ``picked`` int64 [H]: index of a head's proposal among those of all
+    ``offers``, -1 for dense attention.
     ``energy`` fp32 [H]: of the probe rows' dense output, mean over the rows. ``dense_output`` fp32 [H, P, Dv]: that.
     """
 
     group: int
     heads: slice
     choice: Choice
-    patterns: Sequence[tuple[str, int]]
-    curves: Sequence[Curves]
+    offers: Sequence[choices.Offer]
     picked: torch.Tensor
     energy: torch.Tensor
     dense_output: torch.Tensor
@@ -260,6 +258,11 @@ class _Layer:
     def specs(self) -> Sequence[HeadSpec]:
         return self.all_specs[self.heads]
 
+    @property
+    def tilings(self) -> list[Tiling]:
+        """Those whose lists go with the layer's KV groups, or with the part of one that this is."""
+        return [tiling for tiling in self.plan.tilings if self.operands.group % tiling.sharing == 0]
+
     def parts(self) -> list[_Layer]:
         """Blocks of heads whose tile maps and lists stay within :data:`MAP_TILES`."""
         blocks = head_blocks(self.plan, self.operands.heads, self.operands.kv_heads)
@@ -301,13 +304,22 @@ class _Layer:
         return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
 
 
+def sharing(config: Config, group: int, implementation: str) -> tuple[int, ...]:
+    """Numbers of heads that may share lists, where so many are on a KV head: what a forward is planned for.
+
+    All of a group or none: what halves of one have in common is no more than what single heads have.
+    """
+    shares = config.sharing and stages_of(implementation).shares and 1 < group <= config.tile_queries
+    return (group,) if shares else ()
+
+
 def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[slice]:
     """Blocks of query heads whose tile maps stay within :data:`MAP_TILES`.
 
     A block is one GQA group, several whole ones, or an equal part of one.
     """
-    passes = [plan.near] + ([plan.far] if plan.far is not None else [])
-    tiles = max(tile_pass.num_tiles * tile_pass.keys.widest for tile_pass in passes)
+    passes = [one for tiling in plan.tilings for one in tiling.passes]
+    tiles = max(-(-tile_pass.num_tiles * tile_pass.keys.widest // tile_pass.sharing) for tile_pass in passes)
     group = heads // kv_heads
     step = min(heads, max(1, MAP_TILES // tiles))
     step = step // group * group or max(size for size in range(1, step + 1) if group % size == 0)
@@ -316,22 +328,24 @@ def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[slice]:
 
 def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
     plan, heads, device = layer.plan, len(layer.specs), layer.operands.query.device
-    near = _PassLists(plan.near, heads, layer.stages)
-    far = _PassLists(plan.far, heads, layer.stages) if plan.far is not None else None
+    tilings = {tiling.sharing: tiling for tiling in layer.tilings}
+    lists = {
+        sharing: [_PassLists(one, heads // sharing, layer.stages) for one in tiling.passes]
+        for sharing, tiling in tilings.items()
+    }
     watched: list[_Watched] = []
     for index, group in enumerate(plan.groups):
         choice, dense_output = _select_group(layer, group, index)
-        near.put(group.near, choice.near, choice)
-        if far is not None and choice.far is not None:
-            far.put(group.far, choice.far, choice)
+        for chosen in (choice, *choice.shared):
+            tiles = tilings[chosen.sharing].groups[index]
+            lists[chosen.sharing][0].put(tiles.near, chosen.near, chosen)
+            if chosen.far is not None:
+                lists[chosen.sharing][1].put(tiles.far, chosen.far, chosen)
         none = torch.zeros(heads, dtype=torch.bool, device=device)
         zero = torch.zeros((), device=device)
         causal = group.view.causal_tiles
         watched.append(_Watched(group, choice.tiles, causal, choice.coverage, dense_output, zero, none))
-    passes = [(plan.near, near.lists())]
-    if plan.far is not None and far is not None:
-        passes.append((plan.far, far.lists()))
-    return passes, watched
+    return [made.lists() for both in lists.values() for made in both], watched
 
 
 def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, torch.Tensor | None]:
@@ -342,21 +356,25 @@ def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, t
     layout = layer.plan.requests[group.request].layout
     carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.operands.query.device)
     pairs = [spec.of(group.modality) for spec in layer.specs]
-    blocks, outputs, energies = [], [], []
+    wants = [Want.of(tiling.groups[index].view, pairs) for tiling in layer.tilings]
+    wants = [want for want in wants if want.pairs]
+    blocks: list[list[Proposed]] = [[] for _ in wants]
+    outputs, energies = [], []
     for _, probed in layer.probes(group):
         selection = layer.selection(group, probed)
-        blocks.append(propose(selection, layer.config, pairs))
+        for found, want in zip(blocks, wants, strict=True):
+            found.append(propose(selection.of(want.view), layer.config, want.pairs))
         outputs.append(probed.output)
         energies.append(selection.budget.energy)
-    budget = replace(selection.budget, energy=torch.cat(energies))
-    choice, picked = choose(group.view, blocks, pairs, budget, carried[layer.heads])
+    budget, dense_output = replace(selection.budget, energy=torch.cat(energies)), torch.cat(outputs)
+    offers = [want.offer(found) for found, want in zip(blocks, wants, strict=True)]
+    previous = carried[layer.heads]
+    choice, picked = choices.dense(group.view, len(pairs)), torch.full_like(previous, -1)
+    if offers:
+        choice, picked = choices.decide(offers, budget, previous)
     carried[layer.heads] = picked
-    dense_output = torch.cat(outputs)
     if layer.trace is not None:
-        made = [choices.concatenate([proposal for _, proposal in each]) for each in zip(*blocks, strict=True)]
-        patterns = [(one.levels.pattern, one.levels.reach) for one in made]
-        curves = [one.curves for one in made]
-        note = Selected(index, layer.heads, choice, patterns, curves, picked, budget.energy, dense_output)
+        note = Selected(index, layer.heads, choice, offers, picked, budget.energy, dense_output)
         layer.trace.selected.append(note)
     return choice, dense_output
 
@@ -371,27 +389,40 @@ Pair = tuple[str, str]
 
 _DENSE = "dense", "dense"
 
+Proposed = list[tuple[Pair, Proposal]]
+"""Proposals for a block of heads, each with the pair that it is one of."""
 
-def propose(selection: select.Selection, config: Config, pairs: Sequence[Pair]) -> list[tuple[Pair, Proposal]]:
+
+def propose(selection: select.Selection, config: Config, pairs: Sequence[Pair]) -> Proposed:
     """What each pair of patterns that some head has proposes, each made once; nothing for dense heads."""
     patterns = _Patterns(selection, config)
     return [(pair, proposal) for pair in dict.fromkeys(pairs) if pair != _DENSE for proposal in patterns.of(pair)]
 
 
-def choose(
-    view: choices.View,
-    blocks: Sequence[Sequence[tuple[Pair, Proposal]]],
-    pairs: Sequence[Pair],
-    budget: Budget,
-    previous: torch.Tensor,
-) -> tuple[Choice, torch.Tensor]:
-    """One choice for all heads from what :func:`propose` says for consecutive blocks of them; else as ``decide``."""
-    if not blocks[0]:
-        return choices.dense(view, len(pairs)), torch.full_like(previous, -1)
-    proposals = [choices.concatenate([proposal for _, proposal in each]) for each in zip(*blocks, strict=True)]
-    flags = tuple(own == pair for own, _ in blocks[0] for pair in pairs)
-    wanted = choices.mask_of(flags, previous.device).view(len(proposals), len(pairs))
-    return choices.decide(view, proposals, wanted, budget, previous)
+@dataclass(frozen=True)
+class Want:
+    """What the lists of a tiling may be proposed: ``by_list`` the pair that all heads of each have, None for others."""
+
+    view: choices.View
+    by_list: Sequence[Pair | None]
+
+    @classmethod
+    def of(cls, view: choices.View, pairs: Sequence[Pair]) -> Want:
+        """``pairs``: by head."""
+        lists = (pairs[first : first + view.sharing] for first in range(0, len(pairs), view.sharing))
+        return cls(view, [own[0] if len(set(own)) == 1 else None for own in lists])
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Those of some list, dense attention aside."""
+        return [pair for pair in dict.fromkeys(self.by_list) if pair is not None and pair != _DENSE]
+
+    def offer(self, blocks: Sequence[Proposed]) -> choices.Offer:
+        """One offer for all heads from what :func:`propose` says for consecutive blocks of them."""
+        proposals = [choices.concatenate([proposal for _, proposal in each]) for each in zip(*blocks, strict=True)]
+        flags = tuple(own == pair for own, _ in blocks[0] for pair in self.by_list)
+        wanted = choices.mask_of(flags, self.view.row_tiles.device).view(len(proposals), len(self.by_list))
+        return choices.Offer(self.view, proposals, wanted)
 
 
 class _Patterns:
@@ -442,21 +473,21 @@ class _Patterns:
 class _PassLists:
     """Collects the groups' choices of one pass and turns them into tile lists."""
 
-    def __init__(self, tile_pass: TilePass, heads: int, stages: Stages) -> None:
+    def __init__(self, tile_pass: TilePass, lists: int, stages: Stages) -> None:
         self._pass, self._build = tile_pass, stages.lists
         device = tile_pass.request.device
-        shape = (heads, tile_pass.num_tiles, tile_pass.keys.widest)
+        shape = (lists, tile_pass.num_tiles, tile_pass.keys.widest)
         self._selected = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._sink = torch.zeros(heads, tile_pass.num_tiles, dtype=torch.int32, device=device)
+        self._sink = torch.zeros(lists, tile_pass.num_tiles, dtype=torch.int32, device=device)
         self._reach = torch.full_like(self._sink, UNBOUNDED)
 
-    def put(self, tiles: slice, selected: torch.Tensor, choice: Choice) -> None:
+    def put(self, tiles: slice, selected: torch.Tensor, chosen: choices.Map) -> None:
         self._selected[:, tiles, : selected.shape[-1]] = selected
-        self._sink[:, tiles] = choice.sink[:, None]
-        self._reach[:, tiles] = choice.reach[:, None]
+        self._sink[:, tiles] = chosen.sink[:, None]
+        self._reach[:, tiles] = chosen.reach[:, None]
 
-    def lists(self) -> TileLists:
-        return self._build(self._pass, self._selected, self._sink, self._reach)
+    def lists(self) -> tuple[TilePass, TileLists]:
+        return self._pass, self._build(self._pass, self._selected, self._sink, self._reach)
 
 
 def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:
