@@ -56,7 +56,7 @@ class Tuned:
 def candidates(own: Launch, head_dim: int, bodies: Sequence[bool] = (False,)) -> list[Launch]:
     """The table's entry, then all others that make sense on some device; ``bodies``: without descriptors, with them."""
     shapes = itertools.product(
-        ((128, 8), (64, 8), (64, 4)), (64, 32), (2, 3, 4), (False, True)[: 1 + (head_dim >= 128)], bodies
+        ((128, 8), (64, 8), (64, 4)), (64, 32), (3, 5, 7), (False, True)[: 1 + (head_dim >= 128)], bodies
     )
     found = [Launch(rows, keys, warps, stages, split, body) for (rows, warps), keys, stages, split, body in shapes]
     return list(dict.fromkeys([own, *found]))

@@ -19,7 +19,8 @@ from benchmarks.toy import offline
 from benchmarks.toy.scenes import make_scene
 from benchmarks.toy.serving import CHANGE, COLUMNS, ROWS
 from mminference_sgl import _core
-from mminference_sgl.kernels import probe, select
+from mminference_sgl.kernels import choice as choices
+from mminference_sgl.kernels import probe, search, select
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.config import Config
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         pools = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (layer.key, layer.value)]
         probed = probe.run(Operands(layer.query, *pools, layer.scale), group.keys, group.probe_rows)
         heads = layer.query.shape[1]
-        choice = prefill.Proposals(group.view, probed, config, None).choose([("auto", "auto")] * heads)
+        want = prefill.Want.of(group.view, [("auto", "auto")] * heads)
+        budget = prefill.budget_of(probed.output, config.error, config)
+        proposed = prefill.propose(select.Selection(group.view, probed, budget, search), config, want.pairs)
+        choice, _ = choices.decide([want.offer([proposed])], budget, torch.full((heads,), -1))
         kept = select.kept(group.view, probed, choice)[..., : video.length]
         sequence = torch.arange(video.length) // config.tile_keys
         errors = [error(layer, probed, kept, tiles) for tiles in (None, sequence, group.probe_rows.key_tile.long())]

@@ -94,7 +94,8 @@ class Job:
 class Compiled:
     """Registers and bytes of stack per thread, bytes of shared memory per block, matrix instructions in the loop.
 
-    ``bulk_loads``: whether it loads through descriptors.
+    ``bulk_loads``: whether it loads through descriptors. ``ahead``: steps whose keys and values may be under way while
+    one is computed, in the loop that has fewest; a buffer is the one that is computed with.
     """
 
     arch: int
@@ -107,6 +108,7 @@ class Compiled:
     shared: int
     matrix: str
     bulk_loads: bool
+    ahead: int
 
     @property
     def fits(self) -> bool:
@@ -215,7 +217,14 @@ def compile_job(job: Job) -> Compiled:
         compiled.metadata.shared,
         matrix,
         "cp.async.bulk.tensor" in ptx,
+        buffers(compiled.asm["ttgir"], constants["BLOCK_N"]) - 1,
     )
+
+
+def buffers(ttgir: str, keys: int) -> int:
+    """Fewest buffers of keys or values that a loop has, 1 where loads are not pipelined."""
+    found = re.findall(rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{keys}x\d+x", ttgir)
+    return min(map(int, found), default=1)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -238,10 +247,9 @@ def compile_all(compile_one: Callable[[J], C], work: list[J], processes: int = 2
 
 def table(results: Iterable[Compiled]) -> list[str]:
     """One line per architecture, head size and dtype: the launch and the worst of its variants."""
-    lines = [
-        "| sm | head | pool | rows x keys | warps | stages | variants | registers | stack | shared | blocks | matrix |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    names = ("sm", "head", "pool", "rows x keys", "warps", "stages", "ahead", "variants", "registers", "stack")
+    names += ("shared", "blocks", "matrix")
+    lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
     ordered = sorted(results, key=lambda r: (r.arch, r.dtype, r.head_dim, r.launch))
     for (arch, dtype, head_dim, launch), found in itertools.groupby(
         ordered, key=lambda r: (r.arch, r.dtype, r.head_dim, r.launch)
@@ -251,7 +259,7 @@ def table(results: Iterable[Compiled]) -> list[str]:
         low, high = min(r.registers for r in group), max(r.registers for r in group)
         cells = [
             *(arch, head_dim, dtype, f"{launch.rows} x {launch.keys}{switches}"),
-            *(launch.warps, launch.stages, len(group)),
+            *(launch.warps, launch.stages, min(r.ahead for r in group), len(group)),
             str(high) if low == high else f"{low}-{high}",
             max(r.stack for r in group),
             f"{max(r.shared for r in group):,}",
