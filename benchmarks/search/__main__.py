@@ -1,10 +1,10 @@
 """``make demo-search``: a searched pattern file beside single patterns, at one limit on tiles.
 
-The toy model (benchmarks/toy) is searched on one generated mp4 with `mminference search`, another one held out. Then a
-real server answers the questions about the held-out video: under the searched file, under `auto`, and under one pattern
-for all heads, each with the same `max_density` and without the guard, so that every setting has the same tiles to spend
-and keeps what it lost. Chunks are as the backend's log tells them: *mass* is the probe rows' coverage, *error* the
-largest of a layer's.
+The toy model (benchmarks/toy) is searched on one generated mp4 with `mminference search`, another one held out. Then,
+under the searched file, under `auto`, and under one pattern for all heads, each with the same `max_density` and without
+the guard: *error*, *mass* and *density* are measured by the search's engine in a prefill of the held-out video, over
+all of its rows, as the root of the mean squared error of the layers' outputs; and a real server answers the questions
+about that video.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 
 from benchmarks.toy.scenes import TASKS, Scene, make_scene
 from benchmarks.toy.serving import CHANGE, CHECKPOINT, CLIP_FPS, COLUMNS, FPS, GUARD_OFF, ROWS, Score, ask, server
+from mminference_sgl.method import catalog
 from mminference_sgl.portable.cpu import PLATFORM_NAME
-from mminference_sgl.testing import ServerError, prefills, write_mp4
+from mminference_sgl.testing import ServerError, write_mp4
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 SEED = 20260501
 PATCHES, DENSITY = 64, 0.3
 CHUNK = 2048
+SEARCHED = "searched"
 ERROR = 0.02
 """So small that the limit on tiles alone decides."""
 SERVER = ("--mm-process-config", json.dumps({"video": {"fps": CLIP_FPS}}), "--chunked-prefill-size", str(CHUNK))
@@ -41,33 +43,52 @@ CPU = ("--device", "cpu", "--max-total-tokens", "40960", "--mem-fraction-static"
 def main(argv: Sequence[str] | None = None) -> int:
     """Search, serve and print; 1 when a server fails."""
     options = _arguments(argv)
-    with tempfile.TemporaryDirectory(prefix="mminference-search-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="mminference-search-") as made:
+        folder = Path(made)
         scenes, videos = clips(folder, options.patches)
         output = options.output or folder / "toy.json"
         if not options.output or not output.exists():
             status = search(scenes, videos, output, options.density)
             if status:
                 return status
-        window = json.loads(output.read_text())["config"]["patterns"]
+        found = catalog.read(output)
+        window = found.config["patterns"]
+        figures = measured(found, folder, scenes[0].questions()[0].text, videos[1], options.density)
         print(f"\n{scenes[1].tokens} video tokens, chunks of {CHUNK}, max_density {options.density:g}\n")
         print(f"{'pattern':16}{'mass':>8}{'density':>9}{'error':>8}", *(f"{task:>6}" for task in TASKS))
         try:
-            for pattern in (str(output), "auto", "grid", "a_shape", "vertical_slash"):
+            for name, of in figures.items():
+                pattern = str(output) if name == SEARCHED else name
                 config = {"pattern": pattern, "min_tokens": 0, "error": ERROR, "error_ceiling": GUARD_OFF}
                 config |= {"max_density": options.density, "patterns": window}
                 score = Score()
                 with server("mminference", config, CHUNK, quick=True) as running:
                     ask(running, score, scenes[1], videos[1])
-                    chunks = prefills(running.log())
-                mass = sum(p.coverage * p.chunk for p in chunks) / sum(p.chunk for p in chunks)
-                label = "searched" if pattern == str(output) else pattern
-                figures = f"{label:16}{mass:8.3f}{score.densities[0]:9.3f}{max(p.error for p in chunks):8.3f}"
-                print(figures, *(f"{score.right[task]}/{score.asked[task]}".rjust(6) for task in TASKS), flush=True)
+                line = f"{name:16}{of['mass']:8.3f}{of['density']:9.3f}{of['error']:8.3f}"
+                print(line, *(f"{score.right[task]}/{score.asked[task]}".rjust(6) for task in TASKS), flush=True)
         except ServerError as error:
             print(error, file=sys.stderr)
             return 1
     return 0
+
+
+def measured(
+    found: catalog.PatternFile, folder: Path, text: str, video: Path, density: float
+) -> dict[str, dict[str, float]]:
+    """What the patterns lose on a video, by name."""
+    layers, heads = range(found.model.layers or 0), range(found.model.heads or 0)
+    maps = {SEARCHED: {layer: found.specs(layer, heads) for layer in layers}}
+    for name in ("auto", "grid", "a_shape", "vertical_slash"):
+        maps[name] = {layer: catalog.load(name).specs(layer, heads) for layer in layers}
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
+    # SGLang looks for its platform when it is first imported.
+    from mminference_sgl.cli.search import Clip, compare, engine
+
+    window, records = found.config["patterns"]["a_shape"]["window"], folder / "compared"
+    with engine(str(CHECKPOINT), text, records, [*SERVER, *([] if gpu else CPU)]) as prefill:
+        return compare(records, Clip.of(video), prefill, maps, density, window)
 
 
 def clips(folder: Path, patches: int = PATCHES) -> tuple[list[Scene], list[Path]]:

@@ -181,6 +181,24 @@ def search(
     return Found(model, pairs, density, combine, window, stride, specs, total, held)
 
 
+def compare(
+    folder: Path,
+    clip: Clip,
+    ask: Ask,
+    maps: Mapping[str, Mapping[int, Sequence[HeadSpec]]],
+    density: float,
+    window: int,
+) -> dict[str, dict[str, float]]:
+    """What maps of all layers' heads lose on a clip, by name: ``error``, ``mass`` and ``density`` as in a search."""
+    found = {}
+    with _Progress(folder) as progress:
+        for name, specs in maps.items():
+            task = Task(f"compared-{name}/{clip.name}", specs, density, window)
+            progress.prefill(ask, clip, task, f"measure {name}")
+            found[name] = _total({layer: recording.load(folder / task.into, layer, Measured) for layer in specs})
+    return found
+
+
 def frame_stride(found: Sequence[Sequence[int]]) -> int:
     """The stride that runs without a grid have in all clips where one was found; 0 without, or where they differ."""
     strides = {stride for clip in found for stride in clip}

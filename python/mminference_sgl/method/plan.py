@@ -24,6 +24,9 @@ from mminference_sgl.method.stride import StrideSearch
 KIND_TEXT = 0
 """Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
 
+FEWEST_SEARCHED = 512
+"""Rows of a chunk, if it has as many, that the offline search probes at least: heads are compared by what they say."""
+
 _GOLDEN = (5**0.5 - 1) / 2
 """Its multiples spread evenly over the unit interval, whatever their number."""
 
@@ -160,7 +163,8 @@ def build(
         tile_queries: most lanes of a query tile.
         probe_rows: most rows to probe per request and modality.
         page_size: slots of a page of the KV pool; a request's tokens fill its pages in order.
-        probe_one_in: one row in so many is probed instead of what serving can afford, see :func:`rows_to_probe`.
+        probe_one_in: one row in so many, at least :data:`FEWEST_SEARCHED` of a chunk, is probed instead of what serving
+            can afford, see :func:`rows_to_probe`.
         sharing: numbers of heads that may share a list, ascending; a query tile of such lists has as many rows as its
             lanes hold, at least one.
     """
@@ -191,7 +195,9 @@ def build(
             if near_slice.start == near_slice.stop:
                 continue
             has_cells = modality == "media"
-            wanted = max(16, request.chunk // probe_one_in) if probe_one_in else rows_to_probe(request.chunk)
+            wanted = (
+                max(FEWEST_SEARCHED, request.chunk // probe_one_in) if probe_one_in else rows_to_probe(request.chunk)
+            )
             rows = _probe_rows(single.on_host, near_slice, far_slice, min(probe_rows, wanted))
             positions = torch.from_numpy(rows.positions).to(device)
             probed = ProbeRows(
