@@ -242,6 +242,15 @@ class Offer:
     proposals: Sequence[Proposal]
     wanted: torch.Tensor
 
+    @cached_property
+    def curves(self) -> Curves:
+        """Those of all proposals one behind the other: [H or G, options]."""
+        error, coverage, tiles = (
+            torch.cat([getattr(proposal.curves, name) for proposal in self.proposals], dim=1)
+            for name in ("error", "coverage", "tiles")
+        )
+        return Curves(error, coverage, tiles)
+
 
 @dataclass(frozen=True)
 class Map:
@@ -423,9 +432,8 @@ class _Bill:
         """``bound_to``: heads that may not run dense. ``fixed``: see :func:`decide`; bool [H]."""
         proposals, sharing = offer.proposals, offer.view.sharing
         thresholds, alone = LEVELS + 1, sharing == 1
-        error = _every(proposals, "error")
+        error, tiles = offer.curves.error, offer.curves.tiles
         error = error.view(-1, sharing, error.shape[1]).sum(1)
-        tiles = _every(proposals, "tiles")
         barred = ~offer.wanted.T.repeat_interleave(thresholds, dim=1)
         number = torch.arange(first, first + len(proposals), device=price.device)
         loyal = (previous[::sharing, None] == number).repeat_interleave(thresholds, dim=1)
@@ -467,8 +475,9 @@ class _Bill:
 
         # Behind the options of the curves is dense attention, which keeps everything.
         at = torch.where(pick == len(proposals), 0, option)[:, None]
-        coverage, error = (_every(proposals, name).gather(1, by_head(at))[:, 0] for name in ("coverage", "error"))
-        tiles = torch.where(is_dense, view.causal_tiles, _every(proposals, "tiles").gather(1, at)[:, 0])
+        curves = self.offer.curves
+        coverage, error = (every.gather(1, by_head(at))[:, 0] for every in (curves.coverage, curves.error))
+        tiles = torch.where(is_dense, view.causal_tiles, curves.tiles.gather(1, at)[:, 0])
         used, everything_kept = by_head(use), by_head(is_dense)
         return _Part(
             Map(near, far, sink.int(), reach.int(), sharing),
@@ -477,11 +486,6 @@ class _Bill:
             torch.where(everything_kept, 0.0, error) * used,
             by_head(tiles / sharing) * used,
         )
-
-
-def _every(proposals: Sequence[Proposal], name: str) -> torch.Tensor:
-    """A figure of all proposals at each threshold: [H or G, options]."""
-    return torch.cat([getattr(proposal.curves, name) for proposal in proposals], dim=1)
 
 
 def _next(price: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ Each is what `mminference search` finds on one clip. Models that no chat can giv
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import tiny_models
 from mminference_sgl.portable.cpu import PLATFORM_NAME
 from mminference_sgl.testing import write_mp4
-from serving import squares, words
+from serving import of_frames, squares, words
 
 FOLDER = Path(__file__).parent / "tiny_models" / "patterns"
 WITHOUT_VIDEO = ("gemma3", "kimi_vl", "llava_onevision")
@@ -27,15 +26,11 @@ SERVER = [
 ]
 
 
-def _of_frames(count: int) -> list[str]:
-    return ["--mm-process-config", json.dumps({"video": {"num_frames": count}})]
-
-
 _ARGUMENTS = {
-    "nvila": ["--trust-remote-code", *_of_frames(24)],
-    "nvila_lite": ["--trust-remote-code", *_of_frames(24)],
-    "llava_video": _of_frames(15),
-    "llava_video_frame": _of_frames(27),
+    "nvila": ["--trust-remote-code", *of_frames(24)],
+    "nvila_lite": ["--trust-remote-code", *of_frames(24)],
+    "llava_video": of_frames(15),
+    "llava_video_frame": of_frames(27),
 }
 
 

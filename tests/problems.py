@@ -9,7 +9,7 @@ import torch
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.operands import Operands
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, smallest_tile
 
 IMAGE, VIDEO = 1, 2
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ def make(
             request.length,
             request.items,
             chunk_tokens=request.chunk,
-            tile_queries=max(1, tile_queries // max(sharing, default=1)),
+            tile_queries=smallest_tile(tile_queries, sharing),
             cell_size=cell_size,
         )
         pool_row = torch.tensor([index])

@@ -115,6 +115,11 @@ def start(
     )
 
 
+def of_frames(count: int) -> tuple[str, ...]:
+    """Arguments of a server that takes so many frames of a video."""
+    return ("--mm-process-config", json.dumps({"video": {"num_frames": count}}))
+
+
 def in_ranks(count: int) -> tuple[tuple[str, ...], dict[str, str]]:
     """Arguments and environment of a server of so many ranks.
 

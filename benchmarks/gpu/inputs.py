@@ -15,7 +15,7 @@ from mminference_sgl import _core
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.config import Config
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, rows_per_tile
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, smallest_tile
 
 HEAD_DIM = 128
 FRAME = (18, 20)
@@ -76,7 +76,7 @@ def make_layer(
         shape.length,
         [item],
         chunk_tokens=shape.chunk,
-        tile_queries=rows_per_tile(config.tile_queries, max(sharing, default=1)),
+        tile_queries=smallest_tile(config.tile_queries, sharing),
         cell_size=config.cell_size,
     )
     request = SparseRequest(

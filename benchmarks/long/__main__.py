@@ -53,7 +53,6 @@ class Line:
     spread: tuple[float, float]
     density: float
     error: float
-    probe: float
     peak_bytes: int
 
 
@@ -122,7 +121,6 @@ def measure(shape: Shape, group: int, repeats: int, *, sharing: bool) -> Line:
         (min(ratios), max(ratios)),
         density,
         (lost / energy) ** 0.5,
-        0.0,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 

@@ -72,7 +72,7 @@ def forward(
         scene.length,
         scene.items,
         chunk_tokens=chunk,
-        tile_queries=planning.rows_per_tile(config.tile_queries, max(sharing, default=1)),
+        tile_queries=planning.smallest_tile(config.tile_queries, sharing),
         cell_size=config.cell_size,
     )
     device_layout = planning.DeviceLayout(layout, config.tile_keys, CPU)

@@ -77,7 +77,7 @@ class Method:
             length,
             [],
             chunk_tokens=chunk,
-            tile_queries=planning.rows_per_tile(config.tile_queries, max(self._sharing, default=1)),
+            tile_queries=planning.smallest_tile(config.tile_queries, self._sharing),
             cell_size=config.cell_size,
         )
         self._layout = planning.DeviceLayout(layout, config.tile_keys, CPU)

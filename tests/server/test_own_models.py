@@ -8,7 +8,6 @@ prompt must be what a reference in float64 says, within a few times what the sam
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ import serving
 from mminference_sgl.testing import Answer, fallbacks, layouts, png_url, prefills, user_message, write_mp4
 from references import llava_video, nvila, videochat_flash, vila
 from references.prompt import MEDIUM, Prompt, Reference
-from serving import ModelPath, squares, words
+from serving import ModelPath, of_frames, squares, words
 
 pytestmark = pytest.mark.server
 
@@ -58,11 +57,6 @@ def frames(count: int, rows: int, columns: int, image: str = "") -> dict[str, tu
     """Layouts where an image is one frame, unless another grid is named."""
     clip, still = f"video:{count}x{rows}x{columns}", f"image:1x{image or f'{rows}x{columns}'}"
     return {"video": (clip,), "two videos": (clip, clip), "image and video": (still, clip)}
-
-
-def of_frames(count: int) -> tuple[str, ...]:
-    """Arguments of a server that takes so many frames of a video."""
-    return ("--mm-process-config", json.dumps({"video": {"num_frames": count}}))
 
 
 QUESTION = "<vila/video>what is it?"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import catalogue
 import serving
 from benchmarks.search import __main__ as demo
 from mminference_sgl.method import catalog
@@ -21,17 +22,22 @@ from serving import ModelPath, squares, words
 
 pytestmark = pytest.mark.server
 
-CHUNK, DENSITY, HEADS, LAYERS = 509, 0.5, 4, 2
-SERVER = [
-    *("--device", "cpu", "--dtype", "float32", "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "16384"),
-    *("--mem-fraction-static", "0.2", "--disable-overlap-schedule", "--context-length", "8192"),
-]
+HEADS, LAYERS = 4, 2
 
 
 def command(model: Path, clip: Path, output: Path) -> list[str]:
-    given = ["--model-path", str(model), "--video", str(clip), "--text", words(1, 60), "--density", str(DENSITY)]
+    given = [
+        "--model-path",
+        str(model),
+        "--video",
+        str(clip),
+        "--text",
+        words(1, 60),
+        "--density",
+        str(catalogue.DENSITY),
+    ]
     script = str(Path(sys.executable).with_name("mminference"))
-    return [script, "search", *given, "--date", "2026-01-02", "-o", str(output), "--", *SERVER]
+    return [script, "search", *given, "--date", "2026-01-02", "-o", str(output), "--", *catalogue.SERVER]
 
 
 def _heed_ctrl_c() -> None:
@@ -80,7 +86,7 @@ def test_a_search_is_interrupted_goes_on_and_is_served(model_path: ModelPath, tm
     assert all(0 < one["error"] < 1 and 0 < one["density"] < 1 for one in content["measured"])
 
     config = {"pattern": str(output), "min_tokens": 256, "error": 0.2}
-    with serving.start(model, CHUNK, "mminference", config=config) as server:
+    with serving.start(model, catalogue.CHUNK, "mminference", config=config) as server:
         mark = len(server.log())
         server.chat([serving.user_message(words(1, 60), videos=[str(clip)])], 1)
         prefills = serving.prefills(server.log(mark))

@@ -28,7 +28,7 @@ from mminference_sgl.backend.sub_batch import sub_batch, without_media
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
-from mminference_sgl.method.plan import ForwardPlan, SparseRequest, build, rows_per_tile
+from mminference_sgl.method.plan import ForwardPlan, SparseRequest, build, smallest_tile
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -91,7 +91,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         self._layouts = LayoutCache(
             ModelGeometry.of(runner.model_config.hf_config),
             chunk_tokens=start.chunk_tokens,
-            tile_queries=rows_per_tile(start.config.tile_queries, max(start.sharing, default=1)),
+            tile_queries=smallest_tile(start.config.tile_queries, start.sharing),
             tile_keys=start.config.tile_keys,
             cell_size=start.config.cell_size,
             frame_stride=start.config.frame_stride,

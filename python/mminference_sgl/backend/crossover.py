@@ -39,7 +39,7 @@ from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, rows_per_tile
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, smallest_tile
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SECONDS = 4.0
@@ -186,7 +186,7 @@ def _planner(shape: Shape, length: int) -> Callable[[], ForwardPlan]:
         length,
         [(2, [(0, length - 1)], (frames, _SIDE, _SIDE))],
         chunk_tokens=shape.chunk_tokens,
-        tile_queries=rows_per_tile(shape.config.tile_queries, max(sharing, default=1)),
+        tile_queries=smallest_tile(shape.config.tile_queries, sharing),
         cell_size=shape.config.cell_size,
     )
     on_device = DeviceLayout(layout, shape.config.tile_keys, shape.device)

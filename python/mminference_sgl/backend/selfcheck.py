@@ -29,7 +29,7 @@ from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
 from mminference_sgl.method.items import VIDEO
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, rows_per_tile
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, smallest_tile
 
 ISOLATED = ("flashinfer",)
 """Implementations on internal interfaces of others: a mistake could hang or corrupt the process that tries them."""
@@ -236,7 +236,7 @@ def _plan(slots: torch.Tensor, served: Served, sharing: tuple[int, ...], *, page
     words, places = 3, 3 * 6
     frames = (tokens - 2 * words) // places
     item = (VIDEO, [(words, words + frames * places - 1)], (frames, 3, 6))
-    rows = rows_per_tile(served.tile_queries, max(sharing, default=1))
+    rows = smallest_tile(served.tile_queries, sharing)
     layout = _core.Layout(tokens, [item], chunk_tokens=0, tile_queries=rows)
     on_device = DeviceLayout(layout, served.tile_keys, device)
     return build(

@@ -144,6 +144,11 @@ def rows_per_tile(lanes: int, sharing: int) -> int:
     return max(1, lanes // sharing)
 
 
+def smallest_tile(lanes: int, sharing: Sequence[int]) -> int:
+    """Rows of the smallest query tile of a plan with these numbers of heads that share: what cells suit."""
+    return rows_per_tile(lanes, max(sharing, default=1))
+
+
 def build(
     requests: Sequence[SparseRequest],
     req_to_token: torch.Tensor,
