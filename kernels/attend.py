@@ -1,22 +1,23 @@
-"""Block-sparse prefill attention in Triton over the paged pool: a program per list and sub-tile of its query tile.
+"""Block-sparse prefill attention in Triton: a program per list and sub-tile of its query tile's lanes.
 
-Rows and keys are addressed through the pass (``rows``, ``slots``), so nothing is permuted or copied. A list's full
+Keys and values lie in the order of the pass, contiguous by head (:meth:`.operands.Operands.in_order`), so a key tile is
+a block of memory. Rows are addressed through the pass, so nothing of the query or the output is copied. A list's full
 tiles come first and skip the position compare. A program takes ``BLOCK_M`` lanes of the query tile and ``BLOCK_N`` keys
-of a key tile at a time, as :mod:`.launch_table` says for the device. Later passes of a layer start from what those
-before them left, so that merging costs one read of the output.
+of a key tile at a time, as :mod:`.launch_table` says for the device; where that has them, keys and values come through
+tensor descriptors (TMA). Later passes of a layer start from what those before them left, so that merging costs one read
+of the output.
+
+Lists start in an order in which neighbours share what is in L2. The end of a list of more than :data:`SPLIT` tiles is
+left to other programs, and merged by :func:`join_kernel`: one list would keep one processor busy after all others.
 
 Floor per listed tile of M lanes and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and per sub-tile ``N * (D + Dv)`` elements
-of the pool plus ``8 * N`` bytes of slots, or 8 bytes where tiles are whole pages (and ``4 * N`` of positions for a
-tile that compares them). docs/kernels.md has what that means on a device.
-
-Three bodies read the pool: keys of a tile gathered by their slots; whole pages by pointers; whole pages by tensor
-descriptors (TMA), which :func:`choose` takes where the device, the head size and the pool's memory allow it.
+(and ``4 * N`` bytes of positions for a tile that compares them). docs/kernels.md has what that means on a device.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -24,67 +25,51 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_table import NATIVE_FP8, OPTIONS, Launch, device_architecture, fitted, lookup, lookup_pages
+from .launch_table import OPTIONS, Launch, device_architecture, fitted, lookup
 from .operands import Operands
-from .tiles import ABSENT, Region, TileLists, TilePass
+from .tiles import Region, TileLists, TilePass
 
-NO_TOKEN = tl.constexpr(ABSENT)
-
-ALIGNMENT = 16
-"""Bytes to which descriptors (TMA) want memory and strides aligned."""
+SPLIT = 2048
+"""Key tiles of a list that one program reads at most, where others can be had for the rest: 2 ms on a processor."""
+SPLIT_PIECES = 512
+"""Most programs for such rests; their output is held at a time."""
+JOINED = 16
+"""Lanes of which a program joins the pieces."""
+NEIGHBOURS = 16
+"""Query tiles whose lists start by length, before those of the next ones."""
 
 
 @triton.jit
-def load_rows(p_pool, b_slot, m_slot, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Columns ``FIRST`` to ``FIRST + WIDTH`` of some rows of memory; ``m_slot`` None reads all of them."""
+def load_rows(p_rows, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Columns ``FIRST`` to ``FIRST + WIDTH`` of the rows that begin at ``p_rows``, 0 where ``m_row`` is not."""
     o_d = FIRST + tl.arange(0, WIDTH)
-    p_rows = p_pool + b_slot[:, None] * stride + o_d[None, :]
-    if FIRST + WIDTH > HEAD_DIM:
-        m_load = (o_d < HEAD_DIM)[None, :]
-        if m_slot is not None:
-            m_load = m_load & m_slot[:, None]
-        return tl.load(p_rows, mask=m_load, other=0.0)
-    if m_slot is not None:
-        return tl.load(p_rows, mask=m_slot[:, None], other=0.0)
-    return tl.load(p_rows)
+    return tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def widen(b_block, DTYPE: tl.constexpr, FP8_BITS: tl.constexpr):
-    """Pool elements in the query's dtype; with ``FP8_BITS``, bytes of e4m3 become 1/256 of their value, exactly."""
-    if FP8_BITS:
-        # e4m3 moved into the fields of e5m10, whose bias is 8 larger; subnormal numbers stay right.
-        b_block = b_block.to(tl.uint16)
-        b_block = (((b_block & 0x80) << 8) | ((b_block & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    return b_block.to(DTYPE)
-
-
-@triton.jit
-def load_pool(
-    p_pool,
-    b_slot,
-    m_slot,
-    i_kv,
-    stride,
+def load_keys(
+    p_block,
+    i_key,
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FP8_BITS: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):
-    """Columns ``FIRST`` to ``FIRST + WIDTH`` of a step's keys or values, those that ``m_slot`` leaves out as 0.
+    """Columns ``FIRST`` to ``FIRST + WIDTH`` of ``BLOCK_N`` keys or values from ``i_key`` on: [keys, columns].
 
-    By pointers ``p_pool`` is at the head and ``b_slot`` has a slot per row; by a descriptor ``b_slot`` is the first
-    slot. A descriptor's load cannot leave out rows, and 0 * NaN is no 0: they are replaced afterwards.
+    ``p_block`` is a pointer to the head's first key, or a descriptor of all heads' keys behind one another.
     """
+    o_d = FIRST + tl.arange(0, WIDTH)
     if DESCRIPTORS:
-        b_block = p_pool.load([i_kv, b_slot, FIRST])
-        b_block = widen(b_block.reshape(b_block.shape[1], WIDTH), DTYPE, FP8_BITS)
-        if m_slot is not None:
-            b_block = tl.where(m_slot[:, None], b_block, 0.0)
+        b_block = p_block.load([i_key, FIRST])
     else:
-        b_block = widen(load_rows(p_pool, b_slot, m_slot, stride, FIRST, WIDTH, HEAD_DIM), DTYPE, FP8_BITS)
+        o_at = tl.arange(0, BLOCK_N)[:, None] * HEAD_DIM + o_d[None, :]
+        p_key = p_block + i_key.to(tl.int64) * HEAD_DIM + o_at
+        if FIRST + WIDTH > HEAD_DIM:
+            b_block = tl.load(p_key, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+        else:
+            b_block = tl.load(p_key)
     return b_block
 
 
@@ -101,12 +86,9 @@ def attend_tiles(
     reach,
     p_key,
     p_value,
-    i_kv,
-    stride_key_slot,
-    stride_value_slot,
-    p_slots,
     p_key_pos,
     p_tiles,
+    head_first,
     tile_first,
     count,
     scale_log2,
@@ -118,90 +100,71 @@ def attend_tiles(
     REST_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_KEYS: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FP8_BITS: tl.constexpr,
     FAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Online softmax over the ``count`` tiles at ``p_tiles``; with ``MASKED`` it compares positions."""
     PARTS: tl.constexpr = TILE_KEYS // BLOCK_N
     DTYPE: tl.constexpr = b_query.dtype
-    o_n = tl.arange(0, BLOCK_N)
     b_far_edge = b_pos - reach
     for step in tl.range(0, count * PARTS):
         key_first = (tile_first + tl.load(p_tiles + step // PARTS)) * TILE_KEYS + (step % PARTS) * BLOCK_N
-        if DESCRIPTORS:
-            b_slot = tl.load(p_slots + key_first).to(tl.int32)
-        elif CONTIGUOUS:
-            b_slot = tl.load(p_slots + key_first).to(tl.int64) + o_n
-        else:
-            b_slot = tl.load(p_slots + key_first + o_n).to(tl.int64)
-        m_slot = None
-        if MASKED:
-            b_key_pos = tl.load(p_key_pos + key_first + o_n)
-            if CONTIGUOUS:
-                # Behind a request's last key a page may hold anything, and 0 * NaN is no 0.
-                m_slot = b_key_pos != NO_TOKEN
+        i_key = head_first + key_first
         # keys x head size
-        b_key = load_pool(
-            p_key, b_slot, None, i_kv, stride_key_slot, 0, BLOCK_D, HEAD_DIM, DESCRIPTORS, FP8_BITS, DTYPE
-        )
+        b_key = load_keys(p_key, i_key, 0, BLOCK_D, HEAD_DIM, BLOCK_N, DESCRIPTORS)
         b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
         if REST_D > 0:
-            b_key = load_pool(
-                p_key, b_slot, None, i_kv, stride_key_slot, BLOCK_D, REST_D, HEAD_DIM, DESCRIPTORS, FP8_BITS, DTYPE
-            )
+            b_key = load_keys(p_key, i_key, BLOCK_D, REST_D, HEAD_DIM, BLOCK_N, DESCRIPTORS)
             b_score = tl.dot(b_query_rest, tl.trans(b_key), b_score, input_precision="ieee")
-        b_score *= scale_log2
         if MASKED:
+            b_key_pos = tl.load(p_key_pos + key_first + tl.arange(0, BLOCK_N))
             if FAR:
                 m_see = (b_key_pos >= sink)[None, :] & (b_key_pos[None, :] <= b_far_edge[:, None])
             else:
                 m_see = (b_key_pos < sink)[None, :] | (b_key_pos[None, :] > b_far_edge[:, None])
                 m_see = m_see & (b_key_pos[None, :] <= b_pos[:, None])
             b_score = tl.where(m_see, b_score, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+        # The scale is positive, so the largest score stays the largest, and scaling is fused with the subtraction.
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * scale_log2)
         b_shift = b_new_max
         if MASKED:
             # A row that has seen no key yet has no maximum to subtract.
             b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-        b_weight = tl.exp2(b_score - b_shift[:, None])
+        b_weight = tl.exp2(b_score * scale_log2 - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_max = b_new_max
         b_weight = b_weight.to(DTYPE)
-        b_value = load_pool(
-            p_value, b_slot, m_slot, i_kv, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V, DESCRIPTORS, FP8_BITS, DTYPE
-        )
+        b_value = load_keys(p_value, i_key, 0, BLOCK_DV, HEAD_DIM_V, BLOCK_N, DESCRIPTORS)
         b_acc = tl.dot(b_weight, b_value, b_acc * b_decay[:, None], input_precision="ieee")
         if REST_DV > 0:
-            b_value = load_pool(
-                p_value,
-                b_slot,
-                m_slot,
-                i_kv,
-                stride_value_slot,
-                BLOCK_DV,
-                REST_DV,
-                HEAD_DIM_V,
-                DESCRIPTORS,
-                FP8_BITS,
-                DTYPE,
-            )
+            b_value = load_keys(p_value, i_key, BLOCK_DV, REST_DV, HEAD_DIM_V, BLOCK_N, DESCRIPTORS)
             b_acc_rest = tl.dot(b_weight, b_value, b_acc_rest * b_decay[:, None], input_precision="ieee")
     return b_acc, b_acc_rest, b_sum, b_max
 
 
 @triton.jit
-def store_rows(p_out, b_block, b_at, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Writes columns ``FIRST`` to ``FIRST + WIDTH`` of the rows that begin at ``b_at``."""
+def store_rows(p_rows, b_block, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Writes columns ``FIRST`` to ``FIRST + WIDTH`` of the rows that begin at ``p_rows``."""
     o_d = FIRST + tl.arange(0, WIDTH)
     m_out = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
-    tl.store(p_out + b_at[:, None] + o_d[None, :], b_block.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_rows[:, None] + o_d[None, :], b_block.to(p_rows.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["query_tiles"])
+@triton.jit
+def lanes_of(i_list, lane_first, p_row_indptr, p_rows, query_tiles, SHARING: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Some lanes of a list: their place among the pass's rows, batch row, head, and whether they have a row."""
+    i_tile = i_list % query_tiles
+    o_lane = lane_first + tl.arange(0, BLOCK_M)
+    o_row = tl.load(p_row_indptr + i_tile) + o_lane // SHARING
+    m_row = o_row < tl.load(p_row_indptr + i_tile + 1)
+    b_row = tl.load(p_rows + o_row, mask=m_row, other=0).to(tl.int64)
+    b_head = (i_list // query_tiles).to(tl.int64) * SHARING + o_lane % SHARING
+    return o_row, b_row, b_head, m_row
+
+
+@triton.jit(do_not_specialize=["query_tiles", "pieces", "keys"])
 def attend_kernel(
     p_query,
     p_key,
@@ -212,25 +175,26 @@ def attend_kernel(
     p_row_pos,
     p_row_indptr,
     p_request,
-    p_slots,
     p_key_pos,
     p_tile_indptr,
     p_order,
+    p_first,
+    p_until,
     p_begin,
     p_count,
     p_full,
     p_tiles,
     p_sink,
     p_reach,
+    p_piece_out,
+    p_piece_lse,
     scale_log2,
     value_scale,
     query_tiles,
+    pieces,
+    keys,
     stride_query_row,
     stride_query_head,
-    stride_key_slot,
-    stride_key_head,
-    stride_value_slot,
-    stride_value_head,
     stride_out_row,
     stride_out_head,
     stride_lse_row,
@@ -246,66 +210,66 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     SUB_TILES: tl.constexpr,
     TILE_KEYS: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FP8_BITS: tl.constexpr,
     FAR: tl.constexpr,
     MERGE: tl.constexpr,
+    IN_PIECES: tl.constexpr,
 ):
-    """One list and one sub-tile of its lanes; the names of its arguments are those of the pass and the lists.
+    """A list, or with ``IN_PIECES`` a part of one, and one sub-tile of its lanes.
 
-    Head sizes that are no power of two come in two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded.
-    With ``DESCRIPTORS``, ``p_key`` and ``p_value`` are those of :func:`describe`.
+    The names of arguments are those of the pass, the lists and the work. Head sizes that are no power of two come in
+    two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded. ``keys``: of a head in ``p_key`` and ``p_value``,
+    which are pointers or those of :func:`describe`.
     """
     # Sub-tiles of a list start together, so that what they read twice comes from L2.
-    i_list = tl.load(p_order + tl.program_id(0) // SUB_TILES)
-    i_head = (i_list // query_tiles).to(tl.int64) * SHARING
-    i_tile = i_list % query_tiles
-    row_first = tl.load(p_row_indptr + i_tile)
-    row_end = tl.load(p_row_indptr + i_tile + 1)
+    i_work = tl.program_id(0) // SUB_TILES
+    i_list = tl.load(p_order + i_work)
+    first, until = 0, tl.load(p_count + i_list)
+    is_piece = False
+    if IN_PIECES:
+        first, until = tl.load(p_first + i_work), tl.load(p_until + i_work)
+        is_piece = i_work < pieces
     lane_first = tl.program_id(0) % SUB_TILES * BLOCK_M
-    count = tl.load(p_count + i_list)
-    if row_first + lane_first // SHARING >= row_end:
+    o_row, b_row, b_head, m_row = lanes_of(i_list, lane_first, p_row_indptr, p_rows, query_tiles, SHARING, BLOCK_M)
+    if (MERGE or is_piece) and first == until:
         return
-    if MERGE and count == 0:
+    if tl.sum(m_row.to(tl.int32), 0) == 0:
         return
 
-    o_lane = lane_first + tl.arange(0, BLOCK_M)
-    o_row = row_first + o_lane // SHARING
-    m_row = o_row < row_end
-    b_row = tl.load(p_rows + o_row, mask=m_row, other=0).to(tl.int64)
     # A lane without a row stands before every key, so it sees none.
     b_pos = tl.load(p_row_pos + o_row, mask=m_row, other=-1)
-    b_head = i_head + o_lane % SHARING
     # lanes x head size
-    b_at = b_row * stride_query_row + b_head * stride_query_head
-    b_query = load_rows(p_query, b_at, m_row, 1, 0, BLOCK_D, HEAD_DIM)
+    p_query += b_row * stride_query_row + b_head * stride_query_head
+    b_query = load_rows(p_query, m_row, 0, BLOCK_D, HEAD_DIM)
     b_query_rest = b_query
     if REST_D > 0:
-        b_query_rest = load_rows(p_query, b_at, m_row, 1, BLOCK_D, REST_D, HEAD_DIM)
+        b_query_rest = load_rows(p_query, m_row, BLOCK_D, REST_D, HEAD_DIM)
 
-    i_kv = (i_head // GROUP).to(tl.int32)
-    if not DESCRIPTORS:
-        p_key += i_head // GROUP * stride_key_head
-        p_value += i_head // GROUP * stride_value_head
+    i_kv = i_list // query_tiles * SHARING // GROUP
+    head_first = 0
+    if DESCRIPTORS:
+        head_first = i_kv * keys
+    else:
+        p_key += i_kv.to(tl.int64) * keys * HEAD_DIM
+        p_value += i_kv.to(tl.int64) * keys * HEAD_DIM_V
+    tile_first = tl.load(p_tile_indptr + tl.load(p_request + i_list % query_tiles))
     p_tiles += tl.load(p_begin + i_list)
-    tile_first = tl.load(p_tile_indptr + tl.load(p_request + i_tile)).to(tl.int64)
-    full = tl.load(p_full + i_list)
+    full = tl.minimum(tl.maximum(tl.load(p_full + i_list), first), until)
     sink = tl.load(p_sink + i_list)
     reach = tl.load(p_reach + i_list)
 
-    b_at = b_row * stride_out_row + b_head * stride_out_head
+    p_out += b_row * stride_out_row + b_head * stride_out_head
     p_lse += b_row * stride_lse_row + b_head
     b_acc_rest = b_pos
     if MERGE:
         # What earlier passes left is a softmax over their keys: it goes on from there.
-        b_max = tl.load(p_lse, mask=m_row, other=-float("inf")) * 1.4426950408889634
+        m_old = m_row & (is_piece == 0)
+        b_max = tl.load(p_lse, mask=m_old, other=-float("inf")) * 1.4426950408889634
         m_old = b_max != -float("inf")
         b_sum = tl.where(m_old, 1.0, 0.0)
-        b_acc = load_rows(p_out, b_at, m_old, 1, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32) / value_scale
+        b_acc = load_rows(p_out, m_old, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32) / value_scale
         if REST_DV > 0:
-            b_acc_rest = load_rows(p_out, b_at, m_old, 1, BLOCK_DV, REST_DV, HEAD_DIM_V)
-            b_acc_rest = b_acc_rest.to(tl.float32) / value_scale
+            b_acc_rest = load_rows(p_out, m_old, BLOCK_DV, REST_DV, HEAD_DIM_V).to(tl.float32) / value_scale
     else:
         b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -325,14 +289,11 @@ def attend_kernel(
             reach,
             p_key,
             p_value,
-            i_kv,
-            stride_key_slot,
-            stride_value_slot,
-            p_slots,
             p_key_pos,
-            p_tiles + MASKED * full,
+            p_tiles + MASKED * full + (1 - MASKED) * first,
+            head_first,
             tile_first,
-            MASKED * (count - full) + (1 - MASKED) * full,
+            MASKED * (until - full) + (1 - MASKED) * (full - first),
             scale_log2,
             HEAD_DIM,
             HEAD_DIM_V,
@@ -342,9 +303,7 @@ def attend_kernel(
             REST_DV,
             BLOCK_N,
             TILE_KEYS,
-            CONTIGUOUS,
             DESCRIPTORS,
-            FP8_BITS,
             FAR,
             MASKED,
         )
@@ -352,12 +311,128 @@ def attend_kernel(
     m_seen = b_sum > 0
     b_sum = tl.where(m_seen, b_sum, 1.0)
     b_share = (value_scale / b_sum)[:, None]
-    store_rows(p_out, b_acc * b_share, b_at, m_row, 0, BLOCK_DV, HEAD_DIM_V)
+    b_acc *= b_share
     if REST_DV > 0:
-        store_rows(p_out, b_acc_rest * b_share, b_at, m_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
+        b_acc_rest *= b_share
     # Natural logarithm: ln(2) = 0.693...
     b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) * 0.6931471805599453, -float("inf"))
+    if is_piece:
+        lane_first += i_work * SUB_TILES * BLOCK_M
+        o_lane = lane_first.to(tl.int64) + tl.arange(0, BLOCK_M)
+        p_out = p_piece_out + o_lane * HEAD_DIM_V
+        p_lse = p_piece_lse + o_lane
+        m_row = tl.full([BLOCK_M], True, tl.int1)
+        store_rows(p_out, b_acc, m_row, 0, BLOCK_DV, HEAD_DIM_V)
+        if REST_DV > 0:
+            store_rows(p_out, b_acc_rest, m_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
+        tl.store(p_lse, b_lse)
+    else:
+        store_rows(p_out, b_acc, m_row, 0, BLOCK_DV, HEAD_DIM_V)
+        if REST_DV > 0:
+            store_rows(p_out, b_acc_rest, m_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
+        tl.store(p_lse, b_lse, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["query_tiles"])
+def join_kernel(
+    p_out,
+    p_lse,
+    p_rows,
+    p_row_indptr,
+    p_order,
+    p_first,
+    p_count,
+    p_piece_out,
+    p_piece_lse,
+    query_tiles,
+    stride_out_row,
+    stride_out_head,
+    stride_lse_row,
+    SHARING: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LANES: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+):
+    """All pieces of one list into what its first part left, for some of its lanes."""
+    i_piece = tl.program_id(0)
+    if tl.load(p_first + i_piece) != SPLIT_TILES:
+        return
+    i_list = tl.load(p_order + i_piece)
+    lane_first = tl.program_id(1) * BLOCK_M
+    _, b_row, b_head, m_row = lanes_of(i_list, lane_first, p_row_indptr, p_rows, query_tiles, SHARING, BLOCK_M)
+    p_out += b_row * stride_out_row + b_head * stride_out_head
+    p_lse += b_row * stride_lse_row + b_head
+    b_out = load_rows(p_out, m_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32)
+    b_lse = tl.load(p_lse, mask=m_row, other=-float("inf"))
+    o_lane = i_piece.to(tl.int64) * LANES + lane_first + tl.arange(0, BLOCK_M)
+    for _ in tl.range(1, tl.cdiv(tl.load(p_count + i_list), SPLIT_TILES)):
+        b_part = load_rows(p_piece_out + o_lane * HEAD_DIM_V, m_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32)
+        b_part_lse = tl.load(p_piece_lse + o_lane, mask=m_row, other=-float("inf"))
+        b_top = tl.maximum(b_lse, b_part_lse)
+        b_shift = tl.where(b_top == -float("inf"), 0.0, b_top)
+        b_old, b_new = tl.exp(b_lse - b_shift), tl.exp(b_part_lse - b_shift)
+        b_sum = b_old + b_new
+        b_share = b_new / tl.where(b_sum > 0, b_sum, 1.0)
+        b_out += (b_part - b_out) * b_share[:, None]
+        b_lse = b_shift + tl.log(b_sum)
+        o_lane += LANES
+    store_rows(p_out, b_out, m_row, 0, BLOCK_DV, HEAD_DIM_V)
     tl.store(p_lse, b_lse, mask=m_row)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the programs of a launch do, W of them for each sub-tile; all on the device.
+
+    ``order`` int32 [W]: a program's list. Where lists are split, ``first`` and ``until`` int32 [W]: the entries of it
+    that the program reads, none for those that are left over. The first ``pieces`` of the programs have rests of
+    lists, each list's one after another.
+    """
+
+    order: torch.Tensor
+    first: torch.Tensor
+    until: torch.Tensor
+    pieces: int = 0
+
+    @classmethod
+    def of(cls, lists: TileLists, widest: int, lists_per_head: int) -> Work:
+        """``widest``: most key tiles of a list; ``lists_per_head``: those of a query tile that read one KV head."""
+        order = start_order(lists, widest, lists_per_head)
+        pieces = min(lists.count.numel() * (-(-widest // SPLIT) - 1), SPLIT_PIECES)
+        if not pieces:
+            return cls(order, lists.count, lists.count)
+        count = lists.count[order]
+        own = torch.div(count - 1, SPLIT, rounding_mode="floor").clamp_min(0)
+        own = torch.where(own.cumsum(0) <= pieces, own, 0)
+        end = own.cumsum(0)
+        piece = torch.arange(pieces, device=order.device)
+        index = torch.searchsorted(end, piece, right=True)
+        used, index = index < order.numel(), index.clamp_max(order.numel() - 1)
+        first = torch.where(used, (piece - end[index] + own[index] + 1) * SPLIT, 0)
+        until = torch.where(used, (first + SPLIT).minimum(count[index]), 0)
+        return cls(
+            torch.cat([order[index], order]),
+            torch.cat([first, torch.zeros_like(count)]).int(),
+            torch.cat([until, torch.where(own > 0, SPLIT, count)]).int(),
+            pieces,
+        )
+
+
+def start_order(lists: TileLists, widest: int, lists_per_head: int) -> torch.Tensor:
+    """The order in which lists start, int32 [G * T]; arguments as for :meth:`Work.of`.
+
+    First those of more than twice the mean, the longest first, so that none of them is what all others wait for. Then
+    by KV head and, within it, by :data:`NEIGHBOURS` query tiles, again the longest first: what is started together
+    reads the same keys.
+    """
+    count = lists.count
+    number, tile = (torch.arange(size, device=count.device) for size in lists.sink.shape)
+    blocks = tile[-1:] // NEIGHBOURS + 1
+    place = number[:, None] // lists_per_head * blocks + tile // NEIGHBOURS + 1
+    place = torch.where(count > 2 * count.float().mean(), 0, place.flatten())
+    return (place * (widest + 1) + widest - count).argsort().int()
 
 
 def attend(
@@ -375,62 +450,63 @@ def attend(
     Raises:
         ValueError: ``launch`` asks for descriptors where there can be none.
     """
-    operands, fp8_bits = readable(operands)
-    query, key_pool, value_pool = operands.query, operands.key_pool, operands.value_pool
-    architecture = device_architecture(query.device)
-    keys = tile_pass.keys
+    query, keys = operands.query, tile_pass.keys
+    key, value = operands.in_order(keys, query.dtype)
+    head_dim, head_dim_v = key.shape[2], value.shape[2]
     if launch is None:
-        launch = choose(architecture, key_pool, value_pool, contiguous=keys.contiguous)
-    elif launch.descriptors and keys.contiguous and not describable(launch, key_pool, value_pool):
-        raise ValueError(f"{launch} asks for descriptors, but these pools cannot be read through them")
+        launch = choose(device_architecture(query.device), head_dim, head_dim_v, query.element_size())
+    elif launch.descriptors and not describable(launch, head_dim, head_dim_v):
+        raise ValueError(f"{launch} asks for descriptors, but heads of {head_dim} and {head_dim_v} are not one box")
     launch = fitted(launch, tile_pass.lanes, keys.tile_keys)
+    work = Work.of(lists, keys.widest, operands.group // tile_pass.sharing)
     constants = constants_for(
         launch,
         tile_pass.lanes,
         keys.tile_keys,
         group=operands.group,
         sharing=tile_pass.sharing,
-        head_dim=query.shape[2],
-        head_dim_v=value_pool.shape[2],
-        contiguous=keys.contiguous,
-        fp8_bits=fp8_bits,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
         far=tile_pass.region is Region.FAR,
         merge=merge,
+        in_pieces=work.pieces > 0,
     )
-    pools = [key_pool, value_pool]
-    if constants["DESCRIPTORS"]:
-        pools = [
-            describe(pool, constants["BLOCK_N"], constants[block])
-            for pool, block in zip(pools, ("BLOCK_D", "BLOCK_DV"), strict=True)
-        ]
-    attend_kernel[(lists.order.numel() * constants["SUB_TILES"],)](
+    blocks = [key, value]
+    if launch.descriptors:
+        widths = constants["BLOCK_D"], constants["BLOCK_DV"]
+        blocks = [describe(block, launch.keys, width) for block, width in zip(blocks, widths, strict=True)]
+    lanes = constants["SUB_TILES"] * launch.rows
+    piece_out = out.new_empty(work.pieces, lanes, head_dim_v)
+    piece_lse = lse.new_empty(work.pieces, lanes)
+    attend_kernel[(work.order.numel() * constants["SUB_TILES"],)](
         query,
-        *pools,
+        *blocks,
         out,
         lse,
         tile_pass.rows,
         tile_pass.positions,
         tile_pass.indptr,
         tile_pass.request,
-        keys.slots,
         keys.positions,
         keys.tile_indptr,
-        lists.order,
+        work.order,
+        work.first,
+        work.until,
         lists.begin,
         lists.count,
         lists.full,
         lists.tiles,
         lists.sink,
         lists.reach,
+        piece_out,
+        piece_lse,
         operands.scale * operands.key_scale * math.log2(math.e),
         operands.value_scale,
         tile_pass.num_tiles,
+        work.pieces,
+        key.shape[1],
         query.stride(0),
         query.stride(1),
-        key_pool.stride(0),
-        key_pool.stride(1),
-        value_pool.stride(0),
-        value_pool.stride(1),
         out.stride(0),
         out.stride(1),
         lse.stride(0),
@@ -439,61 +515,55 @@ def attend(
         num_stages=launch.stages,
         **OPTIONS,
     )
+    if work.pieces:
+        join_kernel[work.pieces, lanes // JOINED](
+            out,
+            lse,
+            tile_pass.rows,
+            tile_pass.indptr,
+            work.order,
+            work.first,
+            lists.count,
+            piece_out,
+            piece_lse,
+            tile_pass.num_tiles,
+            out.stride(0),
+            out.stride(1),
+            lse.stride(0),
+            SHARING=tile_pass.sharing,
+            HEAD_DIM_V=head_dim_v,
+            BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
+            BLOCK_M=JOINED,
+            LANES=lanes,
+            SPLIT_TILES=SPLIT,
+            **OPTIONS,
+        )
 
 
-def readable(operands: Operands) -> tuple[Operands, bool]:
-    """The operands as :func:`widen` reads them here, and whether it is told ``FP8_BITS``.
+def choose(architecture: int, head_dim: int, head_dim_v: int, element_size: int) -> Launch:
+    """The table's entry, without descriptors where they do not suit these heads."""
+    launch = lookup(architecture, max(head_dim, head_dim_v), element_size)
+    return launch._replace(descriptors=launch.descriptors and describable(launch, head_dim, head_dim_v))
 
-    Devices without instructions that convert e4m3 read its bytes as 1/256 of their value.
+
+def describable(launch: Launch, *head_dims: int) -> bool:
+    """Whether heads of these sizes can be read through descriptors: a descriptor has boxes of one width.
+
+    So a head that comes in two blocks must have two of the same width: those of 80 and 96 cannot. TMA wants rows of
+    16-bit elements to begin at multiples of 16 bytes.
     """
-    pool = operands.key_pool
-    if pool.element_size() > 1 or device_architecture(pool.device) >= NATIVE_FP8:
-        return operands, False
-    bits = replace(
-        operands,
-        key_pool=pool.view(torch.uint8),
-        value_pool=operands.value_pool.view(torch.uint8),
-        key_scale=operands.key_scale * 256,
-        value_scale=operands.value_scale * 256,
-    )
-    return bits, True
+    blocks = (head_blocks(size, split=launch.split) for size in head_dims)
+    return all(rest in (0, block) for block, rest in blocks) and not any(size % 8 for size in head_dims)
 
 
-def choose(architecture: int, key_pool: torch.Tensor, value_pool: torch.Tensor, *, contiguous: bool) -> Launch:
-    """The table's entry for pools [slots, KV heads, D]: one with descriptors only where :func:`describable` holds."""
-    shape = architecture, max(key_pool.shape[2], value_pool.shape[2]), key_pool.element_size()
-    launch = lookup_pages(*shape) if contiguous else None
-    if launch is None or (launch.descriptors and not describable(launch, key_pool, value_pool)):
-        launch = lookup(*shape)
-    return launch
-
-
-def describable(launch: Launch, *pools: torch.Tensor) -> bool:
-    """Whether whole pages of these pools can be read through descriptors, by the device's rules (TMA).
-
-    Memory and strides are aligned to 16 bytes, and a head's elements are neighbours. A descriptor has one box: a head
-    in two blocks must have two of the same width, so heads of 80 and 96 cannot. Bytes whose bits are converted
-    (``uint8``) are for devices without descriptors.
-    """
-    for pool in pools:
-        block, rest = head_blocks(pool.shape[2], split=launch.split)
-        slot, head, element = pool.stride()
-        size = pool.element_size()
-        if pool.dtype == torch.uint8 or element != 1 or rest not in (0, block):
-            return False
-        if any(offset % ALIGNMENT for offset in (pool.data_ptr(), slot * size, head * size)):
-            return False
-    return True
-
-
-def describe(pool: torch.Tensor, keys: int, width: int) -> TensorDescriptor:
-    """A pool [slots, KV heads, D] as [KV heads, slots, D] in boxes of ``width`` columns of ``keys`` slots of one head.
+def describe(block: torch.Tensor, keys: int, width: int) -> TensorDescriptor:
+    """Keys or values [KV heads, n, D] as [KV heads * n, D] in boxes of ``width`` columns of ``keys`` rows.
 
     Making one takes 2 to 3 us of the host and no memory of the device, so none is kept. Columns behind a head's last
     one are read as 0.
     """
-    slots, heads, head_dim = pool.shape
-    return TensorDescriptor(pool, [heads, slots, head_dim], [pool.stride(1), pool.stride(0), 1], [1, keys, width])
+    rows = block.flatten(0, 1)
+    return TensorDescriptor(rows, list(rows.shape), [rows.stride(0), 1], [keys, width])
 
 
 def constants_for(
@@ -505,10 +575,9 @@ def constants_for(
     sharing: int = 1,
     head_dim: int,
     head_dim_v: int,
-    contiguous: bool,
-    fp8_bits: bool,
     far: bool,
     merge: bool,
+    in_pieces: bool = False,
 ) -> dict[str, int]:
     """The kernel's compile-time arguments."""
     block_d, rest_d = head_blocks(head_dim, split=launch.split)
@@ -526,11 +595,10 @@ def constants_for(
         "BLOCK_N": launch.keys,
         "SUB_TILES": -(-lanes // launch.rows),
         "TILE_KEYS": tile_keys,
-        "CONTIGUOUS": contiguous,
-        "DESCRIPTORS": launch.descriptors and contiguous,
-        "FP8_BITS": fp8_bits,
+        "DESCRIPTORS": launch.descriptors,
         "FAR": far,
         "MERGE": merge,
+        "IN_PIECES": in_pieces,
     }
 
 

@@ -1,13 +1,13 @@
 """How the attend kernel is launched on a device: a table instead of autotuning when a server starts.
 
-Nothing here has been timed yet. An entry is the first that compiles without spills of 128 x 64, 128 x 32, 64 x 64 and
-64 x 32, with the head in one part before halves: rows first, because keys and values are read once per sub-tile.
-Stages are seven where that fits, else five, else three, or two: Triton shares them out along the chain from tile list
-to slots to keys, so that seven keep the keys of two steps under way beside the one that is computed, and three of none.
-Whole pages have entries of their own where they come through descriptors.
-``make tune`` measures on a GPU and rewrites :data:`TABLE` and :data:`PAGE_TABLE`, with what it measured behind each
-line; ``python tests/kernels/aot.py`` compiles every entry without one and prints registers, stack and shared memory. No
-entry may spill or need more shared memory than its architecture has; the tests assert both.
+Nothing here has been timed yet. An entry is the first that compiles without spills and keeps the keys and values of a
+further step under way, of 128 x 64, 128 x 32, 64 x 64, 64 x 32 and 64 x 16, through descriptors (TMA) before pointers,
+with the head in one part before halves: rows first, because keys and values are read once per sub-tile. Triton shares
+stages out along the chain from tile list to keys, so five keep two steps under way beside the one that is computed, or
+one where the buffers of a product stay with it (``mma.sync``); there entries have seven if they fit.
+``make tune`` measures on a GPU and rewrites :data:`TABLE`, with what it measured behind each line;
+``python tests/kernels/aot.py`` compiles every entry without one and prints registers, stack and shared memory. No entry
+may spill, need more shared memory than its architecture has, or leave nothing under way; the tests assert all three.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     """``rows`` of a query tile per program, ``keys`` of a key tile per step, warps and pipeline stages.
 
     ``split``: the head comes in two halves, so that fewer registers hold operands of matrix instructions.
-    ``descriptors``: key tiles that are whole pages come through tensor descriptors (TMA).
+    ``descriptors``: keys and values come through tensor descriptors (TMA).
     """
 
     rows: int
@@ -62,90 +62,38 @@ NATIVE_FP8 = 89
 NATIVE_DESCRIPTORS = 90
 """First architecture with tensor descriptors (TMA)."""
 
-TABLE: dict[tuple[int, int, int], Launch] = {
-    # (architecture, head size, bytes of a pool element): rows, keys, warps, stages
-    (80, 64, 2): Launch(128, 64, 8, 7),
-    (80, 80, 2): Launch(128, 32, 8, 7),
-    (80, 96, 2): Launch(128, 32, 8, 7),
-    (80, 128, 2): Launch(128, 32, 8, 3, split=True),
-    (80, 256, 2): Launch(64, 32, 8, 7, split=True),
-    (86, 64, 2): Launch(128, 64, 8, 7),
-    (86, 80, 2): Launch(128, 32, 8, 7),
-    (86, 96, 2): Launch(128, 32, 8, 7),
-    (86, 128, 2): Launch(128, 32, 8, 3, split=True),
-    (86, 256, 2): Launch(64, 32, 8, 3, split=True),
-    (89, 64, 2): Launch(128, 64, 8, 7),
-    (89, 80, 2): Launch(128, 32, 8, 7),
-    (89, 96, 2): Launch(128, 32, 8, 7),
-    (89, 128, 2): Launch(128, 32, 8, 3, split=True),
-    (89, 256, 2): Launch(64, 32, 8, 3, split=True),
-    (90, 64, 2): Launch(128, 64, 8, 7),
-    (90, 80, 2): Launch(128, 64, 8, 7),
-    (90, 96, 2): Launch(128, 64, 8, 7),
-    (90, 128, 2): Launch(128, 64, 8, 7),
-    (90, 256, 2): Launch(128, 32, 8, 3),
-    (100, 64, 2): Launch(128, 64, 8, 7),
-    (100, 80, 2): Launch(128, 64, 8, 7),
-    (100, 96, 2): Launch(128, 64, 8, 7),
-    (100, 128, 2): Launch(128, 64, 8, 7),
-    (100, 256, 2): Launch(128, 64, 8, 3, split=True),
-    (120, 64, 2): Launch(128, 64, 8, 7),
-    (120, 80, 2): Launch(128, 32, 8, 7),
-    (120, 96, 2): Launch(128, 32, 8, 2),
-    (120, 128, 2): Launch(128, 32, 8, 7, split=True),
-    (120, 256, 2): Launch(64, 32, 8, 3, split=True),
-    (80, 64, 1): Launch(128, 64, 8, 7),
-    (80, 80, 1): Launch(128, 32, 8, 7),
-    (80, 96, 1): Launch(128, 32, 8, 5),
-    (80, 128, 1): Launch(128, 32, 8, 7),
-    (80, 256, 1): Launch(64, 32, 8, 7, split=True),
-    (86, 64, 1): Launch(128, 64, 8, 7),
-    (86, 80, 1): Launch(128, 32, 8, 7),
-    (86, 96, 1): Launch(128, 32, 8, 7),
-    (86, 128, 1): Launch(128, 32, 8, 7),
-    (86, 256, 1): Launch(64, 32, 8, 7, split=True),
-    (89, 64, 1): Launch(128, 64, 8, 7),
-    (89, 80, 1): Launch(128, 32, 8, 7),
-    (89, 96, 1): Launch(128, 32, 8, 7),
-    (89, 128, 1): Launch(128, 32, 8, 7),
-    (89, 256, 1): Launch(64, 32, 8, 7, split=True),
-    (90, 64, 1): Launch(128, 64, 8, 7),
-    (90, 80, 1): Launch(128, 64, 8, 7),
-    (90, 96, 1): Launch(128, 64, 8, 7),
-    (90, 128, 1): Launch(128, 64, 8, 7),
-    (90, 256, 1): Launch(128, 32, 8, 7, split=True),
-    (100, 64, 1): Launch(128, 64, 8, 7, split=True),
-    (100, 80, 1): Launch(128, 32, 8, 7),
-    (100, 96, 1): Launch(128, 32, 8, 3),
-    (100, 128, 1): Launch(128, 64, 8, 7),
-    (100, 256, 1): Launch(128, 64, 8, 7, split=True),
-    (120, 64, 1): Launch(128, 64, 8, 7),
-    (120, 80, 1): Launch(64, 16, 8, 3),
-    (120, 96, 1): Launch(64, 32, 8, 3, split=True),
-    (120, 128, 1): Launch(128, 32, 8, 3),
-    (120, 256, 1): Launch(64, 32, 8, 3, split=True),
-}
-
-PAGE_TABLE: dict[tuple[int, int, int], Launch] = {
-    # The same for key tiles that are whole pages; what is not here takes TABLE's entry.
-    (90, 64, 2): Launch(128, 64, 8, 3, descriptors=True),
-    (90, 128, 2): Launch(128, 64, 8, 3, descriptors=True),
-    (90, 256, 2): Launch(128, 32, 8, 3, split=True, descriptors=True),
-    (100, 64, 2): Launch(128, 64, 8, 2, split=True, descriptors=True),
-    (100, 128, 2): Launch(128, 64, 8, 3, descriptors=True),
-    (100, 256, 2): Launch(128, 64, 8, 3, split=True, descriptors=True),
-    (120, 64, 2): Launch(128, 64, 8, 3, descriptors=True),
-    (120, 128, 2): Launch(128, 32, 8, 3, descriptors=True),
-    (120, 256, 2): Launch(64, 32, 8, 3, descriptors=True),
-    (90, 64, 1): Launch(128, 64, 8, 3, descriptors=True),
-    (90, 128, 1): Launch(128, 64, 8, 3, descriptors=True),
-    (90, 256, 1): Launch(128, 64, 8, 3, split=True, descriptors=True),
-    (100, 64, 1): Launch(128, 64, 8, 3, descriptors=True),
-    (100, 128, 1): Launch(128, 64, 8, 3, descriptors=True),
-    (100, 256, 1): Launch(128, 64, 8, 3, split=True, descriptors=True),
-    (120, 64, 1): Launch(128, 64, 8, 3, descriptors=True),
-    (120, 128, 1): Launch(128, 32, 8, 3, split=True, descriptors=True),
-    (120, 256, 1): Launch(64, 64, 8, 3, split=True, descriptors=True),
+TABLE: dict[tuple[int, int], Launch] = {
+    # (architecture, head size): rows, keys, warps, stages
+    (80, 64): Launch(128, 64, 8, 7),
+    (80, 80): Launch(128, 32, 8, 7),
+    (80, 96): Launch(128, 32, 8, 7),
+    (80, 128): Launch(128, 32, 8, 5),
+    (80, 256): Launch(64, 32, 8, 7),
+    (86, 64): Launch(128, 64, 8, 7),
+    (86, 80): Launch(128, 32, 8, 7),
+    (86, 96): Launch(128, 32, 8, 7),
+    (86, 128): Launch(128, 32, 8, 5),
+    (86, 256): Launch(64, 16, 8, 7),
+    (89, 64): Launch(128, 64, 8, 7),
+    (89, 80): Launch(128, 32, 8, 7),
+    (89, 96): Launch(128, 32, 8, 7),
+    (89, 128): Launch(128, 32, 8, 5),
+    (89, 256): Launch(64, 16, 8, 7),
+    (90, 64): Launch(128, 64, 8, 5, descriptors=True),
+    (90, 80): Launch(128, 64, 8, 5),
+    (90, 96): Launch(128, 64, 8, 5),
+    (90, 128): Launch(128, 64, 8, 5, descriptors=True),
+    (90, 256): Launch(128, 64, 8, 3, split=True, descriptors=True),
+    (100, 64): Launch(128, 64, 8, 3, descriptors=True),
+    (100, 80): Launch(128, 64, 8, 5),
+    (100, 96): Launch(128, 64, 8, 5),
+    (100, 128): Launch(128, 64, 8, 5, descriptors=True),
+    (100, 256): Launch(128, 64, 8, 3, split=True, descriptors=True),
+    (120, 64): Launch(128, 64, 8, 7, descriptors=True),
+    (120, 80): Launch(128, 32, 8, 7),
+    (120, 96): Launch(64, 64, 8, 7),
+    (120, 128): Launch(128, 64, 8, 5, split=True, descriptors=True),
+    (120, 256): Launch(64, 16, 8, 7, descriptors=True),
 }
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -156,22 +104,11 @@ FLOAT32 = Launch(16, 16, 4, 3)
 
 
 def lookup(architecture: int, head_dim: int, element_size: int) -> Launch:
-    """The entry for a device, the larger of a layer's two head sizes, and the bytes of a pool element.
+    """The entry for a device, the larger of a layer's two head sizes, and the bytes of the query's elements.
 
     Raises:
         ValueError: no architecture or head size of the table covers these.
     """
-    entry = (*_covering(architecture, head_dim), element_size)
-    return FLOAT32 if element_size == 4 else TABLE[entry]
-
-
-def lookup_pages(architecture: int, head_dim: int, element_size: int) -> Launch | None:
-    """The entry for key tiles that are whole pages, if they have one of their own; arguments as for :func:`lookup`."""
-    return PAGE_TABLE.get((*_covering(architecture, head_dim), element_size))
-
-
-def _covering(architecture: int, head_dim: int) -> tuple[int, int]:
-    """The architecture and the head size whose entries serve these."""
     known = max((arch for arch in ARCHITECTURES if arch <= architecture), default=None)
     width = min((size for size in HEAD_DIMS if size >= head_dim), default=None)
     if known is None or width is None:
@@ -179,7 +116,7 @@ def _covering(architecture: int, head_dim: int) -> tuple[int, int]:
             f"no launch entry for compute capability {architecture / 10} and head size {head_dim}: "
             f"the kernels are made for {min(ARCHITECTURES) / 10} and newer and for heads up to {max(HEAD_DIMS)}"
         )
-    return known, width
+    return FLOAT32 if element_size == 4 else TABLE[known, width]
 
 
 def fitted(launch: Launch, lanes: int, tile_keys: int) -> Launch:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import weakref
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from .tiles import KeyOrder
 
-KEPT_BYTES = 2 << 30
-"""Bound on the keys and values that operands keep in other orders."""
+COPIED_BYTES = 1 << 29
+"""Bound on the keys and values that are held in one token order, beyond which KV heads take turns."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Operands:
 
     ``query`` [batch rows, H, D]. ``key_pool`` [slots, KV heads, D] and ``value_pool`` [slots, KV heads, Dv], in the
     query's dtype or in fp8 e4m3; the chunk's keys and values are already in them. ``scale``: what logits are multiplied
-    by before the softmax. ``key_scale``, ``value_scale``: what the pools' elements are multiplied by.
+    by before the softmax, positive. ``key_scale``, ``value_scale``: what the pools' elements are multiplied by.
     """
 
     query: torch.Tensor
@@ -27,28 +29,44 @@ class Operands:
     scale: float
     key_scale: float = 1.0
     value_scale: float = 1.0
-    _ordered: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _whole: tuple[Operands, slice] | None = field(default=None, repr=False, compare=False)
 
     def in_order(self, order: KeyOrder, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in the order of a pass, contiguous by head: [KV heads, key tiles * tile_keys, D] each.
+        """Keys and values in a token order: [KV heads, key tiles * tile_keys, D] and [..., Dv], contiguous by head.
 
-        Copied once, and kept for whoever asks next within :data:`KEPT_BYTES`: the probe and all passes over an order
-        read the same. ``order``: of the forward's plan, which outlives the layer's operands.
+        Copied once per layer, for all of its heads while they stay within :data:`COPIED_BYTES`: the probe and all
+        passes over an order read the same. The memory is the order's, and the next layer's to fill.
         """
-        key = id(order), dtype
-        if key in self._ordered:
-            return self._ordered[key]
-        slots = order.slots.flatten()
-        keys, values = (
-            pool.index_select(0, slots).transpose(0, 1).to(dtype).contiguous()
-            for pool in (self.key_pool, self.value_pool)
-        )
-        kept = sum(operand.nbytes for pair in self._ordered.values() for operand in pair)
-        if kept + keys.nbytes + values.nbytes <= KEPT_BYTES:
-            self._ordered[key] = keys, values
+        if self._whole is not None and self._whole[0].copy_bytes(order) <= COPIED_BYTES:
+            whole, own = self._whole
+            keys, values = whole.in_order(order, dtype)
+            return keys[own], values[own]
+        if order.part_of is not None:
+            larger, tiles = order.part_of
+            own = slice(tiles.start * order.tile_keys, tiles.stop * order.tile_keys)
+            keys, values = self.in_order(larger, dtype)
+            return keys[:, own], values[:, own]
+        shape = self.kv_heads, self.key_pool.shape[2], self.value_pool.shape[2], dtype
+        held = order.copies.get(shape)
+        if held is None:
+            size = self.kv_heads, order.slots.numel()
+            keys, values = (
+                torch.empty(*size, pool.shape[2], dtype=dtype, device=pool.device)
+                for pool in (self.key_pool, self.value_pool)
+            )
+        else:
+            owner, keys, values = held
+            if owner() is self:
+                return keys, values
+        copy = _copy if keys.device.type == "cpu" else importlib.import_module(".copy_triton", __package__).copy
+        copy(self.key_pool, self.value_pool, order, keys, values)
+        order.copies[shape] = weakref.ref(self), keys, values
         return keys, values
+
+    def copy_bytes(self, order: KeyOrder) -> int:
+        """Bytes that the keys and values of all heads take in a token order, in the query's dtype."""
+        size = self.key_pool.shape[2] + self.value_pool.shape[2]
+        return order.slots.numel() * self.kv_heads * size * self.query.element_size()
 
     @property
     def heads(self) -> int:
@@ -75,4 +93,15 @@ class Operands:
             query=self.query[:, heads],
             key_pool=self.key_pool[:, kv_heads],
             value_pool=self.value_pool[:, kv_heads],
+            _whole=(self, kv_heads),
         )
+
+
+def _copy(
+    key_pool: torch.Tensor, value_pool: torch.Tensor, order: KeyOrder, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    tiles = slice(None) if order.arrived == len(order.slots) else order.arrival[: order.arrived].long()
+    slots = order.slots[tiles]
+    for pool, ordered in ((key_pool, keys), (value_pool, values)):
+        rows = pool.index_select(0, slots.flatten()).view(*slots.shape, *pool.shape[1:])
+        ordered.view(ordered.shape[0], *order.slots.shape, -1)[:, tiles] = rows.movedim(2, 0).to(ordered.dtype)

@@ -52,25 +52,15 @@ class ProbeRows:
     key_tiles: int
 
 
+@dataclass(frozen=True)
 class ProbeKeys:
-    """A request's keys, those of earlier chunks and of this one, in both orders; made once per forward.
+    """A request's keys, those of earlier chunks and of this one: its part of the two passes' orders.
 
-    ``sequence`` and ``cell``: the request's part of the two passes' orders; ``cell`` None without a cell pass.
-    ``last``: the largest token position of the chunk.
+    ``cell`` is None without a cell pass.
     """
 
-    def __init__(self, sequence: KeyOrder, cell: KeyOrder | None, last: int) -> None:
-        self.sequence, self.cell = sequence, cell
-        self._last = last
-        self._present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def present(self, order: KeyOrder) -> tuple[torch.Tensor, torch.Tensor]:
-        """An order's tiles, those that hold keys by now first: int32 [n], and how many these are, int64 0-d."""
-        if id(order) not in self._present:
-            future = order.tile_min > self._last
-            tiles = future.byte().argsort(stable=True).int()
-            self._present[id(order)] = tiles, (~future).sum()
-        return self._present[id(order)]
+    sequence: KeyOrder
+    cell: KeyOrder | None
 
 
 Reach = tuple[int, int]
@@ -184,8 +174,7 @@ class WeightProbe:
     def _cell_held(self) -> torch.Tensor:
         order = self.keys.cell
         assert order is not None
-        tiles, count = self.keys.present(order)
-        tiles = tiles[: int(count)].long()
+        tiles = order.arrival[: order.arrived].long()
         positions = order.positions[tiles].flatten()
         known = positions < self.by_key.shape[1]
         index = torch.where(known, positions, 0)

@@ -6,8 +6,8 @@ the sequence order and :func:`combine_kernel` joins its splits. :func:`held_kern
 more against the known logarithm of the row's sum, and adds up by tile what lies in some regions.
 
 Floor for ``P`` rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the softmax and ``2 * H * P * N * D`` for
-what the tiles of an order hold; keys three times and values twice from the pool, and 32 bytes per key and KV head of
-projected values in 16-bit pools; ``4 * HELD`` bytes per (row, key tile) and region. docs/kernels.md has the figures.
+what the tiles of an order hold; keys three times and values twice, and 32 bytes per key and KV head of
+projected values in 16 bits; ``4 * HELD`` bytes per (row, key tile) and region. docs/kernels.md has the figures.
 Numbers that change from chunk to chunk are not specialised on, or kernels would be compiled while serving.
 """
 
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import load_rows, readable, widen
+from .attend import load_keys, load_rows
 from .launch_table import OPTIONS
 from .operands import Operands
 from .probe import HELD, ProbeKeys, ProbeRows, Reach, signs
@@ -56,35 +56,28 @@ def rows_of_group(i_block, i_kv, probe_rows, GROUP: tl.constexpr, BLOCK_M: tl.co
 def scores(
     b_query,
     p_key,
-    p_slots,
     key_first,
-    stride_key_slot,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FP8_BITS: tl.constexpr,
 ):
-    """Base-2 logits [rows, keys] of some keys of an order, and their slots."""
-    b_slot = tl.load(p_slots + key_first + tl.arange(0, BLOCK_N)).to(tl.int64)
-    b_key = widen(load_rows(p_key, b_slot, None, stride_key_slot, 0, BLOCK_D, HEAD_DIM), b_query.dtype, FP8_BITS)
-    return tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2, b_slot
+    """Base-2 logits [rows, keys] of some keys of an order."""
+    b_key = load_keys(p_key, key_first, 0, BLOCK_D, HEAD_DIM, BLOCK_N, False)
+    return tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
 
 
 @triton.jit(do_not_specialize=["keys"])
 def parts_kernel(
     p_value,
-    p_slots,
     p_signs,
     p_parts,
     value_scale,
     keys,
-    stride_value_slot,
     stride_value_head,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FP8_BITS: tl.constexpr,
 ):
     """1 and the projected value of some keys of one KV head: ``p_parts`` [KV heads, keys, CHANNELS].
 
@@ -93,13 +86,11 @@ def parts_kernel(
     i_block, i_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
     m_key = o_key < keys
-    b_slot = tl.load(p_slots + o_key, mask=m_key, other=0).to(tl.int64)
     p_value += i_kv * stride_value_head
     o_d, o_c = tl.arange(0, BLOCK_DV), tl.arange(0, CHANNELS_ALL)
     p_sign = p_signs + o_d[:, None] * CHANNELS_ALL + o_c[None, :]
     b_sign = tl.load(p_sign, mask=(o_d < HEAD_DIM_V)[:, None], other=0.0)
-    b_value = load_rows(p_value, b_slot, m_key, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V)
-    b_value = widen(b_value, b_sign.dtype, FP8_BITS)
+    b_value = load_rows(p_value + o_key.to(tl.int64) * HEAD_DIM_V, m_key, 0, BLOCK_DV, HEAD_DIM_V)
     b_part = tl.dot(b_value, b_sign, input_precision="ieee") * value_scale
     b_part = tl.where(o_c[None, :] == 0, 1.0, b_part)
     p_part = p_parts + (i_kv * keys + o_key[:, None]) * CHANNELS_ALL + o_c[None, :]
@@ -128,7 +119,6 @@ def probe_kernel(
     p_value,
     p_rows,
     p_row_pos,
-    p_slots,
     p_part,
     p_part_lse,
     scale_log2,
@@ -137,9 +127,7 @@ def probe_kernel(
     tiles_per_split,
     stride_query_row,
     stride_query_head,
-    stride_key_slot,
     stride_key_head,
-    stride_value_slot,
     stride_value_head,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -149,7 +137,6 @@ def probe_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
-    FP8_BITS: tl.constexpr,
 ):
     """One block of rows of one KV head over one split of the sequence order's key tiles.
 
@@ -179,9 +166,7 @@ def probe_kernel(
     for i_tile in tl.range(tile_first, tile_seen):
         for i_part in tl.static_range(PARTS):
             key_first = (i_tile * PARTS + i_part) * BLOCK_N
-            b_score, b_slot = scores(
-                b_query, p_key, p_slots, key_first, stride_key_slot, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, FP8_BITS
-            )
+            b_score = scores(b_query, p_key, key_first, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N)
             o_key = key_first + tl.arange(0, BLOCK_N)
             b_score = tl.where(o_key[None, :] <= b_pos[:, None], b_score, -float("inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
@@ -190,10 +175,7 @@ def probe_kernel(
             b_decay = tl.exp2(b_max - b_shift)
             b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
             b_max = b_new_max
-            # What is behind a request's last key may be anything, and 0 * NaN is no 0.
-            m_slot = o_key <= last_pos
-            b_value = load_rows(p_value, b_slot, m_slot, stride_value_slot, 0, BLOCK_DV, HEAD_DIM_V)
-            b_value = widen(b_value, b_query.dtype, FP8_BITS)
+            b_value = load_keys(p_value, key_first, 0, BLOCK_DV, HEAD_DIM_V, BLOCK_N, False)
             b_acc = tl.dot(b_weight.to(b_query.dtype), b_value, b_acc * b_decay[:, None], input_precision="ieee")
 
     m_seen = b_sum > 0
@@ -259,16 +241,14 @@ def as_deviations(b_held, b_projected):
     return tl.where(o_c == 0, b_held, b_held - column(b_held, 0)[:, None] * b_projected)
 
 
-@triton.jit(do_not_specialize=["probe_rows", "tiles", "keys"])
+@triton.jit(do_not_specialize=["probe_rows", "tiles", "arrived", "keys"])
 def held_kernel(
     p_query,
     p_key,
     p_rows,
     p_row_pos,
-    p_slots,
     p_key_pos,
-    p_present,
-    p_count,
+    p_arrival,
     p_parts,
     p_lse,
     p_projected,
@@ -277,10 +257,10 @@ def held_kernel(
     scale_log2,
     probe_rows,
     tiles,
+    arrived,
     keys,
     stride_query_row,
     stride_query_head,
-    stride_key_slot,
     stride_key_head,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -290,11 +270,10 @@ def held_kernel(
     PARTS: tl.constexpr,
     REGIONS: tl.constexpr,
     FAR: tl.constexpr,
-    FP8_BITS: tl.constexpr,
 ):
     """One block of rows of one KV head over one split of an order's key tiles.
 
-    ``p_present`` [tiles]: the order's tiles, the ``p_count`` that are not all in the future first. ``p_parts``
+    ``p_arrival`` [tiles]: the order's tiles, the first ``arrived`` of which hold keys by now. ``p_parts``
     [KV heads, keys, CHANNELS] by token position. ``p_bounds`` [REGIONS, 2]: sink and reach. ``p_held`` [REGIONS, HELD,
     H, P, tiles]: what each tile holds in each region.
     """
@@ -315,17 +294,14 @@ def held_kernel(
     p_held_at = p_held + o_c * channel + b_index[:, None] * tiles
     m_held = m_row[:, None] & (o_c < CHANNELS_HELD)
 
-    count = tl.load(p_count).to(tl.int32)
-    per_split = tl.cdiv(count, tl.num_programs(2))
-    for i_entry in tl.range(i_split * per_split, tl.minimum((i_split + 1) * per_split, count)):
-        i_tile = tl.load(p_present + i_entry).to(tl.int64)
+    per_split = tl.cdiv(arrived, tl.num_programs(2))
+    for i_entry in tl.range(i_split * per_split, tl.minimum((i_split + 1) * per_split, arrived)):
+        i_tile = tl.load(p_arrival + i_entry).to(tl.int64)
         b_first = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
         b_second = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
         for i_part in tl.static_range(PARTS):
             key_first = (i_tile * PARTS + i_part) * BLOCK_N
-            b_score, _ = scores(
-                b_query, p_key, p_slots, key_first, stride_key_slot, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, FP8_BITS
-            )
+            b_score = scores(b_query, p_key, key_first, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N)
             b_key_pos = tl.load(p_key_pos + key_first + tl.arange(0, BLOCK_N))
             b_part = load_parts(p_parts, b_key_pos, b_key_pos < keys)
             o_key = b_key_pos[None, :]
@@ -337,11 +313,11 @@ def held_kernel(
         tl.store(p_held_at + i_tile, as_deviations(b_first, b_projected), mask=m_held)
         if REGIONS == 2:
             tl.store(p_held_at + CHANNELS_HELD * channel + i_tile, as_deviations(b_second, b_projected), mask=m_held)
-    per_split = tl.cdiv(tiles - count, tl.num_programs(2))
-    first = count + i_split * per_split
+    per_split = tl.cdiv(tiles - arrived, tl.num_programs(2))
+    first = arrived + i_split * per_split
     b_nothing = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
     for i_entry in tl.range(first, tl.minimum(first + per_split, tiles)):
-        i_tile = tl.load(p_present + i_entry).to(tl.int64)
+        i_tile = tl.load(p_arrival + i_entry).to(tl.int64)
         tl.store(p_held_at + i_tile, b_nothing, mask=m_held)
         if REGIONS == 2:
             tl.store(p_held_at + CHANNELS_HELD * channel + i_tile, b_nothing, mask=m_held)
@@ -377,9 +353,7 @@ def held_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunch
     return ProbeLaunch(32, min(16, tile_keys), 8, 2)
 
 
-def constants_for(
-    launch: ProbeLaunch, tile_keys: int, *, group: int, head_dim: int, fp8_bits: bool
-) -> dict[str, int | bool]:
+def constants_for(launch: ProbeLaunch, tile_keys: int, *, group: int, head_dim: int) -> dict[str, int | bool]:
     """Compile-time arguments that :func:`probe_kernel` and :func:`held_kernel` have in common."""
     return {
         "GROUP": group,
@@ -388,16 +362,14 @@ def constants_for(
         "BLOCK_M": launch.rows,
         "BLOCK_N": launch.keys,
         "PARTS": tile_keys // launch.keys,
-        "FP8_BITS": fp8_bits,
     }
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """What every launch of a probe has in common: the operands as kernels read them here."""
+    """What every launch of a probe has in common."""
 
     operands: Operands
-    fp8_bits: bool
 
     @property
     def scale_log2(self) -> float:
@@ -413,7 +385,7 @@ class _Shared:
     def options(self, launch: ProbeLaunch, tile_keys: int) -> dict[str, int | bool]:
         """Compile-time arguments that both kernels have, and those of the launch."""
         group, head_dim = self.operands.group, self.operands.query.shape[2]
-        constants = constants_for(launch, tile_keys, group=group, head_dim=head_dim, fp8_bits=self.fp8_bits)
+        constants = constants_for(launch, tile_keys, group=group, head_dim=head_dim)
         return {**constants, **OPTIONS, "num_warps": launch.warps, "num_stages": launch.stages}
 
 
@@ -450,20 +422,19 @@ class FusedProbe:
 
     def _in_regions(self, order: KeyOrder, regions: Sequence[Reach], *, far: bool) -> list[torch.Tensor]:
         heads, rows = self.lse.shape
-        present, count = self.keys.present(order)
+        tiles = order.arrival.numel()
         bounds = _bounds(tuple(regions), self.lse.device)
-        held = self.lse.new_empty(len(regions), HELD, heads, rows, present.numel())
-        shared, query, key_pool = self.shared, self.shared.operands.query, self.shared.operands.key_pool
+        held = self.lse.new_empty(len(regions), HELD, heads, rows, tiles)
+        shared, query = self.shared, self.shared.operands.query
+        key, _ = shared.operands.in_order(order, query.dtype)
         launch = self.launch or held_launch(query.shape[2], query.element_size(), order.tile_keys)
-        held_kernel[shared.grid(launch, rows, present.numel())](
+        held_kernel[shared.grid(launch, rows, tiles)](
             query,
-            key_pool,
+            key,
             self.rows.rows,
             self.rows.positions,
-            order.slots,
             order.positions,
-            present,
-            count,
+            order.arrival,
             self.parts,
             self.lse,
             self.projected,
@@ -471,12 +442,12 @@ class FusedProbe:
             held,
             shared.scale_log2,
             rows,
-            present.numel(),
+            tiles,
+            order.arrived,
             self.parts.shape[1],
             query.stride(0),
             query.stride(1),
-            key_pool.stride(0),
-            key_pool.stride(1),
+            key.stride(0),
             REGIONS=len(regions),
             FAR=far,
             **shared.options(launch, order.tile_keys),
@@ -501,12 +472,12 @@ def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLaunch | None = None) -> FusedProbe:
     """Probes a request; arguments as in :func:`.probe.run`. ``launch`` replaces those of both kernels."""
-    operands, fp8_bits = readable(operands)
-    query, key_pool, value_pool = operands.query, operands.key_pool, operands.value_pool
+    query = operands.query
+    key, value = operands.in_order(keys.sequence, query.dtype)
     heads, head_dim = query.shape[1:]
-    kv_heads, head_dim_v = value_pool.shape[1:]
+    kv_heads, _, head_dim_v = value.shape
     tile_keys, tiles = keys.sequence.tile_keys, keys.sequence.slots.shape[0]
-    shared = _Shared(operands, fp8_bits)
+    shared = _Shared(operands)
     own = launch or probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
     count = rows.rows.numel()
     grid = shared.grid(own, count, tiles)
@@ -520,18 +491,15 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
     parts = empty(kv_heads, tiles * tile_keys, CHANNELS, dtype=query.dtype)
     project = _signs(head_dim_v, query.dtype, query.device)
     parts_kernel[triton.cdiv(tiles * tile_keys, PARTS_KEYS), kv_heads](
-        value_pool,
-        keys.sequence.slots,
+        value,
         project,
         parts,
         operands.value_scale,
         tiles * tile_keys,
-        value_pool.stride(0),
-        value_pool.stride(1),
+        value.stride(0),
         HEAD_DIM_V=head_dim_v,
         BLOCK_DV=block_dv,
         BLOCK_N=PARTS_KEYS,
-        FP8_BITS=fp8_bits,
         **OPTIONS,
     )
     out, lse = empty(heads, count, head_dim_v), empty(heads, count)
@@ -539,11 +507,10 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
     part, part_lse = empty(splits, heads, count, head_dim_v), empty(splits, heads, count)
     probe_kernel[grid[0], grid[1], splits](
         query,
-        key_pool,
-        value_pool,
+        key,
+        value,
         rows.rows,
         rows.positions,
-        keys.sequence.slots,
         part,
         part_lse,
         shared.scale_log2,
@@ -552,10 +519,8 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         per_split,
         query.stride(0),
         query.stride(1),
-        key_pool.stride(0),
-        key_pool.stride(1),
-        value_pool.stride(0),
-        value_pool.stride(1),
+        key.stride(0),
+        value.stride(0),
         HEAD_DIM_V=head_dim_v,
         BLOCK_DV=block_dv,
         **shared.options(own, tile_keys),

@@ -8,9 +8,9 @@ that reads it, and ``H = G * sharing``. All index tensors live on the device of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -41,7 +41,9 @@ class KeyOrder:
     ``positions`` int32 [n, tile_keys]: token positions, :data:`ABSENT` where a tile is short.
     ``tile_min``, ``tile_max`` int32 [n]: smallest and largest position in each key tile (a short tile's is ABSENT).
     ``tile_indptr`` int32 [R + 1]: where a request's key tiles begin; ``widest``: most key tiles of any request.
-    ``contiguous``: whether the slots of every tile are consecutive, so that its first one tells them all.
+    ``arrival`` int32 [n]: its key tiles, the first ``arrived`` of which hold keys by now; no others are ever read.
+    ``part_of``: the order of which this is a part, and which tiles of it. ``copies``: keys and values in this order,
+    see :meth:`.operands.Operands.in_order`.
     """
 
     slots: torch.Tensor
@@ -50,14 +52,17 @@ class KeyOrder:
     tile_max: torch.Tensor
     tile_indptr: torch.Tensor
     widest: int
-    contiguous: bool = False
+    arrival: torch.Tensor
+    arrived: int
+    part_of: tuple[KeyOrder, slice] | None = None
+    copies: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def tile_keys(self) -> int:
         """Keys of a tile."""
         return self.slots.shape[1]
 
-    def of_request(self, tiles: slice) -> KeyOrder:
+    def of_request(self, tiles: slice, arrival: torch.Tensor, arrived: int) -> KeyOrder:
         """The part that is one request's, as an order of its own; ``tiles`` are the request's."""
         count = tiles.stop - tiles.start
         if count == self.slots.shape[0]:
@@ -69,7 +74,9 @@ class KeyOrder:
             tile_max=self.tile_max[tiles],
             tile_indptr=self.tile_indptr.new_tensor([0, count]),
             widest=count,
-            contiguous=self.contiguous,
+            arrival=arrival,
+            arrived=arrived,
+            part_of=(self, tiles),
         )
 
 
@@ -129,11 +136,6 @@ class TileLists:
         """The tiles of one list; waits for the device."""
         begin = int(self.begin[index])
         return self.tiles[begin : begin + int(self.count[index])]
-
-    @cached_property
-    def order(self) -> torch.Tensor:
-        """Lists by length, the longest first, int32 [G * T]: the order in which to start them on many processors."""
-        return self.count.argsort(descending=True).int()
 
 
 def tile_visibility(

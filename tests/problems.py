@@ -163,7 +163,6 @@ def make(
         tile_queries=tile_queries,
         tile_keys=tile_keys,
         probe_rows=probe_rows,
-        page_size=page_size,
         sharing=sharing,
     )
     return Problem(query, key_pool, value_pool, req_to_token, requests, plan, head_dim**-0.5)

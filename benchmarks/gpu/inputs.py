@@ -1,6 +1,6 @@
 """Planted inputs of one layer, for the GPU benchmarks and benchmarks/long: one request with one video, and its plan.
 
-Its pages lie in the pool in random order.
+Its tokens lie in the pool in random order.
 """
 
 from __future__ import annotations
@@ -57,21 +57,19 @@ class Layer:
 
 def make_layer(
     shape: Shape,
-    page_size: int,
     config: Config,
     heads: tuple[int, int],
     device: torch.device,
     implementation: str = "triton",
 ) -> Layer:
-    """A planted request whose pages lie in the pool in random order, page 0 left out; for a resolved implementation."""
+    """A planted request, its tokens anywhere in the pool but in slot 0; for a resolved implementation."""
     sharing = prefill.sharing(config, heads[0] // heads[1], implementation)
     rows, cols = FRAME
     frames = (shape.length - LEAD - QUESTION) // (rows * cols)
     start = shape.length - QUESTION - frames * rows * cols
     item = (2, [(start, start + frames * rows * cols - 1)], (frames, rows, cols))
     generator = torch.Generator(device).manual_seed(shape.length)
-    pages = torch.randperm(-(-shape.length // page_size), generator=generator, device=device) + 1
-    slots = (pages[:, None] * page_size + torch.arange(page_size, device=device)).flatten()[: shape.length]
+    slots = torch.randperm(shape.length, generator=generator, device=device) + 1
     layout = _core.Layout(
         shape.length,
         [item],
@@ -93,14 +91,12 @@ def make_layer(
         tile_queries=config.tile_queries,
         tile_keys=config.tile_keys,
         probe_rows=config.probe_rows,
-        page_size=page_size,
         sharing=sharing,
     )
     query, key, value = planted(shape, start, *heads, generator)
-    pool_rows = (pages.numel() + 1) * page_size
     pools = []
     for operand in (key, value):
-        pool = torch.zeros(pool_rows, heads[1], HEAD_DIM, dtype=operand.dtype, device=device)
+        pool = torch.zeros(shape.length + 1, heads[1], HEAD_DIM, dtype=operand.dtype, device=device)
         pool[slots] = operand
         pools.append(pool)
     return Layer(Operands(query, *pools, HEAD_DIM**-0.5), slots, planner(), shape, planner)

@@ -1,8 +1,8 @@
 """``make bench-gpu``: block-sparse prefill of one layer on a GPU, against dense cuDNN attention in the same run.
 
 One request: text, one video, one question, planted so that rows attend to the same place of all frames, to their own
-frame and to the first tokens. Each line is one shape (all tokens at once, or a chunk behind a prefix), page size and
-density; selection is what a server runs, with its tile budget set to the density and an error that it cannot keep to,
+frame and to the first tokens. Each line is one shape (all tokens at once, or a chunk behind a prefix) and density;
+selection is what a server runs, with its tile budget set to the density and an error that it cannot keep to,
 so that the budget is used up; at 100 % everything is listed.
 
 - *probe*, *select*, *attend*: milliseconds of the device; *select* includes making the lists.
@@ -48,7 +48,6 @@ HEADS = (28, 4)
 """Query and KV heads, those of Qwen2.5-VL-7B."""
 TOKENS = ("32K", "128K", "256K", "1M")
 CHUNKS = ("one-shot", "8K", "32K")
-PAGE_SIZES = (1, 64)
 DENSITIES = (2, 5, 10, 25, 100)
 SAMPLED_ROWS = 24
 TILE_QUERIES = 128
@@ -59,7 +58,6 @@ class Line:
     """One line of the table."""
 
     shape: str
-    page_size: int
     wanted_density: float
     density: float
     true_mass: float
@@ -89,7 +87,6 @@ class Line:
 def measure(
     layer: Layer,
     density: float,
-    page_size: int,
     dense: tuple[Timing, Timing | None],
     config: Config,
     clock: Clock,
@@ -102,7 +99,7 @@ def measure(
     operands, heads = layer.operands, layer.operands.heads
     parts = []
     before = _memory(operands.query.device, reset=True)
-    for own in prefill.head_blocks(layer.plan, heads, operands.kv_heads):
+    for own in prefill.head_blocks(layer.plan, operands):
         part = replace(layer, operands=operands.block(own))
         parts.append(measure_part(part, config, clock, implementation))
     peak = _memory(operands.query.device, reset=False) - before
@@ -119,7 +116,6 @@ def measure(
     causal_tiles = (near.max_pos // config.tile_keys + 1).long() * near.indptr.diff()
     return Line(
         shape=str(layer.shape),
-        page_size=page_size,
         wanted_density=density,
         density=pairs / (heads * config.tile_keys * int(causal_tiles.sum())),
         true_mass=statistics.fmean(part.mass for part in parts),
@@ -284,18 +280,17 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     implementation = ops.resolve(options.implementation, device)
     for shape in shapes(options.tokens, options.chunks):
         dense: tuple[Timing, Timing | None] | None = None
-        for page_size in options.page_sizes:
-            for density in options.densities:
-                config = settings(density)
-                try:
-                    layer = make_layer(shape, page_size, config, options.heads, device)
-                    if dense is None:
-                        fa3 = dense_fa3(layer, clock) if options.fa3 else None
-                        dense = clock.samples(dense_attention(layer)), fa3
-                    yield measure(layer, density, page_size, dense, config, clock, implementation)
-                except torch.OutOfMemoryError as error:
-                    say(f"{shape}, page size {page_size}, {density} %: left out, {str(error).partition('.')[0]}")
-                    torch.cuda.empty_cache()
+        for density in options.densities:
+            config = settings(density)
+            try:
+                layer = make_layer(shape, config, options.heads, device)
+                if dense is None:
+                    fa3 = dense_fa3(layer, clock) if options.fa3 else None
+                    dense = clock.samples(dense_attention(layer)), fa3
+                yield measure(layer, density, dense, config, clock, implementation)
+            except torch.OutOfMemoryError as error:
+                say(f"{shape}, {density} %: left out, {str(error).partition('.')[0]}")
+                torch.cuda.empty_cache()
 
 
 def shapes(tokens: Sequence[str], chunks: Sequence[str]) -> list[Shape]:
@@ -309,7 +304,6 @@ def shapes(tokens: Sequence[str], chunks: Sequence[str]) -> list[Shape]:
 
 COLUMNS: dict[str, Callable[[Line], str]] = {
     "shape": lambda line: line.shape,
-    "page": lambda line: str(line.page_size),
     "budget %": lambda line: f"{line.wanted_density:g}",
     "density %": lambda line: f"{100 * line.density:.2f}",
     "true mass": lambda line: f"{line.true_mass:.3f}",
@@ -350,7 +344,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=listed(str), default=list(TOKENS))
     parser.add_argument("--chunks", type=listed(str), default=list(CHUNKS), help="one-shot, or tokens of a chunk")
-    parser.add_argument("--page-sizes", type=listed(int), default=list(PAGE_SIZES))
     parser.add_argument("--densities", type=listed(float), default=list(DENSITIES), help="per cent")
     parser.add_argument("--implementation", choices=("auto", *ops.IMPLEMENTATIONS), default="auto")
     parser.add_argument("--fa3", action=argparse.BooleanOptionalAction, default=True, help="FA3 as a dense baseline")
@@ -361,7 +354,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.heads = HEADS
     if options.dry_run:
-        options.tokens, options.chunks, options.page_sizes = ["1K"], ["one-shot", "512"], [1, 64]
+        options.tokens, options.chunks = ["1K"], ["one-shot", "512"]
         options.densities, options.repeats, options.heads = [20.0, 100.0], 2, (4, 2)
     return options
 

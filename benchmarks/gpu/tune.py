@@ -1,8 +1,8 @@
 """``make tune``: measures launches of the attend kernel on this GPU and writes the best ones into the launch table.
 
-For every head size and pool dtype the candidates are timed on random lists of 64 tiles per query tile, from gathered
-keys, and where the device has descriptors from whole pages too, by pointers and through descriptors; the fastest that
-compiles without spills and within the device's shared memory is taken. The table's own entry is one of them and stays
+For every head size the candidates are timed on random lists of 64 tiles per query tile, by pointers and, where the
+device has them, through descriptors; the fastest that compiles without spills and within the device's shared memory is
+taken. The table's own entry is one of them and stays
 unless another one is faster by more than 2 %. Its line then says what was measured and where.
 
 ``--resources`` needs no GPU: it compiles every entry and writes registers and shared memory behind it.
@@ -26,23 +26,20 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.inputs import Shape, make_layer
 from benchmarks.gpu.report import environment, say
 from mminference_sgl.kernels import attend, launch_table
-from mminference_sgl.kernels.launch_table import HEAD_DIMS, PAGE_TABLE, TABLE, Launch, device_architecture
+from mminference_sgl.kernels.launch_table import HEAD_DIMS, NATIVE_DESCRIPTORS, TABLE, Launch, device_architecture
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map
 from mminference_sgl.method.config import Config
 
 ROOT = Path(__file__).parents[2]
 MODULE = ROOT / "kernels" / "launch_table.py"
-WIDTHS = (2, 1)
-"""Bytes of a pool element."""
 TILES_PER_LIST = 64
 WORTH = 0.98
 """A launch replaces the table's when it takes less than this share of its time."""
 KEYS_PER_TILE, ROWS_PER_TILE = 64, 128
 
-Entry = tuple[int, int, int]
-_TABLE = re.compile(r"(\w*TABLE): dict\[")
-_LINE = re.compile(r"    \((\d+), (\d+), (\d+)\): (Launch\([^)]*\)),(?:  # (.*))?$")
+Entry = tuple[int, int]
+_LINE = re.compile(r"    \((\d+), (\d+)\): (Launch\([^)]*\)),(?:  # (.*))?$")
 
 
 @dataclass(frozen=True)
@@ -53,20 +50,25 @@ class Tuned:
     note: str
 
 
-def candidates(own: Launch, head_dim: int, bodies: Sequence[bool] = (False,)) -> list[Launch]:
-    """The table's entry, then all others that make sense on some device; ``bodies``: without descriptors, with them."""
+def candidates(own: Launch, entry: Entry) -> list[Launch]:
+    """The table's entry, then all others that make sense there."""
+    architecture, head_dim = entry
     shapes = itertools.product(
-        ((128, 8), (64, 8), (64, 4)), (64, 32), (3, 5, 7), (False, True)[: 1 + (head_dim >= 128)], bodies
+        ((128, 8), (64, 8), (64, 4)),
+        (64, 32),
+        (3, 5, 7),
+        (False, True)[: 1 + (head_dim >= 128)],
+        (False, True)[: 1 + (architecture >= NATIVE_DESCRIPTORS)],
     )
-    found = [Launch(rows, keys, warps, stages, split, body) for (rows, warps), keys, stages, split, body in shapes]
-    return list(dict.fromkeys([own, *found]))
+    found = [Launch(rows, keys, warps, stages, *switches) for (rows, warps), keys, stages, *switches in shapes]
+    suited = [launch for launch in found if not launch.descriptors or attend.describable(launch, head_dim)]
+    return list(dict.fromkeys([own, *suited]))
 
 
 def tune(
     entries: Iterable[Entry],
     fits: Callable[[Entry, Launch], bool],
     measure: Callable[[Entry, Launch], float],
-    table: Mapping[Entry, Launch] = TABLE,
 ) -> dict[Entry, tuple[Launch, float]]:
     """The fastest fitting launch of each entry and what ``measure`` says of it: milliseconds, inf where it cannot run.
 
@@ -74,9 +76,8 @@ def tune(
     """
     best: dict[Entry, tuple[Launch, float]] = {}
     for entry in entries:
-        own = table[entry]
-        bodies = (False, True) if table is PAGE_TABLE else (False,)
-        times = {launch: measure(entry, launch) for launch in candidates(own, entry[1], bodies)}
+        own = TABLE[entry]
+        times = {launch: measure(entry, launch) for launch in candidates(own, entry)}
         faster = sorted((time, launch) for launch, time in times.items() if time < WORTH * times[own])
         chosen = next((launch for _, launch in faster if fits(entry, launch)), own)
         best[entry] = (chosen, times[chosen])
@@ -84,18 +85,16 @@ def tune(
     return best
 
 
-def rewritten(text: str, tuned: Mapping[Entry, Tuned], table: str = "TABLE") -> str:
-    """The tables' module with other entries of one table; every entry must have its line.
+def rewritten(text: str, tuned: Mapping[Entry, Tuned]) -> str:
+    """The table's module with other entries; every entry must have its line.
 
     Raises:
         ValueError: an entry without a line.
     """
-    missing, lines, inside = set(tuned), [], False
+    missing, lines = set(tuned), []
     for line in text.splitlines():
-        if begin := _TABLE.match(line):
-            inside = begin[1] == table
-        match = _LINE.match(line) if inside else None
-        entry = tuple(int(match[i]) for i in (1, 2, 3)) if match else None
+        match = _LINE.match(line)
+        entry = (int(match[1]), int(match[2])) if match else None
         if entry in tuned:
             missing.discard(entry)
             found = tuned[entry]
@@ -113,12 +112,10 @@ def source(launch: Launch) -> str:
     return f"Launch({', '.join(map(str, launch[:4]))}{switches})"
 
 
-def resources(entry: Entry, launch: Launch, *, pages: bool = False) -> tuple[bool, str]:
+def resources(entry: Entry, launch: Launch) -> tuple[bool, str]:
     """Whether the served variants of an entry compile to something that fits, and their registers and shared memory."""
     aot = _aot()
-    dtype = {1: "fp8", 2: "bf16"}[entry[2]]
-    variants = aot.PAGES if pages else aot.SERVED
-    compiled = [aot.compile_job(job) for job in aot.jobs(*entry[:2], dtype, variants, launch)]
+    compiled = [aot.compile_job(job) for job in aot.jobs(*entry, "bf16", aot.SERVED, launch)]
     registers, shared = max(result.registers for result in compiled), max(result.shared for result in compiled)
     return all(result.fits for result in compiled), f"{registers} registers, {shared:,} bytes"
 
@@ -131,14 +128,12 @@ def _aot():
 
 
 class Bench:
-    """Random lists over a paged pool, and the time of a launch on them."""
+    """Random lists, and the time of a launch on them."""
 
-    def __init__(
-        self, device: torch.device, tokens: int, chunk: int, heads: tuple[int, int], repeats: int, page_size: int = 1
-    ) -> None:
+    def __init__(self, device: torch.device, tokens: int, chunk: int, heads: tuple[int, int], repeats: int) -> None:
         self.device, self.heads = device, heads
         config = Config(tile_queries=ROWS_PER_TILE, tile_keys=KEYS_PER_TILE)
-        self.layer = make_layer(Shape(tokens - chunk, chunk), page_size, config, heads, device)
+        self.layer = make_layer(Shape(tokens - chunk, chunk), config, heads, device)
         self.lists = random_lists(self.layer.plan.near, heads[0])
         self.clock = Clock(device, repeats)
         self.pairs = int(self.lists.tiles.numel()) * KEYS_PER_TILE * ROWS_PER_TILE
@@ -149,8 +144,6 @@ class Bench:
             return 1e6 / (launch.rows * launch.keys * launch.warps)
         given = self.layer.operands
         query, *pools = (_resized(operand, entry[1]) for operand in (given.query, given.key_pool, given.value_pool))
-        if entry[2] == 1:
-            pools = [pool.to(torch.float8_e4m3fn) for pool in pools]
         operands = Operands(query, *pools, entry[1] ** -0.5)
         out, lse = torch.empty_like(query), torch.empty(query.shape[:2], device=self.device)
         near = self.layer.plan.near
@@ -189,23 +182,16 @@ def _resized(operand: torch.Tensor, head_dim: int) -> torch.Tensor:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--heads", type=lambda text: [int(part) for part in text.split(",")], default=list(HEAD_DIMS))
-    parser.add_argument("--widths", type=lambda text: [int(part) for part in text.split(",")], default=list(WIDTHS))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=MODULE, help="the table's module by default")
     parser.add_argument("--resources", action="store_true", help="only registers and shared memory; needs no GPU")
     parser.add_argument("--dry-run", action="store_true", help="no kernel is run: does the script work?")
     options = parser.parse_args(argv)
     text = MODULE.read_text()
-    tables = {"TABLE": (TABLE, False), "PAGE_TABLE": (PAGE_TABLE, True)}
     if options.resources:
-        for table, (launches, pages) in tables.items():
-            found = {
-                entry: Tuned(launch, resources(entry, launch, pages=pages)[1])
-                for entry, launch in launches.items()
-                if entry[1] in options.heads and entry[2] in options.widths
-            }
-            text = rewritten(text, found, table)
-        options.output.write_text(text)
+        wanted = {entry: launch for entry, launch in TABLE.items() if entry[1] in options.heads}
+        found = {entry: Tuned(launch, resources(entry, launch)[1]) for entry, launch in wanted.items()}
+        options.output.write_text(rewritten(text, found))
         return 0
     if not options.dry_run and not torch.cuda.is_available():
         say("needs a CUDA device; --dry-run shows without one that the script works")
@@ -214,23 +200,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = (1024, 512, (4, 2)) if options.dry_run else (1 << 16, 1 << 13, (28, 4))
     known = max(arch for arch in launch_table.ARCHITECTURES if arch <= device_architecture(device))
     name = environment(device)["device"]
-    for table, (launches, pages) in tables.items():
-        entries = [(known, head, width) for head in options.heads for width in options.widths]
-        entries = [entry for entry in entries if entry in launches]
-        if not entries:
-            continue
-        bench = Bench(device, *sizes, options.repeats, KEYS_PER_TILE if pages else 1)
+    bench = Bench(device, *sizes, options.repeats)
 
-        def compiled(entry: Entry, launch: Launch, pages: bool = pages) -> tuple[bool, str]:
-            return (launch.stages > 2, "dry run") if options.dry_run else resources(entry, launch, pages=pages)
+    def compiled(entry: Entry, launch: Launch) -> tuple[bool, str]:
+        return (launch.stages > 2, "dry run") if options.dry_run else resources(entry, launch)
 
-        found = tune(entries, lambda *args: compiled(*args)[0], bench.milliseconds, launches)
-        tuned = {}
-        for entry, (launch, milliseconds) in found.items():
-            note = f"{compiled(entry, launch)[1]}, {bench.tflops(entry, milliseconds):.0f} TFLOP/s on {name}"
-            tuned[entry] = Tuned(launch, note)
-        text = rewritten(text, tuned, table)
-    options.output.write_text(text)
+    entries = [(known, head) for head in options.heads]
+    best = tune(entries, lambda *args: compiled(*args)[0], bench.milliseconds)
+    tuned = {}
+    for entry, (launch, milliseconds) in best.items():
+        note = f"{compiled(entry, launch)[1]}, {bench.tflops(entry, milliseconds):.0f} TFLOP/s on {name}"
+        tuned[entry] = Tuned(launch, note)
+    options.output.write_text(rewritten(text, tuned))
     return 0
 
 

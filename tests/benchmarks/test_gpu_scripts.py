@@ -12,18 +12,15 @@ from benchmarks.gpu import layer as gpu
 from benchmarks.gpu import serving as gpu_serving
 from benchmarks.gpu import tune
 from mminference_sgl.kernels import ops
-from mminference_sgl.kernels.launch_table import PAGE_TABLE, TABLE, Launch
+from mminference_sgl.kernels.launch_table import TABLE, Launch
 from mminference_sgl.testing import Answer
 
 
 def test_bench_gpu_reports_every_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run", "--output", str(tmp_path), "--name", "dry"]) == 0
     record = json.loads((tmp_path / "dry.json").read_text())
-    assert {(line["shape"], line["page_size"], line["wanted_density"]) for line in record["lines"]} == {
-        (shape, page, density)
-        for shape in ("1K one-shot", "512 at 1K")
-        for page in (1, 64)
-        for density in (20.0, 100.0)
+    assert {(line["shape"], line["wanted_density"]) for line in record["lines"]} == {
+        (shape, density) for shape in ("1K one-shot", "512 at 1K") for density in (20.0, 100.0)
     }
     for line in record["lines"]:
         assert line["error"] <= line["allowed_error"]
@@ -60,12 +57,12 @@ def test_tune_rewrites_only_the_devices_entries(tmp_path: Path) -> None:
     del sys.modules["table"]
     changed = {entry for entry, launch in module["TABLE"].items() if tuple(launch) != tuple(TABLE[entry])}
     assert changed
-    assert changed <= {(80, head, width) for head in (64, 128) for width in (1, 2)}
-    assert output.read_text().count("dry run, ") == 4
+    assert changed <= {(80, 64), (80, 128)}
+    assert output.read_text().count("dry run, ") == 2
 
 
 def test_tune_takes_the_fastest_that_fits() -> None:
-    entry, fast, faster = (80, 128, 2), Launch(64, 64, 8, 3), Launch(128, 64, 8, 4)
+    entry, fast, faster = (80, 128), Launch(64, 64, 8, 3), Launch(128, 64, 8, 4)
 
     def measure(_: object, launch: Launch) -> float:
         return {fast: 1.0, faster: 0.5}.get(launch, 2.0)
@@ -77,20 +74,14 @@ def test_tune_takes_the_fastest_that_fits() -> None:
         tune.rewritten("", {entry: tune.Tuned(fast, "")})
 
 
-def test_tune_tries_whole_pages_by_both_bodies() -> None:
-    entry, seen = (90, 128, 2), set()
+def test_tune_tries_descriptors_where_there_can_be_some() -> None:
+    def tried(entry: tuple[int, int]) -> set[bool]:
+        return {launch.descriptors for launch in tune.candidates(TABLE[entry], entry)}
 
-    def measure(_: object, launch: Launch) -> float:
-        seen.add(launch.descriptors)
-        return 2.0 if launch.descriptors else 1.0
-
-    launch, _ = tune.tune([entry], lambda *_: True, measure, PAGE_TABLE)[entry]
-    assert seen == {False, True}
-    assert not launch.descriptors
-    text = tune.MODULE.read_text()
-    changed = tune.rewritten(text, {entry: tune.Tuned(Launch(16, 16, 1, 2, True, True), "note")}, "PAGE_TABLE")
-    assert changed.partition("PAGE_TABLE: dict")[0] == text.partition("PAGE_TABLE: dict")[0]
-    assert "    (90, 128, 2): Launch(16, 16, 1, 2, split=True, descriptors=True),  # note\n" in changed
+    assert [tried(entry) for entry in ((80, 128), (90, 128), (90, 80))] == [{False}, {False, True}, {False}]
+    entry = 90, 128
+    changed = tune.rewritten(tune.MODULE.read_text(), {entry: tune.Tuned(Launch(16, 16, 1, 2, True, True), "note")})
+    assert "    (90, 128): Launch(16, 16, 1, 2, split=True, descriptors=True),  # note\n" in changed
 
 
 class StandInServer:

@@ -78,7 +78,8 @@ def moved(value: Any, device: torch.device) -> Any:
         return value
     result = copy.copy(value)
     for name, item in vars(value).items():
-        object.__setattr__(result, name, moved(item, device))
+        # What was copied into an order there is not here.
+        object.__setattr__(result, name, {} if name == "copies" else moved(item, device))
     return result
 
 

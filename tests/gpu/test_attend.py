@@ -26,7 +26,6 @@ from mminference_sgl.kernels.launch_table import (
     NATIVE_FP8,
     Launch,
     device_architecture,
-    lookup,
 )
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.stages import stages_of
@@ -68,9 +67,8 @@ def test_attend_on_other_groups(heads: tuple[int, int], seed: int) -> None:
     [Launch(64, 16, 4, 2), Launch(64, 64, 4, 3), Launch(128, 32, 8, 3), Launch(128, 64, 8, 2, split=True)],
     ids=lambda launch: "-".join(map(str, launch)),
 )
-@pytest.mark.parametrize("page_size", [1, 64])
-def test_attend_with_other_launches(launch: Launch, page_size: int, seed: int) -> None:
-    checks.check(checks.Setting(64, torch.bfloat16, page_size, launch=launch), DEVICE, seed)
+def test_attend_with_other_launches(launch: Launch, seed: int) -> None:
+    checks.check(checks.Setting(64, torch.bfloat16, 1, launch=launch), DEVICE, seed)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
@@ -85,26 +83,22 @@ def test_attend_on_fp8_pools(head_dim: int, page_size: int, seed: int) -> None:
     [Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(128, 32, 8, 3, split=True), Launch(16, 16, 4, 2)],
     ids=lambda launch: "-".join(map(str, launch)),
 )
-@pytest.mark.parametrize(
-    ("head_dim", "tiles", "fp8"), [(64, (128, 64), False), (128, (64, 32), False), (128, (128, 64), True)], ids=str
-)
+@pytest.mark.parametrize(("head_dim", "tiles"), [(64, (128, 64)), (128, (64, 32)), (128, (128, 64))], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attend_through_descriptors(
-    dtype: torch.dtype, head_dim: int, tiles: tuple[int, int], fp8: bool, launch: Launch, seed: int
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_attend_by_both_kinds_of_loads(
+    dtype: torch.dtype, head_dim: int, tiles: tuple[int, int], launch: Launch, descriptors: bool, seed: int
 ) -> None:
     """Launches of the table and others; each must be right, whatever the table takes on this device."""
-    if device_architecture(DEVICE) < NATIVE_DESCRIPTORS:
+    if descriptors and device_architecture(DEVICE) < NATIVE_DESCRIPTORS:
         pytest.skip("needs a device with tensor descriptors")
-    launch = launch._replace(descriptors=True)
-    checks.check(checks.Setting(head_dim, dtype, 64, tiles=tiles, launch=launch, fp8=fp8), DEVICE, seed)
+    launch = launch._replace(descriptors=descriptors)
+    checks.check(checks.Setting(head_dim, dtype, 1, tiles=tiles, launch=launch), DEVICE, seed)
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_attend_by_pointers_on_whole_pages(head_dim: int, fp8: bool, seed: int) -> None:
-    """What runs where the pool's memory is not aligned."""
-    launch = lookup(device_architecture(DEVICE), head_dim, 1 if fp8 else 2)
-    checks.check(checks.Setting(head_dim, torch.bfloat16, 64, launch=launch, fp8=fp8), DEVICE, seed)
+def test_attend_on_lists_in_pieces(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "SPLIT", 3)
+    checks.check(checks.Setting(128, torch.bfloat16, 1), DEVICE, seed)
 
 
 def test_attend_in_fp32(seed: int) -> None:

@@ -2,8 +2,8 @@
 
 ``python tests/kernels/aot.py`` compiles every entry of the launch table in every variant that a server runs and prints
 a table with the worst of the variants; ``--arch 90 --head 128 --every-variant`` asks for less or more;
-``--launch 128,64,8,3`` tries something that is not in the table, and ``--launch 128,64,8,3,0,1`` whole pages through
-descriptors (the fifth number is ``split``).
+``--launch 128,64,8,3`` tries something that is not in the table, and ``--launch 128,64,8,3,0,1`` the same through
+descriptors (the fifth number is ``split``). ``--cost`` prints what the loops over key tiles consist of instead.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from mminference_sgl.kernels import attend
 from mminference_sgl.kernels.launch_table import (
     ARCHITECTURES,
     HEAD_DIMS,
-    NATIVE_FP8,
     OPTIONS,
-    PAGE_TABLE,
     Launch,
     fitted,
     lookup,
@@ -41,11 +39,10 @@ from mminference_sgl.kernels.launch_table import (
 J, C = TypeVar("J"), TypeVar("C")
 TILE_QUERIES, TILE_KEYS = 128, 64
 """The configuration's defaults."""
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
-"""Dtype of the pool and its bytes; the query of an fp8 pool is bf16."""
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Dtypes and their bytes."""
 GROUP = 7
 """Query heads on a KV head: an odd number, as it is in Qwen2.5-VL 7B."""
-INT64_POINTERS = ("p_rows", "p_slots")
 REGISTERS = 65536
 
 
@@ -55,28 +52,23 @@ class Variant:
 
     far: bool
     merge: bool
-    contiguous: bool
     shared: bool = False
+    in_pieces: bool = False
 
     def __str__(self) -> str:
-        """Region, epilogue, body, and whether the heads of a KV group share lists."""
-        body = "pages" if self.contiguous else "gather"
-        shared = "-shared" if self.shared else ""
-        return f"{'far' if self.far else 'near'}-{'merge' if self.merge else 'write'}-{body}{shared}"
+        """Region, epilogue, whether the heads of a KV group share lists and whether these are split."""
+        words = ["far" if self.far else "near", "merge" if self.merge else "write"]
+        return "-".join(words + ["shared"] * self.shared + ["in-pieces"] * self.in_pieces)
 
 
 SERVED = (
-    Variant(False, False, False),
-    Variant(True, True, False),
-    Variant(False, True, True),
-    Variant(True, True, False, shared=True),
+    Variant(False, False),
+    Variant(True, True),
+    Variant(True, True, shared=True),
+    Variant(False, True, in_pieces=True),
 )
-"""A sequence pass that writes, a cell pass that merges, heads that the guard runs again, from whole pages, and a cell
-pass of shared lists."""
-PAGES = (Variant(False, False, True), Variant(False, True, True))
-"""What runs from whole pages: sequence passes that write, and those that merge."""
-EVERY = (*PAGES, *itertools.starmap(Variant, itertools.product((False, True), (False, True), (False,))))
-"""Whole pages come in token order only, so never with the far region."""
+"""A sequence pass that writes, a cell pass that merges, one of shared lists, and long lists that the guard wants."""
+EVERY = tuple(itertools.starmap(Variant, itertools.product((False, True), repeat=4)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,8 @@ class Compiled:
     """Registers and bytes of stack per thread, bytes of shared memory per block, matrix instructions in the loop.
 
     ``bulk_loads``: whether it loads through descriptors. ``ahead``: steps whose keys and values may be under way while
-    one is computed, in the loop that has fewest; a buffer is the one that is computed with.
+    one is computed, in the loop that has fewest; a buffer is the one that is computed with. ``loops``: instructions by
+    kind of the loops with matrix instructions, over full tiles and then over the others.
     """
 
     arch: int
@@ -109,6 +102,7 @@ class Compiled:
     matrix: str
     bulk_loads: bool
     ahead: int
+    loops: list[dict[str, int]]
 
     @property
     def fits(self) -> bool:
@@ -136,25 +130,18 @@ def jobs(
 
 
 def table_jobs() -> list[Job]:
-    """Every entry: in the served variants, and at the head size of nearly all models in all variants on two devices.
+    """Every entry in the served variants, and at the head size of nearly all models in all variants on two devices.
 
-    Of what differs least, one variant: fp8 pools; sm_86, whose code is sm_80's; whole pages by pointers where the
-    device has descriptors; other head sizes with descriptors; fp16, fp32 and tiles of 64 rows on some devices.
+    Of what differs least, fewer: sm_86 and sm_89, whose code is sm_80's; fp16, fp32, tiles of 64 rows.
     """
     result = []
     for arch in (arch for arch in ARCHITECTURES if arch != 89):
         for head_dim in HEAD_DIMS:
-            described = (arch, head_dim, 2) in PAGE_TABLE
-            variants = SERVED[:2] if described else SERVED[2:] if arch == 86 else SERVED
-            result += jobs(arch, head_dim, "bf16", EVERY if head_dim == 128 and arch in {80, 90} else variants)
-            result += jobs(89 if arch == 86 else arch, head_dim, "fp8", SERVED[1:2] if described else SERVED[2:])
-    for (arch, head_dim, width), launch in PAGE_TABLE.items():
-        dtype = {1: "fp8", 2: "bf16"}[width]
-        result += jobs(arch, head_dim, dtype, PAGES if (head_dim, width) == (128, 2) else PAGES[1:], launch)
-    result += jobs(90, 128, "bf16", PAGES[1:], PAGE_TABLE[90, 128, 2], rows=64)
+            every = head_dim == 128 and arch in {80, 90}
+            result += jobs(arch, head_dim, "bf16", EVERY if every else SERVED[1:3] if arch == 86 else SERVED)
     for arch in (80, 90, 100):
         result += jobs(arch, 128, "fp16", SERVED[1:2])
-        result += jobs(arch, 128, "bf16", SERVED[2:], rows=64)
+        result += jobs(arch, 128, "bf16", SERVED[1:3], rows=64)
     result += jobs(90, 128, "fp32", SERVED[1:2])
     return result
 
@@ -162,8 +149,6 @@ def table_jobs() -> list[Job]:
 def compile_job(job: Job) -> Compiled:
     """Compiles the attend kernel as it would be launched."""
     kernel = attend.attend_kernel
-    fp8 = job.dtype == "fp8"
-    bits = fp8 and job.arch < NATIVE_FP8
     constants = attend.constants_for(
         job.launch,
         TILE_QUERIES // GROUP * GROUP if job.variant.shared else TILE_QUERIES,
@@ -172,31 +157,28 @@ def compile_job(job: Job) -> Compiled:
         sharing=GROUP if job.variant.shared else 1,
         head_dim=job.head_dim,
         head_dim_v=job.head_dim,
-        contiguous=job.variant.contiguous,
-        fp8_bits=bits,
         far=job.variant.far,
         merge=job.variant.merge,
+        in_pieces=job.variant.in_pieces,
     )
-    pool = {"fp8": "u8" if bits else "fp8e4nv"}.get(job.dtype, job.dtype)
     pointers = {
-        **dict.fromkeys(("p_query", "p_out"), "bf16" if fp8 else job.dtype),
-        **dict.fromkeys(("p_key", "p_value"), pool),
-        **dict.fromkeys(INT64_POINTERS, "i64"),
-        "p_lse": "fp32",
+        **dict.fromkeys(("p_query", "p_out", "p_key", "p_value", "p_piece_out"), job.dtype),
+        **dict.fromkeys(("p_lse", "p_piece_lse"), "fp32"),
+        "p_rows": "i64",
     }
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif constants["DESCRIPTORS"] and name in {"p_key", "p_value"}:
-            box = [1, constants["BLOCK_N"], constants["BLOCK_D" if name == "p_key" else "BLOCK_DV"]]
-            signature[name] = f"tensordesc<{pool}{box}>"
+            box = [constants["BLOCK_N"], constants["BLOCK_D" if name == "p_key" else "BLOCK_DV"]]
+            signature[name] = f"tensordesc<{job.dtype}{box}>"
             continue
         elif name.startswith("p_"):
             signature[name] = "*" + pointers.get(name, "i32")
         else:
             signature[name] = "fp32" if name in {"scale_log2", "value_scale"} else "i32"
-        # Pool, query and output rows are aligned; heads lie behind one another, so an LSE row need not be.
+        # Query and output rows are aligned; heads lie behind one another, so an LSE row need not be.
         if name.startswith("p_") or (name.startswith("stride_") and name != "stride_lse_row"):
             attributes[index,] = [["tt.divisibility", 16]]
     compiled = triton.compile(
@@ -218,6 +200,7 @@ def compile_job(job: Job) -> Compiled:
         matrix,
         "cp.async.bulk.tensor" in ptx,
         buffers(compiled.asm["ttgir"], constants["BLOCK_N"]) - 1,
+        loops(compiled.asm["cubin"]),
     )
 
 
@@ -227,13 +210,51 @@ def buffers(ttgir: str, keys: int) -> int:
     return min(map(int, found), default=1)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of the kernel in a cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+KINDS = {
+    "matrix": ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA"),
+    "exponential": ("MUFU",),
+    "load": ("LDGSTS", "UTMALDG", "LDG"),
+    "shared": ("LDS", "LDSM", "STS", "STSM", "LDTM", "STTM"),
+    "stack": ("LDL", "STL"),
+    "barrier": ("BAR", "SYNCS", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "UTCBAR", "WARPSYNC"),
+}
+"""Kinds of instructions by the first word of their names; all others are "other"."""
+
+
+def loops(cubin: bytes) -> list[dict[str, int]]:
+    """Instructions by kind, :data:`KINDS`, of the innermost loops of a cubin that have matrix instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [_TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\S*)([^;]*);", text)
+    code = [(int(at, 16), name, rest) for at, name, _, rest in found]
+    spans = []
+    for at, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name in {"BRA", "BRX"} else None
+        if target and int(target[1], 16) < at:
+            spans.append((int(target[1], 16), at))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    result = []
+    for first, last in sorted(inner):
+        names = [name for at, name, _ in code if first <= at <= last]
+        kinds = [next((kind for kind, own in KINDS.items() if name in own), "other") for name in names]
+        if "matrix" in kinds:
+            result.append({kind: kinds.count(kind) for kind in (*KINDS, "other")})
+    return result
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of the kernel in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
@@ -270,6 +291,40 @@ def table(results: Iterable[Compiled]) -> list[str]:
     return lines
 
 
+TENSOR_FLOPS = {80: 2048, 90: 4096, 100: 8192}
+"""FLOPs per cycle and processor of 16-bit matrix instructions (NVIDIA's figures for A100, H100 and B200)."""
+EXPONENTIALS = 4
+"""Exponentials per cycle and quarter of a processor."""
+
+
+def cycles(result: Compiled, loop: dict[str, int]) -> tuple[int, int, int]:
+    """Cycles of a step of a loop that the matrix unit, the issue of instructions and exponentials each take at least.
+
+    A step takes at least the largest of them, and their sum where warps do not hide one behind another; what loads
+    leave exposed comes on top. A processor's quarter issues one instruction per cycle for its share of the warps.
+    """
+    launch = result.launch
+    matrix = 4 * launch.rows * launch.keys * result.head_dim // TENSOR_FLOPS[result.arch]
+    warps = launch.warps // 4
+    return matrix, warps * sum(loop.values()), warps * loop["exponential"] * 32 // EXPONENTIALS
+
+
+def cost_table(results: Iterable[Compiled]) -> list[str]:
+    """What the loops of a cell pass consist of, and cycles as far as they can be counted."""
+    names = ("sm", "head", "launch", "loop", "ahead", *KINDS, "other", "all", "cycles: matrix", "issue", "exponentials")
+    lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
+    for result in results:
+        if result.variant != "far-merge" or result.dtype != "bf16":
+            continue
+        launch = result.launch
+        words = f"{launch.rows} x {launch.keys}" + " split" * launch.split + " TMA" * launch.descriptors
+        for name, loop in zip(("full", "compared"), result.loops, strict=False):
+            counted = cycles(result, loop) if result.arch in TENSOR_FLOPS else ("", "", "")
+            cells = (result.arch, result.head_dim, words, name, result.ahead, *loop.values(), sum(loop.values()))
+            lines.append("| " + " | ".join(str(cell) for cell in (*cells, *counted)) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES))
@@ -280,12 +335,11 @@ def main() -> None:
         "--launch", type=lambda text: Launch(*map(int, text.split(","))), metavar="ROWS,KEYS,WARPS,STAGES[,SPLIT[,TMA]]"
     )
     parser.add_argument("--json", action="store_true", help="one object per kernel instead of a table")
+    parser.add_argument("--cost", action="store_true", help="what the loops consist of instead")
     options = parser.parse_args()
     if options.arch or options.head or options.dtype or options.every_variant or options.launch:
         chosen = itertools.product(options.arch or ARCHITECTURES, options.head or HEAD_DIMS, options.dtype or ["bf16"])
         variants = EVERY if options.every_variant else SERVED
-        if options.launch and options.launch.descriptors:
-            variants = PAGES
         work = [job for entry in chosen for job in jobs(*entry, variants, options.launch)]
     else:
         work = table_jobs()
@@ -295,7 +349,7 @@ def main() -> None:
             print(json.dumps({**asdict(result), "launch": result.launch}), flush=True)
     else:
         found = list(results)
-        print("\n".join(table(found)))
+        print("\n".join((cost_table if options.cost else table)(found)))
         sys.exit(0 if all(result.fits for result in found) else 1)
 
 

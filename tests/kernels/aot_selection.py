@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aot import compile_all, resources
-from mminference_sgl.kernels import lists_triton, probe_triton, search_triton
+from mminference_sgl.kernels import attend, copy_triton, lists_triton, probe_triton, search_triton
 from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8, OPTIONS
 
 ARCHS = (80, 90, 100, 120)
@@ -27,12 +27,24 @@ ARCHS = (80, 90, 100, 120)
 HEADS = (64, 80, 128, 256)
 TILE_KEYS = 64
 POINTERS = {
-    **dict.fromkeys(("p_rows", "p_slots", "p_row_own", "p_cost", "p_causal", "p_count"), "i64"),
+    **dict.fromkeys(("p_rows", "p_slots", "p_row_own", "p_cost", "p_causal"), "i64"),
     **dict.fromkeys(("p_row_tile", "p_bands", "p_band_of_row"), "i64"),
     **dict.fromkeys(("p_levels", "p_tile_levels"), "i8"),
     **dict.fromkeys(("p_visible", "p_selected"), "i1"),
     **dict.fromkeys(
-        ("p_held", "p_part", "p_part_lse", "p_lse", "p_out", "p_projected", "p_loose", "p_share", "p_size"), "fp32"
+        (
+            "p_held",
+            "p_part",
+            "p_part_lse",
+            "p_lse",
+            "p_piece_lse",
+            "p_out",
+            "p_projected",
+            "p_loose",
+            "p_share",
+            "p_size",
+        ),
+        "fp32",
     ),
     **dict.fromkeys(("p_beside", "p_allowed", "p_error", "p_kept"), "fp32"),
 }
@@ -79,12 +91,13 @@ class Compiled:
 
 
 def jobs() -> list[Job]:
-    """Every kernel on every architecture; probes by head size and, at 128, fp8 pools; searches of both kinds."""
+    """Every kernel on every architecture, by head size where it has one; searches and copies of both kinds."""
     result = []
     for arch in ARCHS:
         for kernel in ("parts", "probe", "held"):
             result += [Job(arch, kernel, "bf16", head_dim, lines=False) for head_dim in HEADS]
-            result += [Job(arch, kernel, "fp8", 128, lines=False)]
+        result += [Job(arch, "copy", dtype, head, lines=False) for dtype, head in (("bf16", 128), ("fp8", 80))]
+        result += [Job(arch, "join", "bf16", head_dim, lines=False) for head_dim in HEADS]
         result += [Job(arch, "held", "bf16", head_dim, lines=False, near=True) for head_dim in HEADS]
         result += [Job(arch, "combine", "fp32", 128, lines=False), Job(arch, "lists", "int32", 0, lines=False)]
         result += [Job(arch, kernel, "fp32", 0, lines=False) for kernel in ("rows", "lost", "counts")]
@@ -95,16 +108,18 @@ def jobs() -> list[Job]:
 
 def compile_job(job: Job) -> Compiled:
     """Compiles a kernel as it would be launched for query tiles and bands of a long chunk."""
-    module = dict.fromkeys(("parts", "probe", "held", "combine"), probe_triton) | {"lists": lists_triton}
+    module = dict.fromkeys(("parts", "probe", "held", "combine"), probe_triton)
+    module |= {"lists": lists_triton, "copy": copy_triton, "join": attend}
     kernel = getattr(module.get(job.kernel, search_triton), f"{job.kernel}_kernel")
     bits = job.dtype == "fp8" and job.arch < NATIVE_FP8
     pool = {"fp8": "u8" if bits else "fp8e4nv"}.get(job.dtype, job.dtype)
-    pointers = {**POINTERS, "p_query": "bf16", "p_key": pool, "p_value": pool}
-    pointers |= dict.fromkeys(("p_parts", "p_signs"), "bf16")
+    pointers = {**POINTERS, "p_key": pool, "p_value": pool}
+    bf16 = ("p_query", "p_parts", "p_signs", "p_ordered_key", "p_ordered_value", "p_piece_out")
+    pointers |= dict.fromkeys((*bf16, *("p_out",) * (job.kernel == "join")), "bf16")
     options, warps = {}, 4
     if job.kernel in {"probe", "held"}:
         launch = getattr(probe_triton, f"{job.kernel}_launch")(job.head_dim, 2, TILE_KEYS)
-        constants = probe_triton.constants_for(launch, TILE_KEYS, group=7, head_dim=job.head_dim, fp8_bits=bits)
+        constants = probe_triton.constants_for(launch, TILE_KEYS, group=7, head_dim=job.head_dim)
         constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "FAR": not job.near}
         constants |= {"REGIONS": 1 if job.near else 2}
         options, warps = {"num_warps": launch.warps, "num_stages": launch.stages}, launch.warps
@@ -118,7 +133,9 @@ def compile_job(job: Job) -> Compiled:
         }
         block_dv = triton.next_power_of_2(job.head_dim)
         constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": block_dv, "BLOCK_SPLITS": probe_triton.PROGRAMS}
-        constants |= {"BLOCK_N": probe_triton.PARTS_KEYS, "FP8_BITS": bits}
+        constants |= {"BLOCK_N": probe_triton.PARTS_KEYS, "FP8_BITS": bits, "HEAD_DIM": job.head_dim}
+        constants |= {"BLOCK_D": block_dv, "TILE_KEYS": TILE_KEYS, "SHARING": 7}
+        constants |= {"BLOCK_M": attend.JOINED, "LANES": 128, "SPLIT_TILES": attend.SPLIT}
         # What a search does not have is None to its kernels.
         constants |= dict.fromkeys(("p_row_own",) if job.lines else ("p_bands", "p_band_of_row"))
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

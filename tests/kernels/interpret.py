@@ -37,6 +37,7 @@ class Case:
 
     ``every_tile`` lists all tiles that a pass may see behind a sink and a reach of 8 keys, otherwise random ones are.
     ``shared``: the heads of a KV group share lists of smaller query tiles in the last two of the passes.
+    ``split``: key tiles of a list that one program reads at most, and ``pieces`` the most programs for their rests.
     """
 
     name: str
@@ -51,6 +52,8 @@ class Case:
     fp8: bool = False
     every_tile: bool = False
     shared: bool = False
+    split: int = attend.SPLIT
+    pieces: int = attend.SPLIT_PIECES
 
 
 CASES = (
@@ -58,18 +61,19 @@ CASES = (
     Case("pages-of-16", 16, 32, 24, 4, 1, 16),
     Case("sub-tiles", 64, 32, 64, 2, 2, 1, Launch(16, 16, 1, 2)),
     Case("uneven-sub-tiles", 32, 64, 32, 2, 1, 16, Launch(16, 32, 1, 2)),
-    Case("whole-pages", 64, 64, 64, 2, 1, 64),
-    Case("whole-pages-sub-tiles", 32, 32, 64, 2, 1, 64, Launch(16, 16, 1, 2)),
+    Case("other-pages", 64, 64, 64, 2, 1, 64),
     Case("every-tile", 16, 16, 16, 2, 1, 1, Launch(16, 16, 1, 2), every_tile=True),
     Case("head-80", 32, 32, 80, 2, 1, 1),
-    Case("head-80-whole-pages", 32, 16, 80, 2, 1, 16, Launch(32, 16, 2, 2)),
     Case("head-96", 32, 32, 96, 2, 2, 16),
     Case("head-128", 64, 64, 128, 2, 1, 64),
     Case("split-head", 32, 16, 64, 2, 1, 1, Launch(32, 16, 2, 2, split=True)),
     Case("head-256", 16, 32, 256, 1, 1, 1),
     Case("value-head-48", 32, 16, 72, 2, 1, 1, value_dim=48),
-    Case("fp8-bits", 32, 16, 64, 2, 1, 1, fp8=True),
-    Case("fp8-bits-whole-pages", 32, 32, 80, 2, 1, 32, fp8=True),
+    Case("fp8", 32, 16, 64, 2, 1, 1, fp8=True),
+    Case("pieces", 32, 16, 64, 4, 2, 1, Launch(16, 16, 1, 2), split=2),
+    Case("pieces-of-all", 64, 16, 24, 2, 1, 1, Launch(32, 16, 2, 2), every_tile=True, split=1),
+    Case("too-many-pieces", 32, 16, 80, 3, 1, 1, split=1, pieces=11),
+    Case("pieces-of-groups", 32, 16, 16, 7, 1, 1, Launch(32, 16, 1, 2, descriptors=True), shared=True, split=2),
     Case("descriptors", 64, 64, 64, 2, 1, 64, Launch(32, 64, 2, 2, descriptors=True)),
     Case("descriptors-sub-tiles", 32, 32, 32, 4, 2, 64, Launch(16, 16, 1, 2, descriptors=True)),
     Case("descriptors-split-head", 32, 16, 128, 2, 2, 32, Launch(32, 16, 2, 2, split=True, descriptors=True)),
@@ -90,8 +94,9 @@ KEY_SCALE, VALUE_SCALE = 0.75, 1.5
 def main(dtype: torch.dtype, names: list[str]) -> None:
     """Near pass into NaN memory, the far pass merged into it, other lists of the near pass merged into that.
 
-    Each against the reference in fp64, and whole pages by descriptors against the same by pointers.
+    Each against the reference in fp64, and descriptors against pointers. Memory that nothing was written to is NaN.
     """
+    torch.use_deterministic_algorithms(True)
     for case in CASES:
         if not names or case.name in names:
             run(case, dtype)
@@ -123,11 +128,14 @@ def run(case: Case, dtype: torch.dtype) -> None:
         lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, step)
         for result in (exact, plain):
             result.run(reference, tile_pass, lists, merge=step > 0)
-        described = run_attend(ours, tile_pass, lists, merge=step > 0, launch=case.launch)
-        line = compare(case, tile_pass, lists, exact, plain, ours) | {"step": step, "described": described}
+        with mock.patch.multiple(attend, SPLIT=case.split, SPLIT_PIECES=case.pieces):
+            described, pieces = run_attend(ours, tile_pass, lists, merge=step > 0, launch=case.launch)
+        line = compare(case, tile_pass, lists, exact, plain, ours)
+        line |= {"step": step, "described": described, "pieces": pieces}
         if case.launch is not None and case.launch.descriptors:
             other = case.launch._replace(descriptors=False)
-            line["described_otherwise"] = run_attend(pointers, tile_pass, lists, merge=step > 0, launch=other)
+            with mock.patch.multiple(attend, SPLIT=case.split, SPLIT_PIECES=case.pieces):
+                run_attend(pointers, tile_pass, lists, merge=step > 0, launch=other)
             line["same"] = all(
                 bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
                 for a, b in ((ours.out, pointers.out), (ours.lse, pointers.lse))
@@ -135,11 +143,21 @@ def run(case: Case, dtype: torch.dtype) -> None:
         print(json.dumps(line), flush=True)
 
 
-def run_attend(result: Result, *arguments, **options) -> int:
-    """Runs the kernel; returns how many descriptors its launch had."""
-    with mock.patch.object(attend, "describe", wraps=attend.describe) as describe:
+def run_attend(result: Result, *arguments, **options) -> tuple[int, int]:
+    """Runs the kernel; returns how many descriptors its launch had, and how many rests of lists."""
+    made = []
+    work_of = attend.Work.of
+
+    def noted(*given) -> attend.Work:
+        made.append(work_of(*given))
+        return made[-1]
+
+    with (
+        mock.patch.object(attend, "describe", wraps=attend.describe) as describe,
+        mock.patch.object(attend.Work, "of", noted),
+    ):
         result.run(attend, *arguments, **options)
-    return describe.call_count
+    return describe.call_count, int((made[0].first > 0).sum())
 
 
 class Result:

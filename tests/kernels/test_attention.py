@@ -275,12 +275,6 @@ def test_full_tiles_come_first_and_need_no_mask(tiles: tuple[int, int]) -> None:
         assert masked > 0
 
 
-def test_longest_lists_start_first() -> None:
-    problem = problems.make(tile_queries=32, tile_keys=16)
-    lists = random_lists(problem, problem.plan.near, 0)
-    assert (lists.count[lists.order.long()].diff() <= 0).all()
-
-
 def test_ops_rejects_what_does_not_belong_together() -> None:
     problem = problems.make(problems.MIXED[:1])
     operands, query, out = problem.operands, problem.query, torch.empty_like(problem.query)

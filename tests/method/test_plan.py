@@ -484,22 +484,6 @@ def test_a_text_layout_has_no_cell_order() -> None:
     assert layout.sequence_tiles.max_pos.tolist()[-1] == 110
 
 
-@pytest.mark.parametrize(("page_size", "whole"), [(1, False), (16, False), (32, True), (64, True)])
-def test_tiles_of_whole_pages_are_known_as_contiguous(page_size: int, whole: bool) -> None:
-    pages = torch.randperm(64, generator=torch.Generator().manual_seed(0)) + 1
-    slots = (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:700].int()
-    if slots.numel() < 700:
-        slots = torch.nn.functional.pad(slots, (0, 700 - slots.numel()))
-    layout = DeviceLayout(_core.Layout(700, [STAMPED], chunk_tokens=0, tile_queries=32), 32, CPU)
-    sizes = {"tile_queries": 32, "tile_keys": 32, "probe_rows": 8, "page_size": page_size}
-    plan = build([SparseRequest(layout, 0, 700, torch.tensor([0]), 0)], slots[None], **sizes)
-    assert plan.near.keys.contiguous is whole
-    assert plan.far is not None
-    assert not plan.far.keys.contiguous
-    steps = plan.near.keys.slots.diff(dim=1)[plan.near.keys.positions[:, 1:] != ABSENT]
-    assert bool((steps == 1).all()) is whole or page_size < 16
-
-
 def test_plans_of_consecutive_chunks_cover_the_request() -> None:
     """One layout, chunk after chunk: every token is a row exactly once, and keys only ever grow."""
     request = Request(700, [STAMPED], 0, 700)

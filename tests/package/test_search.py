@@ -56,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
     ``opaque``: nobody knows the video's grid.
     """
-    start = SimpleNamespace(config=CONFIG, implementation="torch", page_size=1, sharing=())
+    start = SimpleNamespace(config=CONFIG, implementation="torch", sharing=())
     survey = SimpleNamespace(sparse=frozenset(MODEL["sparse_layers"]))
     monkeypatch.setattr(recording, "_model", lambda *_: MODEL)
     monkeypatch.setattr(recording, "head_offset", lambda runner: runner)

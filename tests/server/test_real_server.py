@@ -144,7 +144,7 @@ def test_sizes_that_nobody_gave_are_the_resolved_ones(model_path: ModelPath, mes
     resolved = re.search(r"chunked_prefill_size=(\d+)", log.partition("max_total_num_tokens=")[2])
     assert resolved is not None
     assert int(resolved[1]) > 0
-    assert f"chunk_tokens={resolved[1]} page_size=1 " in line
+    assert f"chunk_tokens={resolved[1]} sparse_layers=" in line
     assert answer.token_ids == run_of(MODEL, ONE_CHUNK, None).answers["video"].token_ids
 
 

@@ -121,7 +121,6 @@ class MMInferenceAttnBackend(AttentionBackend):
             tile_queries=config.tile_queries,
             tile_keys=config.tile_keys,
             probe_rows=config.probe_rows,
-            page_size=self._start.page_size,
             sharing=self._start.sharing,
         )
         rest = [i for i in range(forward_batch.batch_size) if i not in sparse]
@@ -300,7 +299,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         architectures = getattr(runner.model_config.hf_config, "architectures", None) or ["unknown"]
         logger.info(
             "mminference: model=%s pattern=%s active=%s min_tokens=%d error=%g text_error=%g "
-            "implementation=%s dense=%s chunk_tokens=%d page_size=%d sparse_layers=%d dense_layers=%s",
+            "implementation=%s dense=%s chunk_tokens=%d sparse_layers=%d dense_layers=%s",
             architectures[0],
             start.pattern.id,
             config.active,
@@ -310,7 +309,6 @@ class MMInferenceAttnBackend(AttentionBackend):
             start.implementation,
             type(self.dense).__name__,
             start.chunk_tokens,
-            start.page_size,
             len(self._layers.sparse),
             dict(self._layers.dense) or "none",
         )

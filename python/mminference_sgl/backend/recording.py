@@ -101,7 +101,6 @@ class Recorder:
             tile_queries=config.tile_queries,
             tile_keys=config.tile_keys,
             probe_rows=LARGEST_INTEGER if scored else config.probe_rows,
-            page_size=self._start.page_size,
             sharing=self._start.sharing,
             probe_one_in=head_search.PROBE_ONE_IN if scored else 0,
         )

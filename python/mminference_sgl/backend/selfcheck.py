@@ -1,7 +1,7 @@
 """A small problem for an attention implementation, to see on a machine whether it runs and computes what is served.
 
 What is served is a layer's shape on this rank (:class:`Served`): the kernels that a request would run are those that
-are checked, on gathered keys and on whole pages. They are compiled for it, so that no request waits for that.
+are checked. They are compiled for it, so that no request waits for that.
 
 ``python -m mminference_sgl.backend.selfcheck`` is what :func:`check` starts for implementations that must prove
 themselves in a process of their own.
@@ -93,7 +93,7 @@ def check(implementation: str, device: torch.device, served: Served | None = Non
     served = served or Served.usual(device)
     if implementation in ISOLATED:
         return isolated(implementation, device, served)
-    return _check_both(implementation, device, served, _TOKENS)
+    return _check_here(implementation, device, served, _TOKENS)
 
 
 def isolated(
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> str:
     served = Served.parse(text)
     if stage == "build":
         return _build(implementation, served.pool_dtype, served.head_dim)
-    return _check_both(implementation, torch.device(device), served, _ISOLATED_TOKENS)
+    return _check_here(implementation, torch.device(device), served, _ISOLATED_TOKENS)
 
 
 def _build(implementation: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -159,23 +159,12 @@ def _in_a_process(arguments: Sequence[str], seconds: float) -> str:
     return "".join(said) if status == 0 else f"ended with status {status}: {''.join(said)}"
 
 
-def _check_both(implementation: str, device: torch.device, served: Served, tokens: int) -> str:
-    """`ok`, or what is wrong with gathered keys or with whole pages."""
-    for contiguous in (False, True):
-        verdict = _check_here(implementation, device, served, tokens, contiguous=contiguous)
-        if verdict != "ok":
-            return verdict
-    return "ok"
-
-
-def _check_here(implementation: str, device: torch.device, served: Served, tokens: int, *, contiguous: bool) -> str:
+def _check_here(implementation: str, device: torch.device, served: Served, tokens: int) -> str:
     """A layer of one request, text around a video, in both passes, and what selection says of it."""
     tile = served.tile_keys
     pages = -(-tokens // tile) + 1
     # Page 0 is the pool's padding.
-    slots = torch.arange(tile, tile + tokens, device=device)
-    if not contiguous:
-        slots = slots.flip(0)
+    slots = torch.arange(tile, tile + tokens, device=device).flip(0)
     # The guard would mend what is wrong.
     exact, sparse = (Config(error=error, error_ceiling=1e9) for error in (0.0, 0.5))
     grid = [HeadSpec(media_text="grid", media_media="grid")] * served.heads
@@ -185,7 +174,7 @@ def _check_here(implementation: str, device: torch.device, served: Served, token
         operands = _operands(served, tokens, pages * tile, device)
         out = torch.full_like(operands.query, torch.nan)
         sharing = prefill.sharing(Config(tile_queries=served.tile_queries), operands.group, implementation)
-        plan = _plan(slots, served, sharing, page_size=tile if contiguous else 1)
+        plan = _plan(slots, served, sharing)
         prefill.run_layer(operands, plan, grid, exact, out, implementation)
         error = (out.double() - _dense(operands, slots)).abs().max().item()
         kept, expected = (
@@ -230,7 +219,7 @@ def _dense(operands: Operands, slots: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _plan(slots: torch.Tensor, served: Served, sharing: tuple[int, ...], *, page_size: int) -> ForwardPlan:
+def _plan(slots: torch.Tensor, served: Served, sharing: tuple[int, ...]) -> ForwardPlan:
     """One request in one chunk, token i in slot ``slots[i]``: a video of 3 x 6 places, and words before and behind."""
     device, tokens = slots.device, slots.numel()
     words, places = 3, 3 * 6
@@ -245,7 +234,6 @@ def _plan(slots: torch.Tensor, served: Served, sharing: tuple[int, ...], *, page
         tile_queries=served.tile_queries,
         tile_keys=served.tile_keys,
         probe_rows=_PROBE_ROWS,
-        page_size=page_size,
         sharing=sharing,
     )
 

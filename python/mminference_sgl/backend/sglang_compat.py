@@ -49,11 +49,6 @@ def chunk_tokens(runner: ModelRunner) -> int:
     return max(0, int(size or 0))
 
 
-def page_size(runner: ModelRunner) -> int:
-    """Slots of a page of the KV pool."""
-    return int(getattr(runner, "page_size", None) or runner.server_args.page_size or 1)
-
-
 def head_offset(runner: ModelRunner) -> int:
     """Rank of this process among those that share the attention heads; head ids are rank * heads per rank + h."""
     del runner  # Both versions keep it in the process's context.

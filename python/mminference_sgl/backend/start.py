@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mminference_sgl.backend import crossover, selfcheck
-from mminference_sgl.backend.sglang_compat import chunk_tokens, first_rank_decides, of_all_ranks, page_size
+from mminference_sgl.backend.sglang_compat import chunk_tokens, first_rank_decides, of_all_ranks
 from mminference_sgl.kernels import ops
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import MODALITIES, Model, PatternFile, load
@@ -36,7 +36,7 @@ class Start:
 
     ``implementation``: a resolved name. ``modalities``: those whose rows may run sparse by the pattern.
     ``min_tokens``: keys below which a request runs dense. ``chunk_tokens``: of a prefill chunk, 0 without chunks.
-    ``page_size``: slots of a page of the KV pool. ``sharing``: numbers of heads that may share lists.
+    ``sharing``: numbers of heads that may share lists.
     """
 
     config: Config
@@ -45,7 +45,6 @@ class Start:
     modalities: frozenset[str]
     min_tokens: int
     chunk_tokens: int
-    page_size: int
     sharing: tuple[int, ...]
 
     @classmethod
@@ -60,12 +59,11 @@ class Start:
         load_own, try_own = partial(_load, runner, device), partial(_try, runner, device, survey)
         config, pattern, implementation = _agreed(load_own, try_own)
         modalities = _sparse_modalities(pattern, runner)
-        sizes = chunk_tokens(runner), page_size(runner)
         sharing: tuple[int, ...] = ()
         if survey.example is not None:
             group = survey.example.tp_q_head_num // survey.example.tp_k_head_num
             sharing = prefill.sharing(config, group, implementation)
-        start = cls(config, pattern, implementation, modalities, config.min_tokens or 0, *sizes, sharing)
+        start = cls(config, pattern, implementation, modalities, config.min_tokens or 0, chunk_tokens(runner), sharing)
         if config.min_tokens is None and config.active and modalities and survey.example is not None:
             start = dataclasses.replace(start, min_tokens=_crossover(start, runner, survey))
         return start

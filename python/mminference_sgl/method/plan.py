@@ -37,7 +37,8 @@ class DeviceLayout:
     """A request's layout with its order arrays on the device: uploaded once per request, read by every forward.
 
     ``tokens`` int32 [length]: cell order -> token position; ``key_tile`` int32 [length]: token position -> cell-order
-    key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders.
+    key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders; ``arrival``
+    int32 [n]: key tiles of the cell order as they get their first key.
     ``search``: that for the strides of runs without a grid, None where there are none.
     """
 
@@ -52,6 +53,14 @@ class DeviceLayout:
             self.tokens = _to_device(layout.order("cell"), device)
             self.key_tile = _to_device(layout.key_tile_of_token("cell", tile_keys), device)
             self.cell_tiles = _key_tiles(layout, "cell", tile_keys, device)
+            first, _, _ = layout.key_tiles("cell", tile_keys)
+            arrival = np.argsort(first, kind="stable").astype(np.int32)
+            self._arrives = first[arrival]
+            self.arrival = _to_device(arrival, device)
+
+    def arrived(self, num_keys: int) -> int:
+        """How many cell-order key tiles hold keys of the request's first ``num_keys``."""
+        return int(np.searchsorted(self._arrives, num_keys))
 
     def carried_picks(self, layer: int | None, modality: str, heads: int, device: torch.device) -> torch.Tensor:
         """What ``auto`` picked for each head in the last chunk, int64 [H], -1 for nothing; written in place.
@@ -156,7 +165,6 @@ def build(
     tile_queries: int,
     tile_keys: int,
     probe_rows: int,
-    page_size: int = 1,
     probe_one_in: int = 0,
     sharing: Sequence[int] = (),
 ) -> ForwardPlan:
@@ -167,34 +175,29 @@ def build(
         req_to_token: [pool rows, context] integer; slots of each request's tokens.
         tile_queries: most lanes of a query tile.
         probe_rows: most rows to probe per request and modality.
-        page_size: slots of a page of the KV pool; a request's tokens fill its pages in order.
         probe_one_in: one row in so many, at least :data:`FEWEST_SEARCHED` of a chunk, is probed instead of what serving
             can afford, see :func:`rows_to_probe`.
         sharing: numbers of heads that may share a list, ascending; a query tile of such lists has as many rows as its
             lanes hold, at least one.
     """
     device = req_to_token.device
-    slots = [req_to_token[r.pool_row][0, : r.num_keys].long() for r in requests]
-    near_keys = _key_order(
-        [
-            _tiled(own, torch.arange(r.num_keys, dtype=torch.int32, device=device), tile_keys)
-            for r, own in zip(requests, slots, strict=True)
-        ],
-        contiguous=page_size % tile_keys == 0,
-    )
+    near_parts, far_parts = [], []
+    for request in requests:
+        own = req_to_token[request.pool_row][0, : request.num_keys].long()
+        near_parts.append(_sequence_tiles(request, own, tile_keys))
+        far_parts.append(_cell_tiles(request, own, tile_keys))
+    near_keys = _key_order(near_parts)
     single, *others = (
         _Planned(requests, shared, rows_per_tile(tile_queries, shared), tile_keys, device) for shared in (1, *sharing)
     )
-    far_keys = None
-    if single.has_cells:
-        far_keys = _key_order([_cell_tiles(r, own, tile_keys) for r, own in zip(requests, slots, strict=True)])
+    far_keys = _key_order(far_parts) if single.has_cells else None
     near, far = single.passes(near_keys, far_keys)
     tilings: list[list[GroupTiles]] = [[] for _ in others]
     groups: list[RowGroup] = []
-    near_tiles, far_tiles = (_request_tiles(order, requests, tile_keys) for order in ("sequence", "cell"))
     for index, request in enumerate(requests):
-        cell_keys = far_keys.of_request(far_tiles[index]) if far_keys is not None and request.layout.has_media else None
-        keys = ProbeKeys(near_keys.of_request(near_tiles[index]), cell_keys, request.num_keys - 1)
+        has_media = request.layout.has_media
+        cell_keys = _of_request(far_keys, far_parts, index) if far_keys is not None and has_media else None
+        keys = ProbeKeys(_of_request(near_keys, near_parts, index), cell_keys)
         for modality in ("text", "media"):
             near_slice, far_slice = single.tiles_of(index, modality)
             if near_slice.start == near_slice.stop:
@@ -322,21 +325,22 @@ class _Planned:
         return torch.from_numpy(found).to(self._device)
 
 
-def _request_tiles(order: str, requests: Sequence[SparseRequest], tile_keys: int) -> list[slice]:
-    """Key tiles of each request in an order of all of them."""
-    if order == "sequence":
-        counts = [-(-r.num_keys // tile_keys) for r in requests]
-    else:
-        counts = [r.layout.cell_tiles.min_pos.numel() if r.layout.has_media else 0 for r in requests]
-    ends = np.cumsum(counts).tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+@dataclass(frozen=True)
+class _Tiled:
+    """One request's key tiles: slots int64 and positions int32 [n, tile_keys]; the others as in :class:`KeyOrder`."""
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    arrival: torch.Tensor
+    arrived: int
+
+    @property
+    def count(self) -> int:
+        """Key tiles."""
+        return self.slots.shape[0]
 
 
-_Tiled = tuple[torch.Tensor, torch.Tensor]
-"""Slots int64 and positions int32 of one request's key tiles, [tiles, tile_keys] each."""
-
-
-def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> _Tiled:
+def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
     padding = -slots.numel() % tile_keys
     return (
         torch.cat([slots, slots[:1].expand(padding)]).view(-1, tile_keys),
@@ -344,27 +348,47 @@ def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> _Til
     )
 
 
+def _sequence_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> _Tiled:
+    positions = torch.arange(request.num_keys, dtype=torch.int32, device=slots.device)
+    tiles = _tiled(slots, positions, tile_keys)
+    count = tiles[0].shape[0]
+    return _Tiled(*tiles, torch.arange(count, dtype=torch.int32, device=slots.device), count)
+
+
 def _cell_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> _Tiled:
     """Keys in cell order; tokens that later chunks will bring have their place already and point to the first key."""
-    if not request.layout.has_media:
-        return _tiled(slots[:0], slots[:0].int(), tile_keys)
-    tokens = request.layout.tokens
-    present = tokens < request.num_keys
-    return _tiled(slots[torch.where(present, tokens, 0)], tokens, tile_keys)
+    layout = request.layout
+    if not layout.has_media:
+        nothing = slots[:0].int()
+        return _Tiled(*_tiled(slots[:0], nothing, tile_keys), nothing, 0)
+    present = layout.tokens < request.num_keys
+    tiles = _tiled(slots[torch.where(present, layout.tokens, 0)], layout.tokens, tile_keys)
+    return _Tiled(*tiles, layout.arrival, layout.arrived(request.num_keys))
 
 
-def _key_order(requests: Sequence[_Tiled], *, contiguous: bool = False) -> KeyOrder:
-    slots, positions = (torch.cat(parts) for parts in zip(*requests, strict=True))
-    counts = [own.shape[0] for own, _ in requests]
+def _key_order(requests: Sequence[_Tiled]) -> KeyOrder:
+    slots, positions = (torch.cat([getattr(own, name) for own in requests]) for name in ("slots", "positions"))
+    first = np.cumsum([0, *(own.count for own in requests)])[:-1].tolist()
+    held, later = [], []
+    for own, tile in zip(requests, first, strict=True):
+        held.append(own.arrival[: own.arrived] + tile)
+        later.append(own.arrival[own.arrived :] + tile)
     return KeyOrder(
         slots=slots,
         positions=positions,
         tile_min=positions.amin(1),
         tile_max=positions.amax(1),
-        tile_indptr=_indptr(counts, slots.device),
-        widest=max(counts),
-        contiguous=contiguous,
+        tile_indptr=_indptr([own.count for own in requests], slots.device),
+        widest=max(own.count for own in requests),
+        arrival=torch.cat(held + later),
+        arrived=sum(own.arrived for own in requests),
     )
+
+
+def _of_request(order: KeyOrder, parts: Sequence[_Tiled], index: int) -> KeyOrder:
+    """The part of an order that is one request's."""
+    first, own = sum(part.count for part in parts[:index]), parts[index]
+    return order.of_request(slice(first, first + own.count), own.arrival, own.arrived)
 
 
 def rows_to_probe(chunk: int) -> int:

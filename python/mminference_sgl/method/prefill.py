@@ -13,7 +13,7 @@ import torch
 from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import ops, probe, select
 from mminference_sgl.kernels.choice import Budget, Choice, Proposal
-from mminference_sgl.kernels.operands import Operands
+from mminference_sgl.kernels.operands import COPIED_BYTES, Operands
 from mminference_sgl.kernels.stages import Stages, ease_on, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
 from mminference_sgl.method.catalog import HeadSpec
@@ -174,8 +174,10 @@ def _repair(layer: _Layer, failing: Sequence[_Watched], lse: torch.Tensor, out: 
         rows = near.rows[item.group.row_slots]
         lse[rows] = lse[rows].masked_fill(item.guarded, float("-inf"))
         wanted[:, item.group.near] = item.guarded[:, None]
-    lists = near, dense_lists(near, wanted)
-    ops.merge_pass(layer.operands, lists, out, lse, layer.stages.repair)
+    for part in layer.parts():
+        own = part.heads
+        lists = near, dense_lists(near, wanted[own])
+        ops.merge_pass(part.operands, lists, out[:, own], lse[:, own], layer.stages.repair)
 
 
 def select_layer(
@@ -264,8 +266,8 @@ class _Layer:
         return [tiling for tiling in self.plan.tilings if self.operands.group % tiling.sharing == 0]
 
     def parts(self) -> list[_Layer]:
-        """Blocks of heads whose tile maps and lists stay within :data:`MAP_TILES`."""
-        blocks = head_blocks(self.plan, self.operands.heads, self.operands.kv_heads)
+        """Blocks of heads that :func:`head_blocks` makes."""
+        blocks = head_blocks(self.plan, self.operands)
         return [self] if len(blocks) == 1 else [self.of(heads) for heads in blocks]
 
     def of(self, heads: slice) -> _Layer:
@@ -313,15 +315,16 @@ def sharing(config: Config, group: int, implementation: str) -> tuple[int, ...]:
     return (group,) if shares else ()
 
 
-def head_blocks(plan: ForwardPlan, heads: int, kv_heads: int) -> list[slice]:
-    """Blocks of query heads whose tile maps stay within :data:`MAP_TILES`.
+def head_blocks(plan: ForwardPlan, operands: Operands) -> list[slice]:
+    """Blocks of query heads whose tile maps stay within :data:`MAP_TILES`, and their keys within :data:`COPIED_BYTES`.
 
     A block is one GQA group, several whole ones, or an equal part of one.
     """
     passes = [one for tiling in plan.tilings for one in tiling.passes]
     tiles = max(-(-tile_pass.num_tiles * tile_pass.keys.widest // tile_pass.sharing) for tile_pass in passes)
-    group = heads // kv_heads
-    step = min(heads, max(1, MAP_TILES // tiles))
+    heads, group = operands.heads, operands.group
+    copied = max(operands.copy_bytes(tile_pass.keys) for tile_pass in passes) // operands.kv_heads
+    step = min(heads, max(1, MAP_TILES // tiles), max(1, COPIED_BYTES // copied) * group)
     step = step // group * group or max(size for size in range(1, step + 1) if group % size == 0)
     return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
