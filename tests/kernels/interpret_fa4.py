@@ -119,6 +119,7 @@ def run(case: Case) -> None:
         }
     for kind, steps in runs.items():
         exact, plain = (result(reference, problems.cast(meant, dtype), steps) for dtype in (torch.double, torch.half))
+        ahead = built(case)
         with emulated(case.arch) as shapes:
             ours = result(fa4, stored, steps)
         tiles = {
@@ -126,8 +127,27 @@ def run(case: Case) -> None:
             "all": sum(int(one.count.sum()) for _, one in steps),
         }
         assert all(same_lists(lanes_triton.blocks(*step), *step) for step in steps)
-        found = compared(exact, plain, ours) | {"tiles": tiles, "queries": shapes}
+        found = compared(exact, plain, ours) | {"tiles": tiles, "queries": shapes, "late": len(kernels() - ahead)}
         print(json.dumps({"case": case.name, "lists": kind, **found}), flush=True)
+
+
+def kernels() -> set[tuple[Any, ...]]:
+    """What tells the kernels apart that flash-attn-4 has compiled, or would have."""
+    from flash_attn.cute import interface
+
+    return set(interface._flash_attn_fwd.compile_cache.cache)
+
+
+def built(case: Case) -> set[tuple[Any, ...]]:
+    """The kernels that are compiled ahead for a layer, and no others."""
+    from flash_attn.cute import interface
+
+    interface._flash_attn_fwd.compile_cache.clear()
+    group = case.heads // case.kv_heads
+    with mock.patch.object(interface.cute, "compile"):
+        for lists in {group, 1 if case.shared else group}:
+            fa4.build(torch.float16, case.head_dim, case.tile_keys, lists, int(case.arch[3:]) // 10)
+    return kernels()
 
 
 def same_lists(blocks: lanes_triton.Blocks, tile_pass: TilePass, lists: TileLists) -> bool:

@@ -45,6 +45,8 @@ def test_attend_equals_reference(case) -> None:
         assert not line["nan"]
         assert max(line["shares"], default=0.0) <= 1.0, line
         assert bool(line["tiles"]["all"]) == (line["lists"] != "empty")
+        if case.tile_queries <= 128 and case.head_dim == case.value_dim:
+            assert line["late"] == 0, "a kernel is not compiled ahead"
         lanes = 256 if case.tile_queries > 128 else 128
         assert {shape[1] for shape in line["queries"]} == {lanes}
         heads = {shape[2] for shape in line["queries"]}
