@@ -38,7 +38,7 @@ class Attend(Protocol):
         ...
 
 
-_MODULES = {"reference": ".reference", "torch": ".torch_tiles", "triton": ".attend", "flashinfer": ".flashinfer_tiles"}
+_MODULES = {"reference": ".reference", "torch": ".torch_tiles", "triton": ".attend", "fa4": ".fa4"}
 """Implementations and the module of each; a module is imported when it is first used."""
 
 IMPLEMENTATIONS = tuple(_MODULES)
@@ -51,7 +51,7 @@ class ImplementationUnavailableError(RuntimeError):
 def resolve(name: str, device: torch.device) -> str:
     """Turns ``auto`` into the implementation for a device and checks that a named one can run on it.
 
-    ``auto`` is ``triton`` on CUDA: ``flashinfer`` has not been timed on any device.
+    ``auto`` is ``triton`` on CUDA: ``fa4`` has not been timed on any device.
 
     Raises:
         ImplementationUnavailableError: the named implementation is not available; nothing else is tried.
@@ -129,7 +129,7 @@ def _unavailable(name: str, device: torch.device) -> str:
         module = importlib.import_module(_MODULES[name], __package__)
     except ImportError as error:
         return f"its module does not import on {device}: {error}"
-    return str(module.unavailable(device)) if name == "flashinfer" else ""
+    return str(module.unavailable(device)) if name == "fa4" else ""
 
 
 def _check(operands: Operands, passes: Sequence[tuple[TilePass, TileLists]], out: torch.Tensor) -> None:

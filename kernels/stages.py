@@ -14,7 +14,7 @@ from .probe import Probe, ProbeKeys, ProbeRows
 from .select import Search
 from .tiles import TileLists, TilePass
 
-_FUSED = ("triton", "flashinfer")
+_FUSED = ("triton", "fa4")
 EASE = 0.1
 """Until a GPU has told: dense attention must be clearly dearer, as what it computes is known to be right."""
 CPU_EASE = 0.4
@@ -44,8 +44,8 @@ def stages_of(implementation: str) -> Stages:
     probe_triton, search_triton, lists_triton = (
         importlib.import_module(f".{name}_triton", __package__) for name in ("probe", "search", "lists")
     )
-    run, lists, shares = probe_triton.run, lists_triton.lists_from_map, implementation == "triton"
-    return Stages(run, search_triton, lists, waits=False, repair="triton", shares=shares)
+    run, lists = probe_triton.run, lists_triton.lists_from_map
+    return Stages(run, search_triton, lists, waits=False, repair="triton", shares=True)
 
 
 def ease_on(device: torch.device) -> float:

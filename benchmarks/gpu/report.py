@@ -20,7 +20,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
-    packages = ("mminference-sgl", "sglang", "torch", "triton", "flashinfer-python")
+    packages = ("mminference-sgl", "sglang", "torch", "triton", "flash-attn-4", "flashinfer-python")
     installed = {distribution.name for distribution in metadata.distributions()}
     versions = {package: metadata.version(package) for package in packages if package in installed}
     return {

@@ -201,7 +201,7 @@ def test_layouts_are_freed_with_their_request(kit, monkeypatch: pytest.MonkeyPat
     [
         ({"covrage": 0.9}, "MMINFERENCE_CONFIG: unknown key 'covrage'"),
         ({"error": -2}, "error must be a number of at least 0.0 and at most 1000.0, got -2"),
-        ({"implementation": "flashinfer"}, "implementation 'flashinfer' is not available"),
+        ({"implementation": "fa4"}, "implementation 'fa4' is not available"),
         ({"pattern": "nope"}, "no pattern 'nope'"),
     ],
 )

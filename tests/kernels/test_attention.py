@@ -313,8 +313,8 @@ def test_a_block_of_heads_has_their_keys() -> None:
 def test_a_named_implementation_never_falls_back() -> None:
     assert ops.resolve("auto", problems.CPU) == "torch"
     assert ops.resolve("reference", problems.CPU) == "reference"
-    with pytest.raises(ops.ImplementationUnavailableError, match="'flashinfer' is not available"):
-        ops.resolve("flashinfer", problems.CPU)
+    with pytest.raises(ops.ImplementationUnavailableError, match="'fa4' is not available"):
+        ops.resolve("fa4", problems.CPU)
     assert ops.available_implementations(problems.CPU)["torch"] == "ok"
 
 

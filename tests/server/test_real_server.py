@@ -153,7 +153,7 @@ def test_sizes_that_nobody_gave_are_the_resolved_ones(model_path: ModelPath, mes
     [
         ({"coverige": 0.9}, "unknown key 'coverige'", False),
         ({"error": -1}, "error must be", True),
-        ({"implementation": "flashinfer"}, "implementation 'flashinfer' is not available", True),
+        ({"implementation": "fa4"}, "implementation 'fa4' is not available", True),
     ],
     ids=["unknown key", "bad value", "implementation that cannot run here"],
 )

@@ -31,14 +31,14 @@ from mminference_sgl.method.config import Config
 from mminference_sgl.method.items import VIDEO
 from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, SparseRequest, build, smallest_tile
 
-ISOLATED = ("flashinfer",)
-"""Implementations on internal interfaces of others: a mistake could hang or corrupt the process that tries them."""
+ISOLATED = ("fa4",)
+"""Implementations on kernels of others: a mistake could hang or corrupt the process that tries them."""
 
 _TOKENS, _ISOLATED_TOKENS = 400, 1000
 _KEY_SCALE, _VALUE_SCALE = 0.5, 2.0
 _PROBE_ROWS = 32
 _BOUNDARIES = HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")
-_BUILD_SECONDS, _RUN_SECONDS = 1800.0, 180.0
+_BUILD_SECONDS, _RUN_SECONDS = 600.0, 180.0
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +88,12 @@ def check(implementation: str, device: torch.device, served: Served | None = Non
     """`ok`, or what is wrong with an available implementation on a device; ``served`` None takes the usual shape.
 
     Triton's kernels are compiled here, some seconds each the first time on a machine. Those of :data:`ISOLATED` run in
-    a process of their own with a time limit; what they compile is then there for this process too.
+    a process of their own with a time limit, and are compiled in this one when they were right there.
     """
     served = served or Served.usual(device)
     if implementation in ISOLATED:
-        return isolated(implementation, device, served)
+        verdict = isolated(implementation, device, served)
+        return verdict if verdict != "ok" else _build(implementation, device, served)
     return _check_here(implementation, device, served, _TOKENS)
 
 
@@ -104,9 +105,7 @@ def isolated(
     run_seconds: float = _RUN_SECONDS,
 ) -> str:
     """As :func:`check`, in processes of their own, one that compiles and one that runs, each with a time limit."""
-    logger.info(
-        "mminference: %s is compiled for %s, which takes minutes the first time, and checked", implementation, served
-    )
+    logger.info("mminference: %s is compiled for %s, which may take a minute, and checked", implementation, served)
     for stage, seconds in (("build", build_seconds), ("run", run_seconds)):
         arguments = [stage, implementation, str(device), served.text]
         verdict = _in_a_process(arguments, seconds)
@@ -120,20 +119,25 @@ def main(arguments: Sequence[str]) -> str:
     stage, implementation, device, text = arguments
     served = Served.parse(text)
     if stage == "build":
-        return _build(implementation, served.pool_dtype, served.head_dim)
+        return _build(implementation, torch.device(device), served)
     return _check_here(implementation, torch.device(device), served, _ISOLATED_TOKENS)
 
 
-def _build(implementation: str, dtype: torch.dtype, head_dim: int) -> str:
-    if implementation != "flashinfer":
+def _build(implementation: str, device: torch.device, served: Served) -> str:
+    """Compiles what is compiled ahead of its first use: for single heads' lists, and for those that a group shares."""
+    if implementation != "fa4":
         return "ok"
-    from mminference_sgl.kernels import flashinfer_tiles
+    from mminference_sgl.kernels import fa4
 
-    reason = flashinfer_tiles.unsupported(dtype, head_dim)
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else fa4.CAPABILITIES[0][0]
+    reason = fa4.unsupported(served.dtype, served.head_dim, served.head_dim, served.tile_keys, major)
     if reason:
         return f"does not take this model: {reason}"
+    group = served.heads // served.kv_heads
+    shared = prefill.sharing(Config(tile_queries=served.tile_queries), group, implementation)
     try:
-        flashinfer_tiles.paged_run(dtype, head_dim)
+        for sharing in (1, *shared):
+            fa4.build(served.dtype, served.head_dim, served.tile_keys, group // sharing, major)
     except Exception as problem:  # noqa: BLE001 - the caller reports it
         return f"does not compile: {type(problem).__name__}: {str(problem)[-500:]}"
     return "ok"

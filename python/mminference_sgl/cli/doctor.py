@@ -20,7 +20,7 @@ _DISTRIBUTIONS = (
     "sglang",
     "torch",
     "triton",
-    "flashinfer-python",
+    "flash-attn-4",
     "transformers",
     "torchcodec",
     "numpy",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "flashinfer")
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "fa4")
 ENV_CONFIG = "MMINFERENCE_CONFIG"
 ENV_DISABLE = "MMINFERENCE_DISABLE"
 ENV_SHORTHANDS = {
@@ -112,7 +112,9 @@ class Config:
             self.implementation in IMPLEMENTATIONS,
             "implementation",
             self.implementation,
-            "one of " + ", ".join(IMPLEMENTATIONS),
+            "one of "
+            + ", ".join(IMPLEMENTATIONS)
+            + " (fa4 has replaced flashinfer)" * (self.implementation == "flashinfer"),
         )
         _check_float("error", self.error, 0.0, LARGEST_ERROR)
         _check_float("text_error", self.text_error, 0.0, LARGEST_ERROR)

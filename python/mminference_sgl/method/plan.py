@@ -221,8 +221,8 @@ def build(
             groups.append(RowGroup(view, near_slice, far_slice, index, modality, probed, keys, slots_of_rows))
             for planned, tiles in zip(others, tilings, strict=True):
                 near_slice, far_slice = planned.tiles_of(index, modality)
-                own = planned.view(request, near_slice, far_slice, rows, positions)
-                tiles.append(GroupTiles(own, near_slice, far_slice))
+                tiles_view = planned.view(request, near_slice, far_slice, rows, positions)
+                tiles.append(GroupTiles(tiles_view, near_slice, far_slice))
     shared = [
         Tiling(planned.sharing, *planned.passes(near_keys, far_keys), tiles)
         for planned, tiles in zip(others, tilings, strict=True)
