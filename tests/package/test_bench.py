@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -38,9 +40,8 @@ class FakeServer:
 def test_figures_of_a_sparse_server() -> None:
     server = FakeServer([9.0, 3.0, 1.0, 2.0])
     found = bench._measure(server, "mminference", "clip.mp4", "warm-up.mp4", 3)
-    assert (found.ttft, found.prefill, found.least, found.most) == (2.0, 2.0, 1.0, 3.0), (
-        "the warm-up counts for nothing"
-    )
+    assert (found.ttft, found.prefill) == ([2.0], 2.0)
+    assert found.prefills == [3.0, 1.0, 2.0], "the warm-up counts for nothing"
     assert found.density == pytest.approx(0.5, abs=1e-3)
     assert (found.tokens, found.min_tokens) == (1000, 1024)
     assert len(set(server.texts)) == len(server.texts), "a text that was there before would hit the radix cache"
@@ -57,10 +58,25 @@ def test_no_token_is_an_error() -> None:
 
 
 def test_what_ran_dense_is_said(capsys) -> None:
-    one = bench.Figures("dense", 1000, 2.0, 1.0, 0.9, 1.1, 1.0, None)
+    one = bench.Figures("dense", 1000, [2.0], [0.8, 1.0, 1.25], 1.0, None)
     for density, said in ((1.0, True), (0.5, False)):
-        bench._print([one, bench.Figures("mminference", 1000, 1.0, 0.5, 0.4, 0.6, density, 2048)], "M")
+        bench._print([one, bench.Figures("mminference", 1000, [1.0], [0.5, 0.4, 0.6], density, 2048)], "M")
         out = " ".join(capsys.readouterr().out.split())
         assert ("Nothing ran sparse" in out) == said
         assert "2048" in out
-        assert "0.50" in out
+        assert "0.50 (0.32 to 0.75)" in out
+
+
+def test_servers_take_turns_and_count_together(monkeypatch, capsys) -> None:
+    started = []
+
+    @contextlib.contextmanager
+    def server(_model, backend, *_, **__):
+        started.append(backend)
+        yield FakeServer([float(len(started))] * 4, log=START if backend else "")
+
+    monkeypatch.setattr(bench, "server", server)
+    assert bench.run("M", "clip.mp4", repeats=1, rounds=2, as_json=True) == 0
+    assert started == [None, "mminference"] * 2
+    dense, sparse = json.loads(capsys.readouterr().out)
+    assert (dense["prefills"], sparse["prefills"]) == ([1.0, 3.0], [2.0, 4.0])

@@ -1,9 +1,10 @@
 """``mminference bench``: dense against sparse prefill of one video, with this model on this machine.
 
-Two servers one after the other, alike but for the attention backend. Each gets a short clip to warm up, the video once
-for its time to first token, and then the video behind other texts: these miss the radix cache but find the video's
-embeddings, so that what is timed is the language model's prefill alone. The second server is as it comes, so the
-crossover is what it has measured at its start, and a video that is shorter runs dense.
+Servers one after the other, alike but for the attention backend: dense and sparse in turns, since a machine that others
+use too is not as fast at one time as at another. Each gets a short clip to warm up, the video once for its time to
+first token, and then the video behind other texts: these miss the radix cache but find the video's embeddings, so that
+what is timed is the language model's prefill alone. The sparse server is as it comes, so the crossover is what it has
+measured at its start, and a video that is shorter runs dense.
 """
 
 from __future__ import annotations
@@ -31,21 +32,29 @@ _OPENINGS = ("one", "two", "three", "four", "five", "six", "seven")
 
 @dataclass(frozen=True)
 class Figures:
-    """What one server needed; seconds.
+    """What servers of one kind needed; seconds.
 
-    ``ttft``: from sending the request to the first token, decoding of the video and vision tower included.
-    ``prefill``: of the language model, the median; ``least``, ``most`` of ``repeats``. ``density``: computed tiles over
-    those of dense attention. ``min_tokens``: the crossover, None on the dense server.
+    ``ttft``: from sending the request to the first token, decoding of the video and vision tower included; of each.
+    ``prefills``: of the language model, all that were timed. ``density``: computed tiles over those of dense attention.
+    ``min_tokens``: the crossover, None of dense servers.
     """
 
     name: str
     tokens: int
-    ttft: float
-    prefill: float
-    least: float
-    most: float
+    ttft: list[float]
+    prefills: list[float]
     density: float
     min_tokens: int | None
+
+    @property
+    def prefill(self) -> float:
+        """The median."""
+        return statistics.median(self.prefills)
+
+    def ratio_to(self, dense: Figures) -> tuple[float, float, float]:
+        """Share of the dense servers' prefill: of the medians, the least and the most that single ones make of it."""
+        low, high = min(self.prefills) / max(dense.prefills), max(self.prefills) / min(dense.prefills)
+        return self.prefill / dense.prefill, low, high
 
 
 def run(
@@ -54,39 +63,44 @@ def run(
     *,
     frames: int = 64,
     repeats: int = 3,
+    rounds: int = 2,
     as_json: bool = False,
     chunk: int | None = None,
     arguments: Sequence[str] = (),
 ) -> int:
-    """Print a line per server; 0 if both answered, else 1.
+    """Print a line per kind of server; 0 if all answered, else 1.
 
     Args:
         model: folder or name of the model.
         video: path or URL; None is a generated one.
         frames: of the generated video, 448 x 448 pixels at 2 frames per second.
-        repeats: timed prefills, at most seven.
+        repeats: timed prefills of each server, at most seven.
+        rounds: servers of each kind.
         as_json: print a JSON array instead of a table.
         chunk: tokens of a prefill chunk; None is SGLang's choice.
         arguments: further arguments of the servers.
     """
     from mminference_sgl.testing import ServerError
 
-    found = []
+    found: dict[str, Figures] = {}
     with tempfile.TemporaryDirectory(prefix="mminference-bench-") as folder:
         warm_up = _clip(Path(folder) / "warm-up.mp4", _WARM_UP_FRAMES, 1)
         video = video or _clip(Path(folder) / "clip.mp4", frames, 0)
-        for name, backend in (("dense", None), (BACKEND_NAME, BACKEND_NAME)):
+        for name, backend in (("dense", None), (BACKEND_NAME, BACKEND_NAME)) * rounds:
             print(f"{name}: starting a server", file=sys.stderr)
             try:
                 with server(model, backend, chunk, arguments, env={}, metrics=True) as one:
-                    found.append(_measure(one, name, video, warm_up, min(repeats, len(_OPENINGS))))
+                    figures = _measure(one, name, video, warm_up, min(repeats, len(_OPENINGS)))
             except ServerError as error:
                 print(error, file=sys.stderr)
                 return 1
+            if name in found:
+                figures.ttft[:0], figures.prefills[:0] = found[name].ttft, found[name].prefills
+            found[name] = figures
     if as_json:
-        print_json([asdict(one) for one in found])
+        print_json([asdict(one) for one in found.values()])
     else:
-        _print(found, model)
+        _print(list(found.values()), model)
     return 0
 
 
@@ -107,10 +121,8 @@ def _measure(one: Server, name: str, video: str, warm_up: str, repeats: int) -> 
     return Figures(
         name,
         first.prompt_tokens,
-        first.ttft,
-        statistics.median(seconds),
-        min(seconds),
-        max(seconds),
+        [first.ttft],
+        seconds,
         density,
         int(crossover[1]) if crossover else None,
     )
@@ -134,13 +146,15 @@ def _print(found: Sequence[Figures], model: str) -> None:
     for name in ("", "density", "TTFT", "ratio", "prefill of the language model", "ratio", "sparse from"):
         table.add_column(name, justify="right" if name else "left")
     for one in found:
+        ttft = statistics.median(one.ttft)
+        ratio, low, high = one.ratio_to(dense)
         table.add_row(
             one.name,
             f"{one.density:.3f}",
-            f"{one.ttft:.2f} s",
-            f"{one.ttft / dense.ttft:.2f}",
-            f"{one.prefill:.2f} s ({one.least:.2f} to {one.most:.2f})",
-            f"{one.prefill / dense.prefill:.2f}",
+            f"{ttft:.2f} s",
+            f"{ttft / statistics.median(dense.ttft):.2f}",
+            f"{one.prefill:.2f} s ({min(one.prefills):.2f} to {max(one.prefills):.2f})",
+            "" if one is dense else f"{ratio:.2f} ({low:.2f} to {high:.2f})",
             "" if one.min_tokens is None else f"{one.min_tokens} tokens",
         )
     show(table)
