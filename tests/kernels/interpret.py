@@ -157,7 +157,7 @@ def run_attend(result: Result, *arguments, **options) -> tuple[int, int]:
         mock.patch.object(attend.Work, "of", noted),
     ):
         result.run(attend, *arguments, **options)
-    return describe.call_count, int((made[0].first > 0).sum())
+    return describe.call_count, int((made[0].first[: made[0].pieces] > 0).sum())
 
 
 class Result:
