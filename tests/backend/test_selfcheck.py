@@ -17,13 +17,12 @@ FP8 = torch.float8_e4m3fn
 
 
 def test_kernels_that_are_served_are_run() -> None:
-    """Gathered keys and whole pages, both passes, the model's head size, group and pool, and tiles in parts."""
+    """Both passes, the model's head size and group, and tiles in parts."""
     (found,) = run("interpret_selfcheck.py", TRITON_INTERPRET="1")
     assert found["verdict"] == "ok"
     for constants in found["attend"] + found["probe"]:
-        assert (constants["HEAD_DIM"], constants["GROUP"], constants["FP8_BITS"]) == (80, 3, True)
-    bodies = {(bool(c["CONTIGUOUS"]), bool(c["FAR"]), bool(c["MERGE"])) for c in found["attend"]}
-    assert bodies >= {(False, False, False), (False, True, True), (True, False, False)}
+        assert (constants["HEAD_DIM"], constants["GROUP"]) == (80, 3)
+    assert {(bool(c["FAR"]), bool(c["MERGE"])) for c in found["attend"]} >= {(False, False), (True, True)}
     assert any(constants["PARTS"] > 1 for constants in found["probe"])
 
 
