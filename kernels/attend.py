@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -433,7 +433,6 @@ def start_order(lists: TileLists, widest: int, lists_per_head: int) -> torch.Ten
     return (place * (widest + 1) - count).argsort().int()
 
 
-@lru_cache(maxsize=64)
 def _places(numbers: int, tiles: int, lists_per_head: int, device: torch.device) -> torch.Tensor:
     """Of each list, int64 [G * T]: which block of query tiles of which KV head it is, counted from 1."""
     number, tile = torch.arange(numbers, device=device), torch.arange(tiles, device=device)
