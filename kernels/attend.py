@@ -428,16 +428,11 @@ def start_order(lists: TileLists, widest: int, lists_per_head: int) -> torch.Ten
     reads the same keys.
     """
     count = lists.count
-    place = _places(*lists.sink.shape, lists_per_head, count.device)
-    place = torch.where(count > 2 * count.float().mean(), 0, place)
+    number, tile = (torch.arange(size, device=count.device) for size in lists.sink.shape)
+    blocks = -(-tile.numel() // NEIGHBOURS)
+    place = number[:, None] // lists_per_head * blocks + tile // NEIGHBOURS + 1
+    place = torch.where(count > 2 * count.float().mean(), 0, place.flatten())
     return (place * (widest + 1) - count).argsort().int()
-
-
-def _places(numbers: int, tiles: int, lists_per_head: int, device: torch.device) -> torch.Tensor:
-    """Of each list, int64 [G * T]: which block of query tiles of which KV head it is, counted from 1."""
-    number, tile = torch.arange(numbers, device=device), torch.arange(tiles, device=device)
-    blocks = -(-tiles // NEIGHBOURS)
-    return (number[:, None] // lists_per_head * blocks + tile // NEIGHBOURS + 1).flatten()
 
 
 def attend(

@@ -2,8 +2,8 @@
 
 For every head size the candidates are timed on random lists of 64 tiles per query tile, by pointers and, where the
 device has them, through descriptors; the fastest that compiles without spills and within the device's shared memory is
-taken. The table's own entry is one of them and stays
-unless another one is faster by more than 2 %. Its line then says what was measured and where.
+taken. The table's own entry is one of them and stays unless another one is faster by more than 2 %. Its line then says
+what was measured and where.
 
 ``--resources`` needs no GPU: it compiles every entry and writes registers and shared memory behind it.
 """

@@ -210,7 +210,15 @@ def buffers(ttgir: str, keys: int) -> int:
     return min(map(int, found), default=1)
 
 
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the tool that Triton brings prints of a cubin."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
 KINDS = {
     "matrix": ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA"),
     "exponential": ("MUFU",),
@@ -224,12 +232,7 @@ KINDS = {
 
 def loops(cubin: bytes) -> list[dict[str, int]]:
     """Instructions by kind, :data:`KINDS`, of the innermost loops of a cubin that have matrix instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [_TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = cuobjdump(cubin, "-sass")
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\S*)([^;]*);", text)
     code = [(int(at, 16), name, rest) for at, name, _, rest in found]
     spans = []
@@ -249,12 +252,7 @@ def loops(cubin: bytes) -> list[dict[str, int]]:
 
 def resources(cubin: bytes) -> dict[str, int]:
     """What cuobjdump says of the kernel in a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run(
-            [_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    report = cuobjdump(cubin, "-res-usage")
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,12 +47,13 @@ class DeviceLayout:
         self._picks: dict[tuple[int, str], torch.Tensor] = {}
         self.stride = layout.max_frame_stride
         self.search: StrideSearch | None = None
-        self.sequence_tiles = _key_tiles(layout, "sequence", tile_keys, device)
+        self.sequence_tiles = _key_tiles(layout.key_tiles("sequence", tile_keys), tile_keys, device)
         if self.has_media:
             self.tokens = _to_device(layout.order("cell"), device)
             self.key_tile = _to_device(layout.key_tile_of_token("cell", tile_keys), device)
-            self.cell_tiles = _key_tiles(layout, "cell", tile_keys, device)
-            first, _, _ = layout.key_tiles("cell", tile_keys)
+            bounds = layout.key_tiles("cell", tile_keys)
+            self.cell_tiles = _key_tiles(bounds, tile_keys, device)
+            first = bounds[0]
             arrival = np.argsort(first, kind="stable").astype(np.int32)
             self._arrives = first[arrival]
             self.arrival = _to_device(arrival, device)
@@ -451,9 +451,10 @@ def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, c
 
 
 def _key_tiles(
-    layout: _core.Layout, order: Literal["sequence", "cell"], tile_keys: int, device: torch.device
+    bounds: tuple[Int32Array, Int32Array, npt.NDArray[np.uint8]], tile_keys: int, device: torch.device
 ) -> KeyTiles:
-    low, high, mask = layout.key_tiles(order, tile_keys)
+    """Key tiles of an order, from what the layout says of them."""
+    low, high, mask = bounds
     modalities = _to_device(mask, device)
     return KeyTiles(
         min_pos=_to_device(low, device),
