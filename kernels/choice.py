@@ -1,7 +1,7 @@
 """What selection sees of one request (:class:`View`) and what it decides (:class:`Choice`), for all heads at once.
 
-Shapes: ``H`` heads, ``P`` probe rows, ``t`` query tiles and ``n`` key tiles of the sequence pass, ``t'`` and ``n'`` of
-the cell pass. Nothing here looks at single heads.
+Shapes: ``H`` heads, ``R`` probe rows of which each head has ``P``, ``t`` query tiles and ``n`` key tiles of the
+sequence pass, ``t'`` and ``n'`` of the cell pass. Nothing here looks at single heads.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class CellView:
     """The cell order of one request as selection needs it; made once per forward, as what follows from it.
 
     ``own_lo``, ``own_hi`` int32 [t']: the key tiles of the cells that a query tile holds, ``[own_lo, own_hi)``.
-    ``row_tiles`` int64 [P]: the probe rows' query tile.
+    ``row_tiles`` int64 [R]: the probe rows' query tile.
     ``bands`` int64 [t']: the band of each query tile, ascending from 0. A band is consecutive query tiles for which
-    the same probe rows stand. ``band_of_row`` int64 [P]: the band of each probe row.
+    the same probe rows stand. ``band_of_row`` int64 [R]: the band of each probe row.
     ``stride``: tokens from a frame to the next, the largest of the request.
     """
 
@@ -89,17 +89,17 @@ class CellView:
 
     @cached_property
     def own_at_rows(self) -> torch.Tensor:
-        """Key tiles of the cells of each probe row's query tile: bool [P, n']."""
+        """Key tiles of the cells of each probe row's query tile: bool [R, n']."""
         return self.own[self.row_tiles]
 
     @cached_property
     def beside_at_rows(self) -> torch.Tensor:
-        """The same with those before and behind them: bool [P, n']."""
+        """The same with those before and behind them: bool [R, n']."""
         return self.beside[self.row_tiles]
 
     @cached_property
     def rows_in_band(self) -> torch.Tensor:
-        """Share of all probe rows that each one is in its band: fp32 [P, bands]."""
+        """Share of all probe rows that each one is in its band: fp32 [R, bands]."""
         rows = self.band_of_row.numel()
         return torch.nn.functional.one_hot(self.band_of_row, self.num_bands).float() / rows
 
@@ -126,7 +126,7 @@ class SlashTiles:
     Diagonal ``b`` is, for each row, the key tile ``b`` tiles before its own.
 
     ``first``, ``last`` int64 [t]: key tiles of the earliest and the latest row of each query tile, at most ``span`` of
-    them. ``row_tiles``, ``row_own`` int64 [P]: query tile and key tile of the probe rows.
+    them. ``row_tiles``, ``row_own`` int64 [R]: query tile and key tile of the probe rows.
     ``causal`` bool [t, n]: tiles that dense attention computes.
     ``sink_tiles``, ``window_tiles``: read anyhow are so many key tiles at the start, and before ``first``.
     ``cost`` int64 [2 * n]: causal tiles of each column and each diagonal, at least 1.
@@ -151,7 +151,7 @@ class SlashTiles:
 
     @cached_property
     def fixed_at_rows(self) -> torch.Tensor:
-        """Those of the probe rows' query tiles: bool [P, n]."""
+        """Those of the probe rows' query tiles: bool [R, n]."""
         return self.fixed[self.row_tiles]
 
 
@@ -159,8 +159,8 @@ class SlashTiles:
 class View:
     """One request's tiles for the query rows of one modality; made once per forward, as what follows from it.
 
-    ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [P]: the probe rows' query tile in it;
-    ``row_positions`` int32 [P]: the rows' token positions. ``span``: most key tiles that the rows of a query tile lie
+    ``queries`` and ``keys`` are those of the sequence pass. ``row_tiles`` int64 [R]: the probe rows' query tile in it;
+    ``row_positions`` int32 [R]: the rows' token positions. ``span``: most key tiles that the rows of a query tile lie
     in, first to last. ``cell`` is None where the rows take no part in a cell pass. ``sharing``: heads of a list.
     """
 

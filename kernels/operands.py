@@ -21,6 +21,7 @@ class Operands:
     ``query`` [batch rows, H, D]. ``key_pool`` [slots, KV heads, D] and ``value_pool`` [slots, KV heads, Dv], in the
     query's dtype or in fp8 e4m3; the chunk's keys and values are already in them. ``scale``: what logits are multiplied
     by before the softmax, positive. ``key_scale``, ``value_scale``: what the pools' elements are multiplied by.
+    ``first``: place of the first head in its GQA group, which comes in parts if it is not 0.
     """
 
     query: torch.Tensor
@@ -29,6 +30,7 @@ class Operands:
     scale: float
     key_scale: float = 1.0
     value_scale: float = 1.0
+    first: int = 0
     _whole: tuple[Operands, slice] | None = field(default=None, repr=False, compare=False)
 
     def in_order(self, order: KeyOrder, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +95,7 @@ class Operands:
             query=self.query[:, heads],
             key_pool=self.key_pool[:, kv_heads],
             value_pool=self.value_pool[:, kv_heads],
+            first=self.first + heads.start % self.group,
             _whole=(self, kv_heads),
         )
 

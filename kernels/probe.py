@@ -14,7 +14,7 @@ FLOPs. Callers bound the memory by probing some heads at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Protocol
 
@@ -38,9 +38,12 @@ def signs(head_dim: int, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ProbeRows:
-    """Rows of one request and one query modality whose attention is computed in full.
+    """Rows of one request and one query modality. Each head's attention is computed in full for some of them.
 
-    ``rows`` int64 [P]: batch row. ``positions`` int32 [P]: token position; ``first``: the smallest of them.
+    Neighbouring heads take turns: head ``i`` of a KV head's has ``P`` of the ``R = turns * P`` rows, ``i % turns``,
+    ``i % turns + turns`` and so on. So a group of heads sees every row, and each head pays for a part.
+
+    ``rows`` int64 [R]: batch row. ``positions`` int32 [R]: token position; ``first``: the smallest of them.
     ``key_tile`` int64 [length]: token position -> key tile of the cell order, of which there are ``key_tiles`` (none
     where the rows take no part in a cell pass).
     """
@@ -50,6 +53,23 @@ class ProbeRows:
     first: int
     key_tile: torch.Tensor
     key_tiles: int
+    turns: int = 1
+    _of_heads: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def per_head(self) -> int:
+        """Rows of a head, P."""
+        return self.rows.numel() // self.turns
+
+    def of_heads(self, operands: Operands) -> torch.Tensor:
+        """Which of the rows each head has: int64 [H, P]."""
+        key = operands.heads, operands.group, operands.first
+        if key not in self._of_heads:
+            head = torch.arange(operands.heads, device=self.rows.device)
+            turn = (head % operands.group + operands.first) % self.turns
+            step = torch.arange(self.per_head, device=self.rows.device) * self.turns
+            self._of_heads[key] = turn[:, None] + step
+        return self._of_heads[key]
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,11 @@ class Probe(Protocol):
     @property
     def rows(self) -> ProbeRows:
         """The rows that were probed."""
+        ...
+
+    @property
+    def row_of(self) -> torch.Tensor:
+        """Which of them each head has: int64 [H, P]."""
         ...
 
     @property
@@ -108,6 +133,7 @@ class WeightProbe:
     """
 
     rows: ProbeRows
+    row_of: torch.Tensor
     keys: ProbeKeys
     by_key: torch.Tensor
     output: torch.Tensor
@@ -133,7 +159,7 @@ class WeightProbe:
         """See :class:`Probe`."""
         keys = torch.arange(self.by_key.shape[1], device=self.by_key.device)
         near = element_mask(Region.NEAR, self.rows.positions, keys[:, None], *region)
-        return self._sums((self._by_row * near[:, None]).flatten(2), self.parts)
+        return self._sums(self.by_key * self._by_lane(near.T).mT, self.parts)
 
     def far(self, regions: Sequence[Reach]) -> list[torch.Tensor]:
         """See :class:`Probe`."""
@@ -147,10 +173,13 @@ class WeightProbe:
         index = torch.cat([first, window.clamp_min(0)], dim=1)
         near = torch.cat([first <= positions, window >= sink], dim=1)
         kv_heads, _, group, rows = self._by_row.shape
-        picked = self._by_row.gather(1, index.T[None, :, None].expand(kv_heads, -1, group, -1))
-        weights = picked.permute(0, 2, 3, 1) * near
-        parts = self.parts[:, index].permute(3, 0, 1, 2).unsqueeze(2)
-        tile = self.cell_tile[index].expand(kv_heads * group, -1, -1)
+        index, near = (
+            index[self.row_of].view(kv_heads, group, rows, -1),
+            near[self.row_of].view(kv_heads, group, rows, -1),
+        )
+        weights = self._by_row.permute(0, 2, 3, 1).gather(3, index) * near
+        parts = self.parts[torch.arange(kv_heads, device=index.device)[:, None, None, None], index].movedim(4, 0)
+        tile = self.cell_tile[index].flatten(0, 1)
         held = self._cell_held.clone()
         held[0].scatter_add_(2, tile, -weights.flatten(0, 1)).clamp_min_(0)
         for channel in range(SKETCH):
@@ -162,6 +191,10 @@ class WeightProbe:
     def cell_tile(self) -> torch.Tensor:
         """Cell-order key tile of the keys that there are weights of and that the layout knows: int64 [known]."""
         return self.rows.key_tile[: self.by_key.shape[1]]
+
+    def _by_lane(self, values: torch.Tensor) -> torch.Tensor:
+        """Of what there is by row, [R, m], what the lanes of each KV head have: [KV heads, group * P, m]."""
+        return values[self.row_of].view(self.by_key.shape[0], -1, values.shape[1])
 
     @property
     def _by_row(self) -> torch.Tensor:
@@ -198,13 +231,14 @@ class WeightProbe:
 def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
     """Computes the probe rows' attention over a request's keys."""
     k, v = operands.in_order(keys.sequence, torch.float32)
-    q = operands.query[rows.rows].float() * (operands.scale * operands.key_scale)
-    heads, kv_heads, count = q.shape[1], k.shape[0], len(rows.rows)
-    grouped = q.view(count, kv_heads, heads // kv_heads, q.shape[2]).permute(1, 3, 2, 0).flatten(2)
-    by_key = torch.matmul(k, grouped)
+    row_of = rows.of_heads(operands)
+    heads, kv_heads, count = operands.heads, k.shape[0], rows.per_head
+    head = torch.arange(heads, device=k.device)[:, None]
+    q = operands.query[rows.rows[row_of], head].float() * (operands.scale * operands.key_scale)
+    by_key = torch.matmul(k, q.view(kv_heads, -1, k.shape[2]).mT)
     # Keys before the first row are seen by all; padding lies behind the last key, so it is in the future as well.
     late = torch.arange(rows.first + 1, k.shape[1], device=k.device)
-    future = (late[:, None] > rows.positions).repeat(1, heads // kv_heads)
+    future = late[:, None] > rows.positions[row_of].view(kv_heads, 1, -1)
     by_key[:, rows.first + 1 :].masked_fill_(future, float("-inf"))
     by_key = torch.softmax(by_key, dim=1)
     output = torch.matmul(by_key.transpose(1, 2), v).view(heads, count, -1)
@@ -213,4 +247,4 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
     project = signs(v.shape[2], v.device)
     parts = torch.cat([v.new_ones(*v.shape[:2], 1), torch.matmul(v, project) * operands.value_scale], dim=2)
     projected = torch.matmul(output, project).permute(2, 0, 1)
-    return WeightProbe(rows, keys, by_key, output, parts, projected)
+    return WeightProbe(rows, row_of, keys, by_key, output, parts, projected)

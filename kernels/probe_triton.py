@@ -45,7 +45,7 @@ CHANNELS_ALL = tl.constexpr(CHANNELS)
 
 @triton.jit
 def rows_of_group(i_block, i_kv, probe_rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Head, probe row and presence of the rows of a block; a group's rows are its heads' probe rows in turn."""
+    """Head, which of its probe rows, and presence of a block's rows: a group's are those of its heads in turn."""
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < GROUP * probe_rows
     b_head = i_kv * GROUP + o_row // probe_rows
@@ -119,6 +119,7 @@ def probe_kernel(
     p_value,
     p_rows,
     p_row_pos,
+    p_row_of,
     p_part,
     p_part_lse,
     scale_log2,
@@ -140,14 +141,16 @@ def probe_kernel(
 ):
     """One block of rows of one KV head over one split of the sequence order's key tiles.
 
+    ``p_row_of`` [H, P]: which entry of ``p_rows`` and ``p_row_pos`` a head's probe row is.
     ``p_part`` [splits, H, P, Dv] and ``p_part_lse`` [splits, H, P]: output and base-2 logarithm of the sum over the
     split.
     """
     i_kv, i_split = tl.program_id(1), tl.program_id(2)
     b_head, b_probe, m_row = rows_of_group(tl.program_id(0), i_kv, probe_rows, GROUP, BLOCK_M)
-    b_batch_row = tl.load(p_rows + b_probe, mask=m_row, other=0)
+    b_row = tl.load(p_row_of + b_head * probe_rows + b_probe, mask=m_row, other=0)
+    b_batch_row = tl.load(p_rows + b_row, mask=m_row, other=0)
     # A lane without a row stands before every key, so it sees none.
-    b_pos = tl.load(p_row_pos + b_probe, mask=m_row, other=-1)
+    b_pos = tl.load(p_row_pos + b_row, mask=m_row, other=-1)
     o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b_batch_row * stride_query_row + b_head * stride_query_head)[:, None] + o_d[None, :]
     b_query = tl.load(p_q, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
@@ -247,6 +250,7 @@ def held_kernel(
     p_key,
     p_rows,
     p_row_pos,
+    p_row_of,
     p_key_pos,
     p_arrival,
     p_parts,
@@ -279,8 +283,9 @@ def held_kernel(
     """
     i_kv, i_split = tl.program_id(1), tl.program_id(2)
     b_head, b_probe, m_row = rows_of_group(tl.program_id(0), i_kv, probe_rows, GROUP, BLOCK_M)
-    b_batch_row = tl.load(p_rows + b_probe, mask=m_row, other=0)
-    b_pos = tl.load(p_row_pos + b_probe, mask=m_row, other=-1)[:, None]
+    b_row = tl.load(p_row_of + b_head * probe_rows + b_probe, mask=m_row, other=0)
+    b_batch_row = tl.load(p_rows + b_row, mask=m_row, other=0)
+    b_pos = tl.load(p_row_pos + b_row, mask=m_row, other=-1)[:, None]
     heads = tl.num_programs(1) * GROUP
     b_index = b_head * probe_rows + b_probe
     b_lse = tl.load(p_lse + b_index, mask=m_row, other=0.0)[:, None]
@@ -398,6 +403,7 @@ class FusedProbe:
     """
 
     rows: ProbeRows
+    row_of: torch.Tensor
     output: torch.Tensor
     lse: torch.Tensor
     parts: torch.Tensor
@@ -433,6 +439,7 @@ class FusedProbe:
             key,
             self.rows.rows,
             self.rows.positions,
+            self.row_of,
             order.positions,
             order.arrival,
             self.parts,
@@ -479,7 +486,7 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
     tile_keys, tiles = keys.sequence.tile_keys, keys.sequence.slots.shape[0]
     shared = _Shared(operands)
     own = launch or probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
-    count = rows.rows.numel()
+    row_of, count = rows.of_heads(operands), rows.per_head
     grid = shared.grid(own, count, tiles)
     per_split = triton.cdiv(tiles, grid[2])
     splits = triton.cdiv(tiles, per_split)
@@ -511,6 +518,7 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         value,
         rows.rows,
         rows.positions,
+        row_of,
         part,
         part_lse,
         shared.scale_log2,
@@ -539,4 +547,4 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         BLOCK_SPLITS=PROGRAMS,
         **OPTIONS,
     )
-    return FusedProbe(rows, out, lse, parts, projected, keys, shared, launch)
+    return FusedProbe(rows, row_of, out, lse, parts, projected, keys, shared, launch)

@@ -19,6 +19,7 @@ from .levels import ALWAYS, FAIR, LEAST, LEVELS, PER_OCTAVE, TINY, Curves
 def columns_and_diagonals(
     held: torch.Tensor,
     size: torch.Tensor,
+    row_of: torch.Tensor,
     slash: SlashTiles,
     causal: torch.Tensor,
     allowed: torch.Tensor,
@@ -30,12 +31,13 @@ def columns_and_diagonals(
     Args:
         held: by the probe rows' tiles, fp32 [HELD, H, P, n], see :mod:`.probe`.
         size: squared length of the probe rows' output, fp32 [H, P].
+        row_of: which of the probed rows each head has, int64 [H, P].
         causal: tiles of dense attention, 0-d int64.
         allowed: energy per row that a head may lose, fp32 [H].
         sharing: heads that share a list.
     """
-    energy = _shared_out(held, size, ~slash.fixed_at_rows)
-    by_candidate = torch.cat([energy, _by_distance(energy, slash)], dim=2).mean(1)
+    energy = _shared_out(held, size, ~slash.fixed_at_rows[row_of])
+    by_candidate = torch.cat([energy, _by_distance(energy, slash.row_own[row_of])], dim=2).mean(1)
     levels = shared(_levels(by_candidate, slash.cost, causal, allowed), sharing)
     columns, diagonals = levels.chunk(2, dim=1)
     levels = torch.maximum(columns[:, None], _on_diagonals(diagonals, slash.first, slash.last, slash.span))
@@ -45,6 +47,7 @@ def columns_and_diagonals(
 def lines(
     held: torch.Tensor,
     size: torch.Tensor,
+    row_of: torch.Tensor,
     cell: CellView,
     tiles: CellTiles,
     causal: torch.Tensor,
@@ -58,9 +61,9 @@ def lines(
     ``held``: in the far region, fp32 [HELD, H, P, n']. At least ``min_lines`` v-lines are taken. Otherwise as
     :func:`columns_and_diagonals`.
     """
-    energy = _shared_out(held, size, ~cell.own_at_rows)
-    by_band = energy.sum(-1) @ cell.rows_in_band
-    neighbours = (energy * cell.beside_at_rows).sum(-1).mean(-1, keepdim=True)
+    energy = _shared_out(held, size, ~cell.own_at_rows[row_of])
+    by_band = torch.bmm(energy.sum(-1).unsqueeze(1), cell.rows_in_band[row_of])[:, 0]
+    neighbours = (energy * cell.beside_at_rows[row_of]).sum(-1).mean(-1, keepdim=True)
     levels = _levels(torch.cat([energy.mean(1), by_band, neighbours], dim=1), tiles.cost, causal, allowed)
     if min_lines:
         take_lines(levels[:, : energy.shape[2]], min_lines)
@@ -85,9 +88,10 @@ def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_til
         held: what the pass's tiles hold in its region, fp32 [HELD, H, P, n]; what lies outside of it is kept anyhow.
         size: squared length of the probe rows' output, fp32 [H, P].
         levels: int8 [G, t, n].
-        row_tiles: the probe rows' query tile, int64 [P].
+        row_tiles: each head's probe rows' query tile, int64 [H, P].
     """
-    at_rows = (levels[:, row_tiles].long() + 1).repeat_interleave(held.shape[1] // levels.shape[0], dim=0)
+    of_head = torch.arange(held.shape[1], device=held.device) // (held.shape[1] // levels.shape[0])
+    at_rows = levels[of_head[:, None], row_tiles].long() + 1
     by_level = held.new_zeros(*held.shape[:3], LEVELS + 2)
     by_level.scatter_add_(3, at_rows.expand(held.shape), held)
     lost = by_level.cumsum_(3)[..., :-1]
@@ -100,7 +104,7 @@ def shared(levels: torch.Tensor, sharing: int) -> torch.Tensor:
 
 
 def _shared_out(held: torch.Tensor, size: torch.Tensor, loose: torch.Tensor) -> torch.Tensor:
-    """What a row would lose without all of its loose tiles, bool [P, n], by tile as each alone would cost: [H, P, n].
+    """What a row would lose without all of its loose tiles, by tile as each alone would cost: bool to fp32 [H, P, n].
 
     Small losses add up, and what is left of the mass counts for more the less it is.
     """
@@ -140,10 +144,10 @@ def _tiles(levels: torch.Tensor) -> torch.Tensor:
     return counted.view(lists, bins).flip(-1).cumsum(-1).flip(-1)[:, 1:]
 
 
-def _by_distance(mass: torch.Tensor, slash: SlashTiles) -> torch.Tensor:
-    """Mass by distance in tiles from the row's own tile, from mass by tile: fp32 [H, P, n] -> [H, P, n]."""
-    source = slash.row_own[:, None] - torch.arange(mass.shape[2], device=mass.device)
-    picked = mass.gather(2, source.clamp_min(0).expand(mass.shape))
+def _by_distance(mass: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Mass by distance in tiles from the row's own tile, int64 [H, P], from that by tile: both fp32 [H, P, n]."""
+    source = own[..., None] - torch.arange(mass.shape[2], device=mass.device)
+    picked = mass.gather(2, source.clamp_min(0))
     return picked * (source >= 0)
 
 

@@ -28,7 +28,7 @@ FAIR = tl.constexpr(scale.FAIR)
 THRESHOLDS = tl.constexpr(scale.LEVELS + 1)
 LEAST = tl.constexpr(scale.LEAST)
 TINIEST = tl.constexpr(TINY)
-NUMBERS = ["rows", "query_tiles", "tiles", "candidates", "bands", "always", "margin"]
+NUMBERS = ["rows", "turns", "query_tiles", "tiles", "candidates", "bands", "always", "margin"]
 """Arguments that change from chunk to chunk; specialised on, they would have kernels compiled while serving."""
 PARTS_OF_A_BATCH = ["p_low", "p_high"]
 """Arguments that begin anywhere in memory, as a request's query tiles do in a batch's; the same holds for alignment."""
@@ -83,15 +83,27 @@ def level_of(b_energy, b_cost, causal, allowed):
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS_OF_A_BATCH)
 def rows_kernel(
-    p_held, p_size, p_low, p_high, p_row_tile, p_share, p_loose, p_beside, tiles, always, margin, BLOCK: tl.constexpr
+    p_held,
+    p_size,
+    p_row_of,
+    p_low,
+    p_high,
+    p_row_tile,
+    p_share,
+    p_loose,
+    p_beside,
+    tiles,
+    always,
+    margin,
+    BLOCK: tl.constexpr,
 ):
     """One (probe row, head): energy that it loses without all loose tiles, and its share in what each alone costs.
 
     ``p_beside``: the part of it in tiles beside the own ones. See ``_shared_out`` in :mod:`.search`.
     """
     i_row, i_head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    low, high, width = query_tile(p_low, p_high, tl.load(p_row_tile + i_row), margin)
     i_index = i_head * rows + i_row
+    low, high, width = query_tile(p_low, p_high, tl.load(p_row_tile + tl.load(p_row_of + i_index)), margin)
     channel, size = tl.num_programs(1).to(tl.int64) * rows * tiles, tl.load(p_size + i_index)
     p_held += i_index * tiles
     o_c = tl.arange(0, CHANNELS_ALL)
@@ -118,6 +130,7 @@ def rows_kernel(
 def candidates_kernel(
     p_held,
     p_size,
+    p_row_of,
     p_low,
     p_high,
     p_row_tile,
@@ -131,6 +144,7 @@ def candidates_kernel(
     p_allowed,
     p_levels,
     rows,
+    turns,
     tiles,
     candidates,
     bands,
@@ -150,12 +164,13 @@ def candidates_kernel(
         b_column = tl.zeros([BLOCK], tl.float32)
         b_diagonal = tl.zeros([BLOCK], tl.float32)
         for i_row in tl.range(0, rows):
-            low, high, _ = query_tile(p_low, p_high, tl.load(p_row_tile + i_row), margin)
             i_index = i_head * rows + i_row
+            row = tl.load(p_row_of + i_index)
+            low, high, _ = query_tile(p_low, p_high, tl.load(p_row_tile + row), margin)
             p_row, size, share = p_held + i_index * tiles, tl.load(p_size + i_index), tl.load(p_share + i_index)
             b_column += share * loose_energy(p_row, size, channel, o_tile, tiles, always, low, high)
             if not LINES:
-                o_key = tl.load(p_row_own + i_row).to(tl.int32) - o_tile
+                o_key = tl.load(p_row_own + row).to(tl.int32) - o_tile
                 b_diagonal += share * loose_energy(p_row, size, channel, o_key, tiles, always, low, high)
         m_tile = o_tile < tiles
         b_cost = tl.load(p_cost + o_tile, mask=m_tile, other=1)
@@ -164,12 +179,15 @@ def candidates_kernel(
             b_cost = tl.load(p_cost + tiles + o_tile, mask=m_tile, other=1)
             tl.store(p_levels + tiles + o_tile, level_of(b_diagonal / rows, b_cost, causal, allowed), mask=m_tile)
     elif LINES:
+        p_row_of += i_head * rows
         p_loose += i_head * rows
         p_beside += i_head * rows
         o_band = tl.arange(0, BLOCK_BANDS)
         b_band = tl.zeros([BLOCK_BANDS], tl.float32)
         for i_row in tl.range(0, rows):
-            b_band += tl.where(o_band == tl.load(p_band_of_row + i_row), tl.load(p_loose + i_row), 0.0)
+            band = tl.load(p_band_of_row + tl.load(p_row_of + i_row))
+            # Bands are those of all rows, of which the head has one in so many.
+            b_band += tl.where(o_band == band, tl.load(p_loose + i_row) / turns, 0.0)
             b_band += tl.where(o_band == bands, tl.load(p_beside + i_row), 0.0)
         m_band = o_band <= bands
         b_band_cost = tl.load(p_cost + tiles + o_band, mask=m_band, other=1)
@@ -252,7 +270,7 @@ def lost_kernel(
     i_row, i_head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     i_index = i_head * rows + i_row
     channel = tl.num_programs(1).to(tl.int64) * rows * tiles
-    p_levels += i_head // SHARING * stride_list + tl.load(p_row_tile + i_row) * tiles
+    p_levels += i_head // SHARING * stride_list + tl.load(p_row_tile + i_index) * tiles
     o_threshold, o_c = tl.arange(0, THRESHOLDS), tl.arange(0, CHANNELS_ALL)
     b_lost = tl.zeros([THRESHOLDS, CHANNELS_ALL], tl.float32)
     for first in tl.range(0, tiles, BLOCK):
@@ -288,6 +306,7 @@ def counts_kernel(p_levels, p_counts, tiles, stride_list, BLOCK: tl.constexpr):
 def columns_and_diagonals(
     held: torch.Tensor,
     size: torch.Tensor,
+    row_of: torch.Tensor,
     slash: SlashTiles,
     causal: torch.Tensor,
     allowed: torch.Tensor,
@@ -298,6 +317,7 @@ def columns_and_diagonals(
     return _levels(
         held,
         size,
+        row_of,
         low=slash.first,
         high=slash.last + 1,
         row_tiles=slash.row_tiles,
@@ -318,6 +338,7 @@ def columns_and_diagonals(
 def lines(
     held: torch.Tensor,
     size: torch.Tensor,
+    row_of: torch.Tensor,
     cell: CellView,
     tiles: CellTiles,
     causal: torch.Tensor,
@@ -330,6 +351,7 @@ def lines(
     return _levels(
         held,
         size,
+        row_of,
         low=cell.own_lo,
         high=cell.own_hi,
         row_tiles=cell.row_tiles,
@@ -376,6 +398,7 @@ def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_til
 def _levels(
     held: torch.Tensor,
     size: torch.Tensor,
+    row_of: torch.Tensor,
     *,
     low: torch.Tensor,
     high: torch.Tensor,
@@ -404,7 +427,7 @@ def _levels(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(heads, *shape, dtype=dtype, device=held.device)
 
-    tables = held, size, low, high, row_tiles
+    tables = held, size, row_of, low, high, row_tiles
     by_row = empty(rows), empty(rows), empty(rows)
     rows_kernel[rows, heads](*tables, *by_row, tiles, always, margin, BLOCK=BLOCK, **OPTIONS)
     levels = empty(candidates, dtype=torch.int8)
@@ -419,6 +442,7 @@ def _levels(
         allowed,
         levels,
         rows,
+        row_tiles.numel() // rows,
         *numbers,
         LINES=is_lines,
         BLOCK=BLOCK,

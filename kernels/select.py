@@ -26,6 +26,7 @@ class Search(Protocol):
         self,
         held: torch.Tensor,
         size: torch.Tensor,
+        row_of: torch.Tensor,
         slash: SlashTiles,
         causal: torch.Tensor,
         allowed: torch.Tensor,
@@ -39,6 +40,7 @@ class Search(Protocol):
         self,
         held: torch.Tensor,
         size: torch.Tensor,
+        row_of: torch.Tensor,
         cell: CellView,
         tiles: CellTiles,
         causal: torch.Tensor,
@@ -83,7 +85,7 @@ class Selection:
         lost = (self.probe.held - self.probe.near(region)).sum(-1)
         # One tile that is not read holds all that is lost.
         never = torch.full((lost.shape[1], 1, 1), -1, dtype=torch.int8, device=lost.device)
-        rows = torch.zeros_like(self.view.row_tiles)
+        rows = torch.zeros_like(self.probe.row_of)
         curves = self.search.curves(lost[..., None], self.size, never, rows)
         tiles = self.view.count_near(*region).expand(self._lists, LEVELS + 1)
         levels = replace(self.window_levels(*region), pattern="a_shape")
@@ -112,9 +114,8 @@ class Selection:
             return self.dense_levels()
         view = self.view
         slash = view.slash_tiles(sink, window)
-        levels = self.search.columns_and_diagonals(
-            self.probe.held, self.size, slash, view.causal_tiles, self.budget.allowed, sharing=view.sharing
-        )
+        given = self.probe.held, self.size, self.probe.row_of, slash, view.causal_tiles, self.budget.allowed
+        levels = self.search.columns_and_diagonals(*given, sharing=view.sharing)
         return Levels(levels, None, 0, UNBOUNDED, "vertical_slash")
 
     def grid(self, *, sink: int, reaches: Sequence[int], min_lines: int) -> list[tuple[Levels, torch.Tensor]]:
@@ -138,7 +139,7 @@ class Selection:
             if self.budget.exact:
                 far = _always(tiles.visible)
             else:
-                given = held, self.size, cell, tiles, view.causal_tiles, self.budget.allowed
+                given = held, self.size, self.probe.row_of, cell, tiles, view.causal_tiles, self.budget.allowed
                 far = self.search.lines(*given, min_lines=min_lines, sharing=view.sharing)
             found.append((replace(self.window_levels(*region), far=far, pattern="grid"), held))
         return found
@@ -154,7 +155,9 @@ class Selection:
         return Proposal(levels, replace(curves, tiles=tiles), searched=True)
 
     def _curves(self, held: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor) -> Curves:
-        return self.search.curves(held, self.size, levels.expand(self._lists, -1, -1), row_tiles)
+        """``row_tiles`` int64 [R]: the probe rows' query tile."""
+        levels = levels.expand(self._lists, -1, -1)
+        return self.search.curves(held, self.size, levels, row_tiles[self.probe.row_of])
 
     @property
     def _lists(self) -> int:
@@ -202,11 +205,12 @@ def kept(view: View, probe: WeightProbe, choice: Choice) -> torch.Tensor:
     heads, rows, length = probe.weights.shape
     keys = torch.arange(length, device=probe.weights.device)
     sink, reach = choice.sink[:, None, None], choice.reach[:, None, None]
-    near = element_mask(Region.NEAR, probe.rows.positions[:, None], keys[None, :], sink, reach)
-    seen = near & choice.near[:, view.row_tiles].repeat_interleave(probe.tile_keys, dim=-1)
+    positions, head = probe.rows.positions[probe.row_of][..., None], torch.arange(heads, device=keys.device)[:, None]
+    near = element_mask(Region.NEAR, positions, keys, sink, reach)
+    seen = near & choice.near[head, view.row_tiles[probe.row_of]].repeat_interleave(probe.tile_keys, dim=-1)
     if choice.far is not None and view.cell is not None:
         known = probe.cell_tile.numel()
         index = probe.cell_tile.expand(heads, rows, -1)
-        far = (keys <= probe.rows.positions[:, None]) & ~near
-        seen[..., :known] |= choice.far[:, view.cell.row_tiles].gather(2, index) & far[..., :known]
+        far = (keys <= positions) & ~near
+        seen[..., :known] |= choice.far[head, view.cell.row_tiles[probe.row_of]].gather(2, index) & far[..., :known]
     return seen

@@ -145,17 +145,19 @@ def check_selection(setting: Setting, device: torch.device, seed: int) -> None:
         view, cell = group.view, group.view.cell
         rows = want.output.square().sum(2)
         allowed = 0.01 * rows.mean(1)
-        slash, causal = view.slash_tiles(20, 33), view.causal_tiles
+        slash, causal, row_of = view.slash_tiles(20, 33), view.causal_tiles, want.row_of
         found = [
-            [each.columns_and_diagonals(want.held, rows, slash, causal, allowed)] for each in (search_triton, search)
+            [each.columns_and_diagonals(want.held, rows, row_of, slash, causal, allowed)]
+            for each in (search_triton, search)
         ]
-        given = [(want.held, view.row_tiles)]
+        given = [(want.held, view.row_tiles[row_of])]
         if cell is not None:
             held += [(f"far {i}", *both) for i, both in enumerate(zip(ours.far(bounds), want.far(bounds), strict=True))]
             far = want.far(bounds[:1])[0]
-            given.append((far, cell.row_tiles))
+            given.append((far, cell.row_tiles[row_of]))
             for each, results in zip((search_triton, search), found, strict=True):
-                results.append(each.lines(far, rows, cell, cell.tiles(*bounds[0]), causal, allowed, min_lines=1))
+                tiles = cell.tiles(*bounds[0])
+                results.append(each.lines(far, rows, row_of, cell, tiles, causal, allowed, min_lines=1))
         size = float(want.output.abs().max())
         for name, got, expected in held:
             close(got[0], expected[0], 8 * eps, f"mass {name}, {what}")

@@ -15,6 +15,7 @@ import problems
 from interpret import BATCH, KEY_SCALE, TWO_VIDEOS, VALUE_SCALE, distance, strided
 from mminference_sgl.kernels import probe, probe_triton
 from mminference_sgl.kernels.probe_triton import ProbeLaunch
+from mminference_sgl.method import plan
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def run(case: Case, dtype: torch.dtype) -> None:
         kv_heads=case.kv_heads,
         page_size=case.page_size,
         dtype=dtype,
+        sharing=(case.heads // case.kv_heads,) * (case.heads > case.kv_heads),
     )
     stored = problem.operands
     if case.fp8:
@@ -79,6 +81,7 @@ def run(case: Case, dtype: torch.dtype) -> None:
             "case": case.name,
             "modality": group.modality,
             "rows": group.probe_rows.rows.numel(),
+            "turns": group.probe_rows.turns,
             "errors": {name: distance(a, b) for name, (a, b) in held.items()},
             "sizes": {name: float(b.abs().max()) for name, (_, b) in held.items()},
         }
@@ -89,4 +92,6 @@ if __name__ == "__main__":
     # Memory that nothing was written to is NaN; small problems are split as large ones are.
     torch.use_deterministic_algorithms(True)
     probe_triton.MIN_TILES = 2
+    # Heads of a KV head take turns at the probe rows.
+    plan.LEAST_OF_HEAD = 8
     main(getattr(torch, sys.argv[1]), sys.argv[2:])

@@ -240,7 +240,8 @@ def test_what_a_band_would_lose_counts_for_the_bands_beside_it() -> None:
     # As much in every tile that is not read anyhow: no line stands out, but all of them together.
     held[:2, 0, rows] = 0.5 / tiles.visible.shape[1] * ~cell.own_at_rows[rows]
     size = torch.ones(held.shape[1:3])
-    levels = search.lines(held, size, cell, tiles, group.view.causal_tiles, torch.ones(1), min_lines=0)
+    row_of = torch.arange(held.shape[2])[None]
+    levels = search.lines(held, size, row_of, cell, tiles, group.view.causal_tiles, torch.ones(1), min_lines=0)
     near, loose_tiles = (cell.bands - 4).abs() <= 1, tiles.visible & ~cell.own
     assert levels[0][loose_tiles & near[:, None]].min() > levels[0][loose_tiles & ~near[:, None]].max()
 

@@ -28,7 +28,7 @@ from mminference_sgl.kernels.tiles import Region, TilePass, element_mask
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config, ConfigError
 from mminference_sgl.method.plan import ForwardPlan, RowGroup
-from mminference_sgl.method.prefill import LayerReport, Selected, Trace
+from mminference_sgl.method.prefill import DenseRows, LayerReport, Selected, Trace
 
 ENV_FOLDER = "MMINFERENCE_CAPTURE"
 ENV_LAYERS = "MMINFERENCE_CAPTURE_LAYERS"
@@ -284,9 +284,9 @@ def _capture(
     slots = group.keys.sequence.slots.flatten()[: request.num_keys]
     key = operands.key_pool.index_select(0, slots).cpu()
     rows, positions, probed = _rows(plan, group, operands.query, FILE_BYTES - key.nbytes)
-    dense = torch.cat([one.dense_output for one in selected])
+    dense = DenseRows.of([one.dense for one in selected])
     energy = joined([one.energy for one in selected])
-    lost = (out[group.probe_rows.rows].transpose(0, 1).float() - dense).square().sum(2).mean(1).cpu()
+    lost = (dense.lost(out) / dense.rows.shape[1]).cpu()
     guarded = guarded.cpu()
     error = (lost / energy.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
     # Blocks of heads with other patterns are proposed others.

@@ -23,6 +23,8 @@ from mminference_sgl.method.stride import StrideSearch
 KIND_TEXT = 0
 """Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
 
+LEAST_OF_HEAD = 32
+"""Probe rows that a head has at least where heads take turns."""
 FEWEST_SEARCHED = 512
 """Rows of a chunk, if it has as many, that the offline search probes at least: heads are compared by what they say."""
 
@@ -206,7 +208,11 @@ def build(
             wanted = (
                 max(FEWEST_SEARCHED, request.chunk // probe_one_in) if probe_one_in else rows_to_probe(request.chunk)
             )
-            rows = _probe_rows(single.on_host, near_slice, far_slice, min(probe_rows, wanted))
+            # A search looks at what single heads show.
+            searched = probe_one_in or request.layout.search is not None
+            wanted = min(probe_rows, wanted)
+            turns = 1 if searched else turns_of(wanted, max(sharing, default=1))
+            rows = _probe_rows(single.on_host, near_slice, far_slice, wanted, turns)
             positions = torch.from_numpy(rows.positions).to(device)
             probed = ProbeRows(
                 rows=torch.from_numpy(rows.rows).to(device),
@@ -214,6 +220,7 @@ def build(
                 first=int(rows.positions.min()),
                 key_tile=(request.layout.key_tile if has_cells else single.uploaded[:0]).long(),
                 key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
+                turns=rows.turns,
             )
             view = single.view(request, near_slice, far_slice, rows, positions)
             near_indptr = single.on_host("seq.row_indptr")
@@ -398,12 +405,22 @@ def rows_to_probe(chunk: int) -> int:
     return max(16, min(64, chunk // 32), chunk // 128)
 
 
+def turns_of(rows: int, sharing: int) -> int:
+    """Heads, of so many that may share a list, among which the probe rows are divided: a power of two.
+
+    What the heads read together needs all rows, to find those that read everything; what one of them reads it shows
+    with :data:`LEAST_OF_HEAD`.
+    """
+    return 1 << (max(1, min(sharing, rows // LEAST_OF_HEAD)).bit_length() - 1)
+
+
 @dataclass(frozen=True)
 class _ProbeRows:
     """Probe rows on the host: batch rows and positions, see :class:`ProbeRows`.
 
     ``near_slots``, ``far_slots``: their row slots in the two passes, which are the same whatever the query tiles' size;
-    none of the latter without a cell pass. ``band_slots``: first row slot of each band, ascending.
+    none of the latter without a cell pass. ``band_slots``: first row slot of each band, ascending. ``turns``: see
+    :class:`ProbeRows`.
     """
 
     rows: npt.NDArray[np.int64]
@@ -411,13 +428,14 @@ class _ProbeRows:
     near_slots: npt.NDArray[np.int64]
     far_slots: npt.NDArray[np.int64]
     band_slots: npt.NDArray[np.int64]
+    turns: int
 
     def bands_at(self, slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """The bands of row slots of the cell pass."""
         return np.searchsorted(self.band_slots, slots, side="right") - 1
 
 
-def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int) -> _ProbeRows:
+def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int, turns: int) -> _ProbeRows:
     """Chooses the rows to probe: for media spread over the chunk's places and times, for text over its length.
 
     Rows of text lie at another place of each of as many equal parts, the last row of all among them: the last rows
@@ -433,10 +451,13 @@ def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, c
         bounds = first + np.arange(count + 1) * (end - first) // count
         place = np.arange(count) * _GOLDEN % 1
         slots = bounds[:-1] + (place * np.diff(bounds)).astype(np.int64)
-        slots[-1] = end - 1
+        turns = min(turns, count)
+        # Every head sees the last row.
+        slots[count - turns :] = end - 1
+        slots = _in_turns(slots, turns)
         nothing = np.zeros(0, dtype=np.int64)
         rows, positions = on_host("seq.rows")[slots], on_host("seq.positions")[slots]
-        return _ProbeRows(rows.astype(np.int64), positions.copy(), slots, nothing, nothing)
+        return _ProbeRows(rows.astype(np.int64), positions.copy(), slots, nothing, nothing, turns)
     num_bands = min(count, tiles)
     starts = far.start + np.searchsorted(np.arange(tiles) * num_bands // tiles, np.arange(num_bands + 1))
     indptr = on_host("cell.row_indptr").astype(np.int64)
@@ -444,10 +465,16 @@ def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, c
     lane, band = np.divmod(np.arange(count // num_bands * num_bands), num_bands)
     moment = (lane + np.arange(1, num_bands + 1)[band] * _GOLDEN % 1) / (count // num_bands)
     slots = np.unique(indptr[starts[band]] + np.minimum(moment * sizes[band], sizes[band] - 1).astype(np.int64))
+    slots = _in_turns(slots, turns)
     rows, positions = on_host("cell.rows")[slots], on_host("cell.positions")[slots]
     # Row slots ascend in the sequence pass, so a position finds its slot.
     near_slots = first + np.searchsorted(on_host("seq.positions")[first:end], positions)
-    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_slots, slots, indptr[starts[:-1]])
+    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_slots, slots, indptr[starts[:-1]], turns)
+
+
+def _in_turns(slots: npt.NDArray[np.int64], turns: int) -> npt.NDArray[np.int64]:
+    """As many for every turn: the last slot is in more of them where the number does not divide."""
+    return np.append(slots, np.repeat(slots[-1:], -len(slots) % turns))
 
 
 def _key_tiles(

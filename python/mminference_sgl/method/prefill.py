@@ -55,12 +55,32 @@ Passes = list[tuple[TilePass, TileLists]]
 
 
 @dataclass(frozen=True)
+class DenseRows:
+    """Dense attention of the probe rows: each head's batch rows, int64 [H, P], and their output, fp32 [H, P, Dv]."""
+
+    rows: torch.Tensor
+    output: torch.Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[DenseRows]) -> DenseRows:
+        """Those of blocks of heads, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([part.rows for part in parts]), torch.cat([part.output for part in parts]))
+
+    def lost(self, out: torch.Tensor) -> torch.Tensor:
+        """Squared length of what the rows of an output differ by, the sum over each head's: fp32 [H]."""
+        head = torch.arange(self.rows.shape[0], device=out.device)[:, None]
+        return (out[self.rows, head].float() - self.output).square().sum((1, 2))
+
+
+@dataclass(frozen=True)
 class Selected:
     """What was selected for the rows of a group, for a block of ``heads``.
 
     ``group``: index among the plan's groups. ``picked`` int64 [H]: index of a head's proposal among those of all
     ``offers``, -1 for dense attention.
-    ``energy`` fp32 [H]: of the probe rows' dense output, mean over the rows. ``dense_output`` fp32 [H, P, Dv]: that.
+    ``energy`` fp32 [H]: of the probe rows' dense output, mean over the rows. ``dense``: that output.
     """
 
     group: int
@@ -69,7 +89,7 @@ class Selected:
     offers: Sequence[choices.Offer]
     picked: torch.Tensor
     energy: torch.Tensor
-    dense_output: torch.Tensor
+    dense: DenseRows
 
 
 @dataclass
@@ -110,7 +130,7 @@ def run_layer(
     merged, lse = _attend(whole, out, implementation)
     for item in merged:
         item.measure(out, config.ceiling(item.group.modality))
-    failing = [item for item in merged if item.dense_output is not None]
+    failing = [item for item in merged if item.dense is not None]
     if stages.waits:
         failing = [item for item in failing if bool(item.guarded.any())]
     if failing:
@@ -196,14 +216,14 @@ def select_layer(
 class _Watched:
     """A row group's choice and what is known of it, by head: [H] each.
 
-    ``dense_output`` fp32 [H, P, Dv]: that of the probe rows, None where nothing was left out.
+    ``dense``: None where nothing was left out.
     """
 
     group: RowGroup
     tiles: torch.Tensor
     causal: torch.Tensor
     coverage: torch.Tensor
-    dense_output: torch.Tensor | None
+    dense: DenseRows | None
     error: torch.Tensor
     guarded: torch.Tensor
 
@@ -215,10 +235,10 @@ class _Watched:
         tiles, coverage, guarded = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("tiles", "coverage", "guarded")
         )
-        outputs = [part.dense_output for part in parts if part.dense_output is not None]
+        dense = [part.dense for part in parts if part.dense is not None]
         first = parts[0]
         return cls(
-            first.group, tiles, first.causal, coverage, torch.cat(outputs) if outputs else None, first.error, guarded
+            first.group, tiles, first.causal, coverage, DenseRows.of(dense) if dense else None, first.error, guarded
         )
 
     def measure(self, out: torch.Tensor, ceiling: float) -> None:
@@ -226,11 +246,10 @@ class _Watched:
 
         The error is that of all heads together, so a head counts with the weight it has in the layer's output.
         """
-        if self.dense_output is None:
+        if self.dense is None:
             return
-        rows = self.group.probe_rows.rows
-        error = (out[rows].transpose(0, 1).float() - self.dense_output).square().sum((1, 2))
-        energy = self.dense_output.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        error = self.dense.lost(out)
+        energy = self.dense.output.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         worst = error.argsort(descending=True)
         remaining = error[worst].flip(0).cumsum(0).flip(0)
         self.guarded = torch.zeros_like(self.guarded).scatter_(0, worst, remaining > ceiling * ceiling * energy)
@@ -299,7 +318,7 @@ class _Layer:
         """Blocks of whole GQA groups whose probe stays within the bound of the device."""
         heads, per_group = self.operands.heads, self.operands.group
         bound = PROBE_BYTES_CPU if self.operands.query.device.type == "cpu" else PROBE_BYTES
-        held = group.keys.sequence.slots.numel() * group.probe_rows.rows.numel()
+        held = group.keys.sequence.slots.numel() * group.probe_rows.per_head
         if not with_weights and not self.stages.waits:
             held = held * probe.HELD // group.keys.sequence.tile_keys
         step = max(1, bound // (4 * held * per_group)) * per_group
@@ -338,7 +357,7 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
     }
     watched: list[_Watched] = []
     for index, group in enumerate(plan.groups):
-        choice, dense_output = _select_group(layer, group, index)
+        choice, dense = _select_group(layer, group, index)
         for chosen in (choice, *choice.shared):
             tiles = tilings[chosen.sharing].groups[index]
             lists[chosen.sharing][0].put(tiles.near, chosen.near, chosen)
@@ -347,12 +366,12 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
         none = torch.zeros(heads, dtype=torch.bool, device=device)
         zero = torch.zeros((), device=device)
         causal = group.view.causal_tiles
-        watched.append(_Watched(group, choice.tiles, causal, choice.coverage, dense_output, zero, none))
+        watched.append(_Watched(group, choice.tiles, causal, choice.coverage, dense, zero, none))
     return [made.lists() for both in lists.values() for made in both], watched
 
 
-def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, torch.Tensor | None]:
-    """The choice for all heads, and the probe rows' dense output where they were probed."""
+def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, DenseRows | None]:
+    """The choice for all heads, and the probe rows' dense attention where there are any."""
     # Blocks of heads are watched together, so all of them are probed or none.
     if all(spec.of(group.modality) == _DENSE for spec in layer.all_specs):
         return choices.dense(group.view, len(layer.specs)), None
@@ -362,14 +381,14 @@ def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, t
     wants = [Want.of(tiling.groups[index].view, pairs) for tiling in layer.tilings]
     wants = [want for want in wants if want.pairs]
     blocks: list[list[Proposed]] = [[] for _ in wants]
-    outputs, energies = [], []
+    parts, energies = [], []
     for _, probed in layer.probes(group):
         selection = layer.selection(group, probed)
         for found, want in zip(blocks, wants, strict=True):
             found.append(propose(selection.of(want.view), layer.config, want.pairs))
-        outputs.append(probed.output)
+        parts.append(DenseRows(group.probe_rows.rows[probed.row_of], probed.output))
         energies.append(selection.budget.energy)
-    budget, dense_output = replace(selection.budget, energy=torch.cat(energies)), torch.cat(outputs)
+    budget, dense = replace(selection.budget, energy=torch.cat(energies)), DenseRows.of(parts)
     offers = [want.offer(found) for found, want in zip(blocks, wants, strict=True)]
     previous = carried[layer.heads]
     choice, picked = choices.dense(group.view, len(pairs)), torch.full_like(previous, -1)
@@ -377,9 +396,9 @@ def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, t
         choice, picked = choices.decide(offers, budget, previous)
     carried[layer.heads] = picked
     if layer.trace is not None:
-        note = Selected(index, layer.heads, choice, offers, picked, budget.energy, dense_output)
+        note = Selected(index, layer.heads, choice, offers, picked, budget.energy, dense)
         layer.trace.selected.append(note)
-    return choice, dense_output
+    return choice, dense
 
 
 def budget_of(output: torch.Tensor, bound: float, config: Config) -> Budget:
