@@ -62,7 +62,7 @@ class KeyOrder:
         """Keys of a tile."""
         return self.slots.shape[1]
 
-    def of_request(self, tiles: slice, arrival: torch.Tensor, arrived: int) -> KeyOrder:
+    def of_request(self, tiles: slice, tile_indptr: torch.Tensor, arrival: torch.Tensor, arrived: int) -> KeyOrder:
         """The part that is one request's, as an order of its own; ``tiles`` are the request's."""
         count = tiles.stop - tiles.start
         if count == self.slots.shape[0]:
@@ -72,7 +72,7 @@ class KeyOrder:
             positions=self.positions[tiles],
             tile_min=self.tile_min[tiles],
             tile_max=self.tile_max[tiles],
-            tile_indptr=self.tile_indptr.new_tensor([0, count]),
+            tile_indptr=tile_indptr,
             widest=count,
             arrival=arrival,
             arrived=arrived,

@@ -12,11 +12,13 @@ import torch
 
 import checks
 import problems
+from mminference_sgl import _core
 from mminference_sgl.kernels import probe, probe_triton
 from mminference_sgl.kernels.launch_table import HEAD_DIMS
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
+from mminference_sgl.method.plan import DeviceLayout, SparseRequest, build
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +65,23 @@ def test_masses_are_the_same_every_time(head_dim: int, fp8: bool, seed: int, mon
     checks.close(first, probe.run(operands, group.keys, group.probe_rows).near(8, 64), 1e-4, f"near mass, seed {seed}")
     for repetition in range(1000):
         assert torch.equal(probed.near(8, 64), first), f"repetition {repetition}, seed {seed}"
+
+
+def test_a_plan_does_not_wait_for_the_device() -> None:
+    sparse, row = [], 0
+    for request in checks.ODD:
+        layout = _core.Layout(request.length, request.items, chunk_tokens=request.chunk, tile_queries=64)
+        on_device = DeviceLayout(layout, 64, DEVICE)
+        pool_row = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        sparse.append(SparseRequest(on_device, request.prefix, request.chunk, pool_row, row))
+        row += request.chunk
+    req_to_token = torch.zeros(1, max(r.length for r in checks.ODD), dtype=torch.int32, device=DEVICE)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            build(sparse, req_to_token, tile_queries=128, tile_keys=64, probe_rows=64, sharing=(2,))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("spec", [HeadSpec(), HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")], ids=str)

@@ -15,7 +15,7 @@ import problems
 from interpret import BATCH, KEY_SCALE, TWO_VIDEOS, VALUE_SCALE, distance, strided
 from mminference_sgl.kernels import probe, probe_triton
 from mminference_sgl.kernels.probe_triton import ProbeLaunch
-from mminference_sgl.method import plan
+from mminference_sgl.method import probe_rows
 
 
 @dataclass(frozen=True)
@@ -93,5 +93,5 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
     probe_triton.MIN_TILES = 2
     # Heads of a KV head take turns at the probe rows.
-    plan.LEAST_OF_HEAD = 8
+    probe_rows.LEAST_OF_HEAD = 8
     main(getattr(torch, sys.argv[1]), sys.argv[2:])

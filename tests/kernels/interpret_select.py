@@ -15,7 +15,7 @@ from interpret import BATCH, distance
 from mminference_sgl.kernels import lists_triton, probe, search, search_triton, stages
 from mminference_sgl.kernels.levels import Curves
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map
-from mminference_sgl.method import plan, prefill
+from mminference_sgl.method import prefill, probe_rows
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import AShapeBudget, Config, GridBudget, PatternBudgets, VerticalSlashBudget
 from test_attention import random_map
@@ -168,5 +168,5 @@ if __name__ == "__main__":
     # Small problems need most of their tiles.
     stages.CPU_EASE = stages.EASE
     # Heads that may share lists take turns at the probe rows.
-    plan.LEAST_OF_HEAD = 8
+    probe_rows.LEAST_OF_HEAD = 8
     main()

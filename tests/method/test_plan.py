@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
-from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, RowGroup, SparseRequest, build, rows_to_probe
+from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, RowGroup, SparseRequest, build
+from mminference_sgl.method.probe_rows import rows_to_probe
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
 TEXT_KIND, MEDIA_KIND, INTERSTITIAL_KIND = 0, 1, 2
@@ -472,6 +477,97 @@ def test_media_probes_spread_over_time() -> None:
     for share in (positions // 64 * 4 // 30, positions % 64 // 16):
         counts = np.bincount(share, minlength=4)
         assert counts.min() >= 0.15 * len(positions), counts
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+META = torch.device("meta")
+"""Has no values: whoever asks a tensor there for one, or for a shape that depends on one, fails."""
+
+
+class Copies(TorchDispatchMode):
+    """Operations that read tensors of the host and others, or write others: to :data:`META`, what copies to a device.
+
+    ``found``: (operation, whether nothing waits for it) of each. Memory that is said to be pinned is not, here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, bool]] = []
+        self._pinned: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        pinned = named.pop("pin_memory", False)
+        result = func(*args, **named)
+        if pinned:
+            self._pinned.add(result.untyped_storage().data_ptr())
+        tensors = [leaf for leaf in tree_leaves((args, named, result)) if isinstance(leaf, torch.Tensor)]
+        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        if 0 < len(on_host) < len(tensors):
+            from_pinned = all(tensor.untyped_storage().data_ptr() in self._pinned for tensor in on_host)
+            self.found.append((str(func), from_pinned and bool(named.get("non_blocking"))))
+        return result
+
+
+class Literals(TorchFunctionMode):
+    """Calls that make a tensor of Python's numbers, which no operation shows."""
+
+    def __init__(self, found: list[tuple[str, bool]]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = func in (torch.tensor, torch.Tensor.new_tensor) and result.device.type != "cpu"
+        indexed = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device.type != "cpu"
+        if made or (indexed and any(isinstance(leaf, list | np.ndarray) for leaf in _index(args[1]))):
+            self._found.append((func.__name__, False))
+        return result
+
+
+def _index(given: Any) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,)
+
+
+def copies_of(work: Callable[[], object]) -> list[tuple[str, bool]]:
+    with Copies() as copies, Literals(copies.found):
+        work()
+    return copies.found
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_plan_reaches_the_device_in_one_copy(batch: str) -> None:
+    sparse = []
+    for request in BATCHES[batch]:
+        layout = _core.Layout(request.length, request.items, chunk_tokens=256, tile_queries=16)
+        pool_row = torch.zeros(1, dtype=torch.int64, device=META)
+        sparse.append(SparseRequest(DeviceLayout(layout, 16, META), request.prefix, request.chunk, pool_row, 0))
+    req_to_token = torch.zeros(9, 2000, dtype=torch.int32, device=META)
+    sizes = {"tile_queries": 32, "tile_keys": 16, "probe_rows": 16}
+    assert copies_of(lambda: build(sparse, req_to_token, **sizes, sharing=(2,))) == [("aten._to_copy.default", True)]
+
+
+def test_copies_are_found() -> None:
+    """What the test above relies on."""
+    device, host = torch.zeros(4, dtype=torch.int64, device=META), torch.arange(2)
+    for work in (
+        lambda: host.to(META, non_blocking=True),
+        lambda: torch.as_tensor(np.arange(2), device=META),
+        lambda: device[:2].copy_(host, non_blocking=True),
+        lambda: device[host],
+        lambda: device.new_tensor([0, 3]),
+        lambda: torch.tensor([0, 3], device=META),
+        lambda: device[[0, 1]],
+    ):
+        assert [free for _, free in copies_of(work)] == [False]
+    for work in (device[0].item, device.nonzero, lambda: device[device > 0], device.tolist, device.cpu):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            copies_of(work)
 
 
 # -- layouts and errors ------------------------------------------------------------------------------------------------

@@ -1,37 +1,29 @@
 """Per-forward plan: from layouts and chunk bounds to the device tensors that selection and attention read.
 
-Built once per forward in ``init_forward_metadata``; every layer of the forward uses the same plan. The flat arrays of
-the Rust plan reach the device in one copy.
+Built once per forward in ``init_forward_metadata``; every layer of the forward uses the same plan. The host decides
+everything first; what it computed, the flat arrays of the Rust plan among it, then reaches the device in one copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from mminference_sgl import _core
 from mminference_sgl.kernels.choice import CellView, KeyTiles, QueryTiles, View
 from mminference_sgl.kernels.probe import ProbeKeys, ProbeRows
-from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
+from mminference_sgl.kernels.tiles import KeyOrder, Region, TilePass
+from mminference_sgl.method.key_orders import Part, Starts, in_order, in_sequence, key_orders, no_keys
+from mminference_sgl.method.probe_rows import ChosenRows, Int32Array, choose, rows_to_probe, turns_of
 from mminference_sgl.method.stride import StrideSearch
+from mminference_sgl.method.upload import Packer, Uploaded
 
 KIND_TEXT = 0
 """Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
-
-LEAST_OF_HEAD = 32
-"""Probe rows that a head has at least where heads take turns."""
-FEWEST_SEARCHED = 512
-"""Rows of a chunk, if it has as many, that the offline search probes at least: heads are compared by what they say."""
-
-_GOLDEN = (5**0.5 - 1) / 2
-"""Its multiples spread evenly over the unit interval, whatever their number."""
-
-Int32Array = npt.NDArray[np.int32]
 
 
 class DeviceLayout:
@@ -59,6 +51,11 @@ class DeviceLayout:
             arrival = np.argsort(first, kind="stable").astype(np.int32)
             self._arrives = first[arrival]
             self.arrival = _to_device(arrival, device)
+
+    @property
+    def num_cell_tiles(self) -> int:
+        """Key tiles of the cell order, 0 without media."""
+        return self.cell_tiles.min_pos.numel() if self.has_media else 0
 
     def arrived(self, num_keys: int) -> int:
         """How many cell-order key tiles hold keys of the request's first ``num_keys``."""
@@ -177,116 +174,130 @@ def build(
         req_to_token: [pool rows, context] integer; slots of each request's tokens.
         tile_queries: most lanes of a query tile.
         probe_rows: most rows to probe per request and modality.
-        probe_one_in: one row in so many, at least :data:`FEWEST_SEARCHED` of a chunk, is probed instead of what serving
-            can afford, see :func:`rows_to_probe`.
+        probe_one_in: one row in so many, at least :data:`.probe_rows.FEWEST_SEARCHED` of a chunk, is probed instead of
+            what serving can afford, see :func:`.rows_to_probe`.
         sharing: numbers of heads that may share a list, ascending; a query tile of such lists has as many rows as its
             lanes hold, at least one.
     """
-    device = req_to_token.device
-    near_parts, far_parts = [], []
-    for request in requests:
-        own = req_to_token[request.pool_row][0, : request.num_keys].long()
-        near_parts.append(_sequence_tiles(request, own, tile_keys))
-        far_parts.append(_cell_tiles(request, own, tile_keys))
-    near_keys = _key_order(near_parts)
-    single, *others = (
-        _Planned(requests, shared, rows_per_tile(tile_queries, shared), tile_keys, device) for shared in (1, *sharing)
-    )
-    far_keys = _key_order(far_parts) if single.has_cells else None
-    near, far = single.passes(near_keys, far_keys)
-    tilings: list[list[GroupTiles]] = [[] for _ in others]
-    groups: list[RowGroup] = []
-    for index, request in enumerate(requests):
-        has_media = request.layout.has_media
-        cell_keys = _of_request(far_keys, far_parts, index) if far_keys is not None and has_media else None
-        keys = ProbeKeys(_of_request(near_keys, near_parts, index), cell_keys)
-        for modality in ("text", "media"):
-            near_slice, far_slice = single.tiles_of(index, modality)
-            if near_slice.start == near_slice.stop:
-                continue
-            has_cells = modality == "media"
-            wanted = (
-                max(FEWEST_SEARCHED, request.chunk // probe_one_in) if probe_one_in else rows_to_probe(request.chunk)
-            )
-            # A search looks at what single heads show.
-            searched = probe_one_in or request.layout.search is not None
-            wanted = min(probe_rows, wanted)
-            turns = 1 if searched else turns_of(wanted, max(sharing, default=1))
-            rows = _probe_rows(single.on_host, near_slice, far_slice, wanted, turns)
-            positions = torch.from_numpy(rows.positions).to(device)
-            probed = ProbeRows(
-                rows=torch.from_numpy(rows.rows).to(device),
-                positions=positions,
-                first=int(rows.positions.min()),
-                key_tile=(request.layout.key_tile if has_cells else single.uploaded[:0]).long(),
-                key_tiles=request.layout.cell_tiles.min_pos.numel() if has_cells else 0,
-                turns=rows.turns,
-            )
-            view = single.view(request, near_slice, far_slice, rows, positions)
-            near_indptr = single.on_host("seq.row_indptr")
-            slots_of_rows = slice(*(int(near_indptr[tile]) for tile in (near_slice.start, near_slice.stop)))
-            groups.append(RowGroup(view, near_slice, far_slice, index, modality, probed, keys, slots_of_rows))
-            for planned, tiles in zip(others, tilings, strict=True):
-                near_slice, far_slice = planned.tiles_of(index, modality)
-                tiles_view = planned.view(request, near_slice, far_slice, rows, positions)
-                tiles.append(GroupTiles(tiles_view, near_slice, far_slice))
-    shared = [
-        Tiling(planned.sharing, *planned.passes(near_keys, far_keys), tiles)
-        for planned, tiles in zip(others, tilings, strict=True)
+    packer = Packer()
+    tilings = [
+        _Planned(requests, shared, rows_per_tile(tile_queries, shared), tile_keys, packer) for shared in (1, *sharing)
     ]
-    return ForwardPlan(requests, near, far, groups, shared)
+    near_starts = Starts([-(-request.num_keys // tile_keys) for request in requests], packer)
+    far_starts = Starts([request.layout.num_cell_tiles for request in requests], packer)
+    groups = []
+    for index, request in enumerate(requests):
+        count = min(probe_rows, rows_to_probe(request.chunk, probe_one_in))
+        # Searches compare heads by what each shows.
+        searched = probe_one_in > 0 or request.layout.search is not None
+        turns = 1 if searched else turns_of(count, max(sharing, default=1))
+        for modality in ("text", "media"):
+            near, far = tilings[0].tiles_of(index, modality)
+            if near.start < near.stop:
+                rows = choose(tilings[0].on_host, near, far, count, turns)
+                groups.append(_Group(index, modality, rows, tilings, packer))
+    uploaded = packer.upload(req_to_token.device)
+    near_keys, far_keys, probe_keys = _keys(
+        requests, req_to_token, near_starts, far_starts if tilings[0].has_cells else None, uploaded, tile_keys
+    )
+    visible = [_visible(request, request.layout.sequence_tiles) for request in requests]
+    single, *shared = (
+        Tiling(
+            planned.sharing,
+            *planned.passes(near_keys, far_keys, uploaded),
+            [
+                planned.tiles(group, group.tilings[number], requests[group.request], visible[group.request], uploaded)
+                for group in groups
+            ],
+        )
+        for number, planned in enumerate(tilings)
+    )
+    row_groups = [
+        RowGroup(
+            tiles.view,
+            tiles.near,
+            tiles.far,
+            group.request,
+            group.modality,
+            group.probed(requests[group.request].layout, uploaded),
+            probe_keys[group.request],
+            tilings[0].row_slots(tiles.near),
+        )
+        for group, tiles in zip(groups, single.groups, strict=True)
+    ]
+    return ForwardPlan(requests, single.near, single.far, row_groups, shared)
+
+
+@dataclass(frozen=True)
+class _TiledGroup:
+    """A row group in query tiles of one size, on the host: ``near`` and ``far`` of the two passes.
+
+    ``row_tiles``, ``cell_row_tiles``, ``bands``: parts of what is uploaded, see :class:`View` and :class:`CellView`.
+    """
+
+    near: slice
+    far: slice
+    span: int
+    row_tiles: slice
+    cell_row_tiles: slice
+    bands: slice
+
+
+class _Group:
+    """A row group on the host, in query tiles of all sizes."""
+
+    def __init__(
+        self, request: int, modality: str, rows: ChosenRows, tilings: Sequence[_Planned], packer: Packer
+    ) -> None:
+        self.request, self.modality = request, modality
+        self.num_bands, self._turns = rows.band_slots.size, rows.turns
+        self._first = int(rows.positions.min())
+        self._rows, self.positions = packer.add(rows.rows), packer.add(rows.positions)
+        self.band_of_row = packer.add(rows.bands_at(rows.far_slots))
+        self.tilings = [planned.add(request, modality, rows, packer) for planned in tilings]
+
+    def probed(self, layout: DeviceLayout, uploaded: Uploaded) -> ProbeRows:
+        """The rows to probe."""
+        rows, has_cells = uploaded.int64[self._rows], self.modality == "media"
+        return ProbeRows(
+            rows=rows,
+            positions=uploaded.int32[self.positions],
+            first=self._first,
+            key_tile=layout.key_tile.long() if has_cells else rows[:0],
+            key_tiles=layout.num_cell_tiles if has_cells else 0,
+            turns=self._turns,
+        )
 
 
 class _Planned:
-    """The Rust plan of one size of query tiles: on the host, and on the device in one copy."""
+    """The Rust plan of one size of query tiles: on the host, and as a part of what is uploaded."""
 
     def __init__(
-        self, requests: Sequence[SparseRequest], sharing: int, rows: int, tile_keys: int, device: torch.device
+        self, requests: Sequence[SparseRequest], sharing: int, rows: int, tile_keys: int, packer: Packer
     ) -> None:
         planned = _core.plan(
             [(r.layout.layout, r.prefix, r.chunk, r.row_start) for r in requests],
             tile_queries=rows,
             tile_keys=tile_keys,
         )
-        self.sharing, self._rows, self._tile_keys, self._device = sharing, rows, tile_keys, device
+        self.sharing, self._rows, self._tile_keys = sharing, rows, tile_keys
         self._host, self._fields = planned.buffer, planned.fields()
-        self.uploaded = _to_device(self._host, device)
+        self._first = packer.add(self._host).start
 
     def on_host(self, name: str) -> Int32Array:
         """A field of the plan."""
         offset, length = self._fields[name]
         return self._host[offset : offset + length]
 
-    def on_device(self, name: str) -> torch.Tensor:
-        """A field of the plan."""
+    def _part(self, name: str) -> slice:
+        """Where a field is in what is uploaded."""
         offset, length = self._fields[name]
-        return self.uploaded[offset : offset + length]
+        return slice(self._first + offset, self._first + offset + length)
 
     @property
     def has_cells(self) -> bool:
         """Whether there is a cell pass."""
         return self._fields["cell.tile_request"][1] > 0
-
-    def passes(self, near: KeyOrder, far: KeyOrder | None) -> tuple[TilePass, TilePass | None]:
-        """The sequence pass and the cell pass over keys in their orders."""
-        return (
-            self._pass("seq", Region.NEAR, near),
-            self._pass("cell", Region.FAR, far) if far is not None else None,
-        )
-
-    def _pass(self, prefix: str, region: Region, keys: KeyOrder) -> TilePass:
-        return TilePass(
-            region=region,
-            keys=keys,
-            rows=self.on_device(f"{prefix}.rows").long(),
-            positions=self.on_device(f"{prefix}.positions"),
-            indptr=self.on_device(f"{prefix}.row_indptr"),
-            request=self.on_device(f"{prefix}.tile_request"),
-            min_pos=self.on_device(f"{prefix}.tile_min_pos"),
-            max_pos=self.on_device(f"{prefix}.tile_max_pos"),
-            tile_queries=self._rows,
-            sharing=self.sharing,
-        )
 
     def tiles_of(self, request: int, modality: str) -> tuple[slice, slice]:
         """The query tiles of a request's rows of a modality in the two passes; text has none in the second."""
@@ -295,186 +306,108 @@ class _Planned:
         far = _span(self.on_host("cell.tile_request") == request)
         return _span(near), far if modality == "media" else slice(far.start, far.start)
 
-    def view(self, request: SparseRequest, near: slice, far: slice, rows: _ProbeRows, positions: torch.Tensor) -> View:
-        """What selection sees of a row group in these tiles, with the rows that were chosen to be probed."""
-        cell = None
-        if rows.far_slots.size:
-            indptr = self.on_host("cell.row_indptr")
-            cell = CellView(
-                queries=self._queries("cell", far),
-                keys=request.layout.cell_tiles,
-                own_lo=self.on_device("cell.own_lo")[far],
-                own_hi=self.on_device("cell.own_hi")[far],
-                row_tiles=self._tiles_at(indptr, far, rows.far_slots),
-                bands=torch.from_numpy(rows.bands_at(indptr[far])).to(self._device),
-                band_of_row=torch.from_numpy(rows.bands_at(rows.far_slots)).to(self._device),
-                num_bands=rows.band_slots.size,
-                stride=request.layout.stride,
-            )
+    def row_slots(self, near: slice) -> slice:
+        """Row slots of query tiles of the sequence pass."""
+        indptr = self.on_host("seq.row_indptr")
+        return slice(int(indptr[near.start]), int(indptr[near.stop]))
+
+    def add(self, request: int, modality: str, rows: ChosenRows, packer: Packer) -> _TiledGroup:
+        """A row group in these tiles, with the rows that were chosen to be probed."""
+        near, far = self.tiles_of(request, modality)
         ends = (self.on_host(f"seq.tile_{end}_pos")[near] // self._tile_keys for end in ("max", "min"))
-        return View(
-            queries=self._queries("seq", near),
-            keys=_visible(request, request.layout.sequence_tiles),
-            row_tiles=self._tiles_at(self.on_host("seq.row_indptr"), near, rows.near_slots),
-            row_positions=positions,
+        indptr = self.on_host("cell.row_indptr")
+        return _TiledGroup(
+            near=near,
+            far=far,
             span=int(np.subtract(*ends).max()) + 1,
-            cell=cell,
+            row_tiles=packer.add(_tiles_at(self.on_host("seq.row_indptr"), near, rows.near_slots)),
+            cell_row_tiles=packer.add(_tiles_at(indptr, far, rows.far_slots)),
+            bands=packer.add(rows.bands_at(indptr[far])),
+        )
+
+    def passes(self, near: KeyOrder, far: KeyOrder | None, uploaded: Uploaded) -> tuple[TilePass, TilePass | None]:
+        """The sequence pass and the cell pass over keys in their orders."""
+        return (
+            self._pass("seq", Region.NEAR, near, uploaded),
+            self._pass("cell", Region.FAR, far, uploaded) if far is not None else None,
+        )
+
+    def _pass(self, prefix: str, region: Region, keys: KeyOrder, uploaded: Uploaded) -> TilePass:
+        return TilePass(
+            region=region,
+            keys=keys,
+            rows=uploaded.int64[self._part(f"{prefix}.rows")],
+            positions=uploaded.int32[self._part(f"{prefix}.positions")],
+            indptr=uploaded.int32[self._part(f"{prefix}.row_indptr")],
+            request=uploaded.int32[self._part(f"{prefix}.tile_request")],
+            min_pos=uploaded.int32[self._part(f"{prefix}.tile_min_pos")],
+            max_pos=uploaded.int32[self._part(f"{prefix}.tile_max_pos")],
+            tile_queries=self._rows,
             sharing=self.sharing,
         )
 
-    def _queries(self, prefix: str, tiles: slice) -> QueryTiles:
-        low, high = (self.on_device(f"{prefix}.tile_{end}_pos")[tiles] for end in ("min", "max"))
+    def tiles(
+        self, group: _Group, tiled: _TiledGroup, request: SparseRequest, visible: KeyTiles, uploaded: Uploaded
+    ) -> GroupTiles:
+        """What selection sees of a row group in these tiles; ``visible``: the request's key tiles of the first pass."""
+        cell = None
+        if group.num_bands:
+            cell = CellView(
+                queries=self._queries("cell", tiled.far, uploaded),
+                keys=request.layout.cell_tiles,
+                own_lo=uploaded.int32[self._part("cell.own_lo")][tiled.far],
+                own_hi=uploaded.int32[self._part("cell.own_hi")][tiled.far],
+                row_tiles=uploaded.int64[tiled.cell_row_tiles],
+                bands=uploaded.int64[tiled.bands],
+                band_of_row=uploaded.int64[group.band_of_row],
+                num_bands=group.num_bands,
+                stride=request.layout.stride,
+            )
+        view = View(
+            queries=self._queries("seq", tiled.near, uploaded),
+            keys=visible,
+            row_tiles=uploaded.int64[tiled.row_tiles],
+            row_positions=uploaded.int32[group.positions],
+            span=tiled.span,
+            cell=cell,
+            sharing=self.sharing,
+        )
+        return GroupTiles(view, tiled.near, tiled.far)
+
+    def _queries(self, prefix: str, tiles: slice, uploaded: Uploaded) -> QueryTiles:
+        low, high = (uploaded.int32[self._part(f"{prefix}.tile_{end}_pos")][tiles] for end in ("min", "max"))
         return QueryTiles(low, high)
 
-    def _tiles_at(self, indptr: Int32Array, tiles: slice, slots: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The query tiles of row slots, counted from the first of ``tiles``."""
-        found = np.searchsorted(indptr[tiles.start : tiles.stop + 1], slots, side="right") - 1
-        return torch.from_numpy(found).to(self._device)
+
+def _tiles_at(indptr: Int32Array, tiles: slice, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The query tiles of row slots, counted from the first of ``tiles``."""
+    return np.searchsorted(indptr[tiles.start : tiles.stop + 1], slots, side="right") - 1
 
 
-@dataclass(frozen=True)
-class _Tiled:
-    """One request's key tiles: slots int64 and positions int32 [n, tile_keys]; the others as in :class:`KeyOrder`."""
-
-    slots: torch.Tensor
-    positions: torch.Tensor
-    arrival: torch.Tensor
-    arrived: int
-
-    @property
-    def count(self) -> int:
-        """Key tiles."""
-        return self.slots.shape[0]
-
-
-def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    padding = -slots.numel() % tile_keys
-    return (
-        torch.cat([slots, slots[:1].expand(padding)]).view(-1, tile_keys),
-        functional.pad(positions, (0, padding), value=ABSENT).view(-1, tile_keys),
-    )
+def _keys(
+    requests: Sequence[SparseRequest],
+    req_to_token: torch.Tensor,
+    near_starts: Starts,
+    far_starts: Starts | None,
+    uploaded: Uploaded,
+    tile_keys: int,
+) -> tuple[KeyOrder, KeyOrder | None, list[ProbeKeys]]:
+    """The two passes' keys, and each request's; ``far_starts`` is None without a cell pass."""
+    slots = [req_to_token[request.pool_row][0, : request.num_keys].long() for request in requests]
+    near, own = key_orders([in_sequence(held, tile_keys) for held in slots], near_starts, uploaded)
+    if far_starts is None:
+        return near, None, [ProbeKeys(keys, None) for keys in own]
+    parts = [_in_cells(request, held, tile_keys) for request, held in zip(requests, slots, strict=True)]
+    far, own_cells = key_orders(parts, far_starts, uploaded)
+    of_requests = zip(requests, own, own_cells, strict=True)
+    return near, far, [ProbeKeys(keys, cells if r.layout.has_media else None) for r, keys, cells in of_requests]
 
 
-def _sequence_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> _Tiled:
-    positions = torch.arange(request.num_keys, dtype=torch.int32, device=slots.device)
-    tiles = _tiled(slots, positions, tile_keys)
-    count = tiles[0].shape[0]
-    return _Tiled(*tiles, torch.arange(count, dtype=torch.int32, device=slots.device), count)
-
-
-def _cell_tiles(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> _Tiled:
-    """Keys in cell order; tokens that later chunks will bring have their place already and point to the first key."""
+def _in_cells(request: SparseRequest, slots: torch.Tensor, tile_keys: int) -> Part:
     layout = request.layout
     if not layout.has_media:
-        nothing = slots[:0].int()
-        return _Tiled(*_tiled(slots[:0], nothing, tile_keys), nothing, 0)
-    present = layout.tokens < request.num_keys
-    tiles = _tiled(slots[torch.where(present, layout.tokens, 0)], layout.tokens, tile_keys)
-    return _Tiled(*tiles, layout.arrival, layout.arrived(request.num_keys))
-
-
-def _key_order(requests: Sequence[_Tiled]) -> KeyOrder:
-    slots, positions = (torch.cat([getattr(own, name) for own in requests]) for name in ("slots", "positions"))
-    first = np.cumsum([0, *(own.count for own in requests)])[:-1].tolist()
-    held, later = [], []
-    for own, tile in zip(requests, first, strict=True):
-        held.append(own.arrival[: own.arrived] + tile)
-        later.append(own.arrival[own.arrived :] + tile)
-    return KeyOrder(
-        slots=slots,
-        positions=positions,
-        tile_min=positions.amin(1),
-        tile_max=positions.amax(1),
-        tile_indptr=_indptr([own.count for own in requests], slots.device),
-        widest=max(own.count for own in requests),
-        arrival=torch.cat(held + later),
-        arrived=sum(own.arrived for own in requests),
-    )
-
-
-def _of_request(order: KeyOrder, parts: Sequence[_Tiled], index: int) -> KeyOrder:
-    """The part of an order that is one request's."""
-    first, own = sum(part.count for part in parts[:index]), parts[index]
-    return order.of_request(slice(first, first + own.count), own.arrival, own.arrived)
-
-
-def rows_to_probe(chunk: int) -> int:
-    """Probe rows of a chunk: one in 128, which is 0.8 % of dense attention; 64 of chunks
-    below 8K tokens, one in 32 below 2K, at least 16.
-    """
-    return max(16, min(64, chunk // 32), chunk // 128)
-
-
-def turns_of(rows: int, sharing: int) -> int:
-    """Heads, of so many that may share a list, among which the probe rows are divided: a power of two.
-
-    What the heads read together needs all rows, to find those that read everything; what one of them reads it shows
-    with :data:`LEAST_OF_HEAD`.
-    """
-    return 1 << (max(1, min(sharing, rows // LEAST_OF_HEAD)).bit_length() - 1)
-
-
-@dataclass(frozen=True)
-class _ProbeRows:
-    """Probe rows on the host: batch rows and positions, see :class:`ProbeRows`.
-
-    ``near_slots``, ``far_slots``: their row slots in the two passes, which are the same whatever the query tiles' size;
-    none of the latter without a cell pass. ``band_slots``: first row slot of each band, ascending. ``turns``: see
-    :class:`ProbeRows`.
-    """
-
-    rows: npt.NDArray[np.int64]
-    positions: Int32Array
-    near_slots: npt.NDArray[np.int64]
-    far_slots: npt.NDArray[np.int64]
-    band_slots: npt.NDArray[np.int64]
-    turns: int
-
-    def bands_at(self, slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """The bands of row slots of the cell pass."""
-        return np.searchsorted(self.band_slots, slots, side="right") - 1
-
-
-def _probe_rows(on_host: Callable[[str], Int32Array], near: slice, far: slice, count: int, turns: int) -> _ProbeRows:
-    """Chooses the rows to probe: for media spread over the chunk's places and times, for text over its length.
-
-    Rows of text lie at another place of each of as many equal parts, the last row of all among them: the last rows
-    alone stand for nothing but themselves. Media: the cell pass is cut into as many bands of consecutive query tiles as
-    rows are wanted. The rows that stand for a band are taken from all its rows alike, at another moment in each band:
-    what the probe rows hold on average is then what the chunk's rows hold.
-    """
-    tiles = far.stop - far.start
-    near_indptr = on_host("seq.row_indptr")
-    first, end = int(near_indptr[near.start]), int(near_indptr[near.stop])
-    if tiles == 0:
-        count = min(count, end - first)
-        bounds = first + np.arange(count + 1) * (end - first) // count
-        place = np.arange(count) * _GOLDEN % 1
-        slots = bounds[:-1] + (place * np.diff(bounds)).astype(np.int64)
-        turns = min(turns, count)
-        # Every head sees the last row.
-        slots[count - turns :] = end - 1
-        slots = _in_turns(slots, turns)
-        nothing = np.zeros(0, dtype=np.int64)
-        rows, positions = on_host("seq.rows")[slots], on_host("seq.positions")[slots]
-        return _ProbeRows(rows.astype(np.int64), positions.copy(), slots, nothing, nothing, turns)
-    num_bands = min(count, tiles)
-    starts = far.start + np.searchsorted(np.arange(tiles) * num_bands // tiles, np.arange(num_bands + 1))
-    indptr = on_host("cell.row_indptr").astype(np.int64)
-    sizes = np.diff(indptr[starts])
-    lane, band = np.divmod(np.arange(count // num_bands * num_bands), num_bands)
-    moment = (lane + np.arange(1, num_bands + 1)[band] * _GOLDEN % 1) / (count // num_bands)
-    slots = np.unique(indptr[starts[band]] + np.minimum(moment * sizes[band], sizes[band] - 1).astype(np.int64))
-    slots = _in_turns(slots, turns)
-    rows, positions = on_host("cell.rows")[slots], on_host("cell.positions")[slots]
-    # Row slots ascend in the sequence pass, so a position finds its slot.
-    near_slots = first + np.searchsorted(on_host("seq.positions")[first:end], positions)
-    return _ProbeRows(rows.astype(np.int64), positions.copy(), near_slots, slots, indptr[starts[:-1]], turns)
-
-
-def _in_turns(slots: npt.NDArray[np.int64], turns: int) -> npt.NDArray[np.int64]:
-    """As many for every turn: the last slot is in more of them where the number does not divide."""
-    return np.append(slots, np.repeat(slots[-1:], -len(slots) % turns))
+        return no_keys(slots, tile_keys)
+    return in_order(slots, layout.tokens, layout.arrival, layout.arrived(request.num_keys), tile_keys)
 
 
 def _key_tiles(
@@ -508,10 +441,6 @@ def _span(mask: npt.NDArray[np.bool_]) -> slice:
     """The contiguous range where the mask holds."""
     where = np.flatnonzero(mask)
     return slice(0, 0) if where.size == 0 else slice(int(where[0]), int(where[-1]) + 1)
-
-
-def _indptr(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
 
 
 def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
