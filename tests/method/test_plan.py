@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mminference_sgl import _core
+from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import ABSENT, KeyOrder, Region, TilePass
 from mminference_sgl.method.plan import DeviceLayout, ForwardPlan, RowGroup, SparseRequest, build
-from mminference_sgl.method.probe_rows import rows_to_probe
+from mminference_sgl.method.probe_rows import LEAST_OF_HEAD, rows_to_probe
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
 TEXT_KIND, MEDIA_KIND, INTERSTITIAL_KIND = 0, 1, 2
@@ -431,6 +432,33 @@ def test_text_probes_spread_over_the_text(case: Case) -> None:
             for part, place in enumerate(picked):
                 assert part * len(rows) // count <= place < (part + 1) * len(rows) // count
             assert picked[-1] == len(rows) - 1, "the row that answers"
+
+
+@pytest.mark.parametrize(("shared", "turns"), [(1, 1), (2, 2), (3, 2), (7, 4)])
+def test_heads_take_turns_at_the_probe_rows(shared: int, turns: int) -> None:
+    """Neighbours see all rows between them, each head as many, and every head the text row that answers."""
+    requests = [Request(16400, [], 0, 16400), Request(16391, [one_run(5, 128, 8, 16)], 3, 16388)]
+    case = make(requests, tile_queries=128, tile_keys=64, probe_rows=128, shared=shared)
+    query, pool = torch.empty(1, 2 * shared, 8), torch.empty(1, 2, 8)
+    operands = Operands(query, pool, pool, 1.0)
+    assert {group.modality for group in case.plan.groups} == {"text", "media"}
+    for group in case.plan.groups:
+        rows, few = group.probe_rows, len(chunk_rows(case, group.request, TEXT_KIND)) < 128
+        if group.modality == "text" and few:
+            continue
+        assert rows.turns == turns
+        row_of = rows.of_heads(operands)
+        assert row_of.shape == (2 * shared, rows.per_head)
+        assert rows.per_head >= LEAST_OF_HEAD
+        for head in range(2 * shared):
+            assert len(set(row_of[head].tolist())) == rows.per_head
+            block = rows.of_heads(operands.block(slice(head, head + 1)))
+            assert torch.equal(block[0], row_of[head]), "the same for a part of a group"
+        for kv_head in range(2):
+            seen = row_of[kv_head * shared :][:turns].flatten().tolist()
+            assert sorted(seen) == list(range(len(rows.rows)))
+        if group.modality == "text":
+            assert set(rows.positions[row_of][:, -1].tolist()) == {case.requests[group.request].length - 1}
 
 
 def test_text_probes_lie_at_all_places_of_their_tiles() -> None:
