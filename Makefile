@@ -80,7 +80,7 @@ bench-gpu: venv ## time one layer's sparse prefill on this GPU against dense cuD
 bench-gpu-serving: venv ## time to first token of long videos on this GPU, dense and sparse
 	$(BIN)/python -m benchmarks.gpu.serving $(BENCH_ARGS)
 
-gpu-report: ## all of these on this GPU with time limits, by PYTHON; DRY=1 shows on a CPU that it works
+gpu-report: ## measure all that is owed on a GPU, with time limits, by PYTHON; DRY=1 shows on a CPU that it works
 	$(PYTHON) -m benchmarks.gpu.first_hour $(if $(DRY),--dry-run --output out/gpu-report) $(BENCH_ARGS)
 
 tune: venv ## measure the kernels' launch table on this GPU and write it down

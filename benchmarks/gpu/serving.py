@@ -39,6 +39,7 @@ import torch
 
 from benchmarks.gpu.inputs import FRAME, count
 from benchmarks.gpu.report import RESULTS, environment, file_name, markdown, parse_count, say
+from benchmarks.gpu.setups import DENSE, Setup, ours, rivals
 from benchmarks.gpu.stand_in import StandInServer
 from benchmarks.toy.serving import CHECKPOINT
 from mminference_sgl.testing import Answer, Server, ServerError, mean_density, prefills, write_mp4
@@ -50,12 +51,6 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 PIXELS = 28
 """Side of the square that one token of a frame stands for; a token spans two frames."""
 FPS = 2
-GUARD_OFF = 1e9
-DENSE = (None, "flashinfer", "triton")
-"""Dense backends in the order in which they are tried; None is the platform's own."""
-SKIP_SOFTMAX = "SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR"
-SKIP_FACTORS = (300, 1000, 3000)
-"""The threshold is such a factor over the length."""
 TEXT = {
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -108,16 +103,6 @@ class Run:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How a server differs from the platform's own: settings of mminference, arguments, environment."""
-
-    backend: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    args: tuple[str, ...] = ()
-    env: dict[str, str] = field(default_factory=dict)
-
-
 def write_checkpoint(folder: Path) -> Path:
     """A Qwen2.5-VL-7B without weights, which ``--load-format dummy`` does not ask for."""
     folder.mkdir(parents=True)
@@ -152,24 +137,6 @@ def write_video(path: Path, tokens: int) -> Path:
         writer.write(frame)
     writer.release()
     return path
-
-
-def ours(density: float, dense: str | None) -> dict[str, Setup]:
-    """Sparse servers by name, with a dense backend beside them."""
-    budget = {"error": 1.0, "max_density": density / 100, "error_ceiling": GUARD_OFF}
-    floor = {"pattern": "a_shape", "error_ceiling": GUARD_OFF, "patterns": {"a_shape": {"sink": 64, "window": 64}}}
-    args = ("--prefill-attention-backend", "mminference") if dense else ()
-    backend = dense or "mminference"
-    return {"mminference": Setup(backend, budget, args), "rest": Setup(backend, floor, args)}
-
-
-def rivals() -> dict[str, Setup]:
-    """Dense and skip-softmax servers of stock SGLang by name."""
-    found = {f"fa3, pages of {size}": Setup("fa3", args=("--page-size", str(size))) for size in (1, 128)}
-    found["trtllm_mha"] = Setup("trtllm_mha")
-    for factor in SKIP_FACTORS:
-        found[f"trtllm_mha, skip {factor}"] = Setup("trtllm_mha", env={SKIP_SOFTMAX: str(factor)})
-    return found
 
 
 def start(model: Path, setup: Setup, tokens: int, chunk: int) -> Server:

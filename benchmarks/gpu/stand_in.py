@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from benchmarks.gpu.setups import Setup
 from mminference_sgl.testing import Answer, ServerError
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.serving import Setup
 
 SECONDS = {None: 4.0, "mminference": 2.0, "fa3": 4.0}
 """Of a forward, by backend; servers with another one do not start."""

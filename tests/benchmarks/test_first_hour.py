@@ -143,3 +143,21 @@ def test_self_check_says_what_works(capsys: pytest.CaptureFixture[str]) -> None:
         first_hour.self_check()
     assert ended.value.code == 0
     assert "torch: ok" in capsys.readouterr().out
+
+
+def test_the_bundle_tells_what_it_packs(tmp_path: Path) -> None:
+    for name, size in (
+        ("sglang-0.5.17-cp312.whl", 100),
+        ("sglang_kernel-0.4.5-abi3.whl", 7),
+        ("tokenizers-0.1-x.whl", 1),
+    ):
+        (tmp_path / "server").mkdir(exist_ok=True)
+        (tmp_path / "server" / name).write_bytes(b"-" * size)
+    command = ["scripts/gpu_bundle.sh", "--list", str(tmp_path)]
+    done = subprocess.run(command, cwd=first_hour.ROOT, capture_output=True, text=True, check=True)
+    rows = {" ".join(words[:2]): words[2:] for words in map(str.split, done.stdout.splitlines())}
+    assert rows["server sglang==0.5.17"] == ["100"]
+    assert rows["server sglang-kernel==0.4.5"] == ["7"]
+    assert rows["server tokenizers==0.22.2"] == []
+    assert rows["server in"] == ["all", "107"]
+    assert {"kernels mminference-sgl", "kernels checkout", "packages xgrammar==0.2.1"} <= rows.keys()

@@ -13,6 +13,7 @@ from benchmarks.gpu import layer as gpu
 from benchmarks.gpu import profile as gpu_profile
 from benchmarks.gpu import serving as gpu_serving
 from benchmarks.gpu import stand_in, tune
+from benchmarks.gpu.setups import SKIP_FACTORS, Setup
 from benchmarks.gpu.stand_in import StandInServer
 from mminference_sgl.kernels import ops, torch_tiles
 from mminference_sgl.kernels.launch_table import TABLE, Launch
@@ -90,7 +91,7 @@ def test_tune_tries_descriptors_where_there_can_be_some() -> None:
 class CheckedServer(StandInServer):
     """A stand-in that looks at what it would serve."""
 
-    def __init__(self, model: Path, setup: gpu_serving.Setup, *sizes: int) -> None:
+    def __init__(self, model: Path, setup: Setup, *sizes: int) -> None:
         text = json.loads((model / "config.json").read_text())["text_config"]
         assert (text["num_attention_heads"], text["num_hidden_layers"]) == (28, 28)
         assert not list(model.glob("*.safetensors"))
@@ -122,7 +123,7 @@ def test_bench_gpu_serving_says_why_a_rival_does_not_start(tmp_path: Path, capsy
     rows = serving(capsys, tmp_path, "--rivals")
     why = {row["server"]: row["density"] for row in rows if not row["tokens"]}
     assert why == dict.fromkeys(
-        ["trtllm_mha", *(f"trtllm_mha, skip {factor}" for factor in gpu_serving.SKIP_FACTORS)],
+        ["trtllm_mha", *(f"trtllm_mha, skip {factor}" for factor in SKIP_FACTORS)],
         "ValueError: trtllm_mha is not there",
     )
     assert [row["server"] for row in rows if row["tokens"]][3:] == ["fa3, pages of 1", "fa3, pages of 128"]
@@ -135,7 +136,7 @@ def test_bench_gpu_serving_takes_the_dense_backend_that_starts(
     setups = []
 
     class Noted(StandInServer):
-        def __init__(self, model: Path, setup: gpu_serving.Setup, *sizes: int) -> None:
+        def __init__(self, model: Path, setup: Setup, *sizes: int) -> None:
             setups.append(setup)
             super().__init__(model, setup, *sizes)
 
