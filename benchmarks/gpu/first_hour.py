@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,7 +234,8 @@ def write(folder: Path, outcomes: Sequence[Outcome], found: dict[str, Any]) -> N
         if not each.files:
             continue
         results = [folder / name for name in each.files if name.endswith(".md")]
-        text = "\n".join(path.read_text().replace("# ", "## ", 1) for path in results)
+        # Their headings are below the step's.
+        text = "\n".join(re.sub("^#", "###", path.read_text(), flags=re.MULTILINE) for path in results)
         shown = text if results and each.status == "ok" else f"{text}\n```\n{each.tail}\n```\n"
         parts.append(f"## {each.name}: {each.status}\n\n{', '.join(each.files)}\n\n{shown}")
     _replace(folder / "report.md", "\n".join(parts))

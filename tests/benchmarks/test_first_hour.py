@@ -59,7 +59,7 @@ def test_steps_run_in_order_whatever_becomes_of_them(run, tmp_path: Path) -> Non
     assert steps["writes"]["files"] == ["writes/output.txt", "writes/result.md"]
     text = (tmp_path / "report.md").read_text()
     assert "| lacks | a missing module | cannot run | 0 | needs no_such_module |" in text
-    assert "## Figures" in text
+    assert "\n### Figures\n" in text
 
 
 def test_a_later_call_adds_to_the_report(run) -> None:
