@@ -8,9 +8,11 @@ BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 .PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-long bench-toy bench-real bench-summaries bench-method pictures \
-	tune test-gpu bench-gpu bench-gpu-serving fuzz miri clean
+	tune test-gpu bench-gpu bench-gpu-serving gpu-report fuzz miri clean
 
 FUZZ_SECONDS ?= 600
+# The interpreter of gpu-report, which needs no .venv.
+PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 
 help: ## tell the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +79,9 @@ bench-gpu: venv ## time one layer's sparse prefill on this GPU against dense cuD
 
 bench-gpu-serving: venv ## time to first token of long videos on this GPU, dense and sparse
 	$(BIN)/python -m benchmarks.gpu.serving $(BENCH_ARGS)
+
+gpu-report: ## measure all that is owed on a GPU, with time limits, by PYTHON; DRY=1 shows on a CPU that it works
+	$(PYTHON) -m benchmarks.gpu.first_hour $(if $(DRY),--dry-run --output out/gpu-report) $(BENCH_ARGS)
 
 tune: venv ## measure the kernels' launch table on this GPU and write it down
 	$(BIN)/python -m benchmarks.gpu.tune $(BENCH_ARGS)

@@ -35,7 +35,7 @@ import torch
 from benchmarks.gpu.clock import Clock, Timing
 from benchmarks.gpu.dense import dense_attention, dense_fa3
 from benchmarks.gpu.inputs import HEAD_DIM, Layer, Shape, make_layer
-from benchmarks.gpu.report import RESULTS, environment, parse_count, say
+from benchmarks.gpu.report import RESULTS, environment, file_name, markdown, parse_count, say
 from mminference_sgl.kernels import ops
 from mminference_sgl.kernels.probe import Probe
 from mminference_sgl.kernels.stages import Stages
@@ -322,8 +322,7 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
 
 def table(lines: Sequence[Line]) -> str:
     """Markdown."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *([tell(line) for tell in COLUMNS.values()] for line in lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(list(COLUMNS), ([tell(line) for tell in COLUMNS.values()] for line in lines))
 
 
 def write(folder: Path, name: str, lines: Sequence[Line], found: dict[str, Any]) -> None:
@@ -366,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     device = torch.device("cpu" if options.dry_run else "cuda")
     found = {**environment(device), "implementation": ops.resolve(options.implementation, device)}
-    name = options.name or found["device"].lower().replace(" ", "-").replace("(", "").replace(")", "")
+    name = options.name or file_name(found["device"])
     if options.name is None and options.implementation != "auto":
         name += f"-{options.implementation}"
     lines: list[Line] = []

@@ -77,7 +77,11 @@ def tune(
     best: dict[Entry, tuple[Launch, float]] = {}
     for entry in entries:
         own = TABLE[entry]
-        times = {launch: measure(entry, launch) for launch in candidates(own, entry)}
+        times = {}
+        for launch in candidates(own, entry):
+            times[launch] = measure(entry, launch)
+            # What a run that is cut off has found.
+            say(f"{entry}: {source(launch)}: {times[launch]:.3g} ms")
         faster = sorted((time, launch) for launch, time in times.items() if time < WORTH * times[own])
         chosen = next((launch for _, launch in faster if fits(entry, launch)), own)
         best[entry] = (chosen, times[chosen])
@@ -134,7 +138,7 @@ class Bench:
         self.device, self.heads = device, heads
         config = Config(tile_queries=ROWS_PER_TILE, tile_keys=KEYS_PER_TILE)
         self.layer = make_layer(Shape(tokens - chunk, chunk), config, heads, device)
-        self.lists = random_lists(self.layer.plan.near, heads[0])
+        self.lists = random_lists(self.layer.plan.near, heads[0], TILES_PER_LIST)
         self.clock = Clock(device, repeats)
         self.pairs = int(self.lists.tiles.numel()) * KEYS_PER_TILE * ROWS_PER_TILE
 
@@ -161,14 +165,14 @@ class Bench:
         return 4 * entry[1] * self.pairs / milliseconds / 1e9
 
 
-def random_lists(tile_pass: TilePass, heads: int) -> TileLists:
-    """Up to :data:`TILES_PER_LIST` random causal tiles per list."""
+def random_lists(tile_pass: TilePass, heads: int, tiles: int) -> TileLists:
+    """Up to ``tiles`` random causal tiles per list."""
     keys = tile_pass.keys
     device = keys.tile_min.device
     generator = torch.Generator(device).manual_seed(0)
     causal = keys.tile_min[None] <= tile_pass.max_pos[:, None]
     score = torch.rand(heads, *causal.shape, generator=generator, device=device).masked_fill(~causal, -1)
-    chosen = score.topk(min(TILES_PER_LIST, causal.shape[1]), dim=-1).indices
+    chosen = score.topk(min(tiles, causal.shape[1]), dim=-1).indices
     selected = torch.zeros_like(score, dtype=torch.bool).scatter_(2, chosen, True) & causal
     sink = torch.zeros(heads, tile_pass.num_tiles, dtype=torch.int32, device=device)
     return lists_from_map(tile_pass, selected, sink, torch.full_like(sink, 1 << 30))

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import attend as gpu_attend
 from benchmarks.gpu import layer as gpu
+from benchmarks.gpu import profile as gpu_profile
 from benchmarks.gpu import serving as gpu_serving
-from benchmarks.gpu import tune
-from mminference_sgl.kernels import ops
+from benchmarks.gpu import stand_in, tune
+from benchmarks.gpu.setups import SKIP_FACTORS, Setup
+from benchmarks.gpu.stand_in import StandInServer
+from mminference_sgl.kernels import ops, torch_tiles
 from mminference_sgl.kernels.launch_table import TABLE, Launch
-from mminference_sgl.testing import Answer
+from mminference_sgl.testing import ServerError
 
 
 def test_bench_gpu_reports_every_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,42 +88,27 @@ def test_tune_tries_descriptors_where_there_can_be_some() -> None:
     assert "    (90, 128): Launch(16, 16, 1, 2, split=True, descriptors=True),  # note\n" in changed
 
 
-class StandInServer:
-    """Answers at once, slower without a backend, and logs what a sparse prefill would."""
+class CheckedServer(StandInServer):
+    """A stand-in that looks at what it would serve."""
 
-    def __init__(self, model: Path, backend: str | None, config: dict, tokens: int, chunk: int) -> None:
+    def __init__(self, model: Path, setup: Setup, *sizes: int) -> None:
         text = json.loads((model / "config.json").read_text())["text_config"]
         assert (text["num_attention_heads"], text["num_hidden_layers"]) == (28, 28)
         assert not list(model.glob("*.safetensors"))
-        self.seconds = {None: 4.0, "mminference": 2.0}[backend] - (1.0 if "pattern" in config else 0.0)
-        self.written = ""
+        super().__init__(model, setup, *sizes)
 
-    def __enter__(self) -> StandInServer:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def log(self, since: int = 0) -> str:
-        return self.written[since:]
-
-    def generate(self, text: str, *, video_data: list[str], max_tokens: int, stream: bool) -> Answer:
-        assert Path(video_data[0]).stat().st_size > 0
-        forward = self.seconds + (0.5 if stream else 0.0)
-        meta = {
-            "request_received_ts": 0.0,
-            "api_server_dispatch_finish_ts": 0.25,
-            "forward_entry_time": 1.0,
-            "prefill_finished_time": 1.0 + forward,
-        }
-        return Answer("", forward, ttft=forward + 0.25, prompt_tokens=1024, meta=meta)
+def serving(capsys: pytest.CaptureFixture[str], output: Path, *arguments: str, servers=CheckedServer) -> list[dict]:
+    """The rows of its table, which is also what it wrote."""
+    assert gpu_serving.main(["--dry-run", "--output", str(output), *arguments], servers) == 0
+    table = capsys.readouterr().out
+    assert next(output.glob("*.md")).read_text().endswith(table)
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def test_bench_gpu_serving_splits_the_time_to_first_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--dry-run", "--tokens", "1K", "--output", str(tmp_path)]
-    assert gpu_serving.main(arguments, StandInServer) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    dense, sparse, rest = (dict(zip(rows[0], row, strict=True)) for row in rows[2:])
+    dense, sparse, rest = serving(capsys, tmp_path)
     assert (dense["host"], dense["vision"], dense["attention"], dense["TTFT"]) == ("250", "500", "3000", "4750")
     assert (sparse["language model"], sparse["attention"], sparse["LM speed-up"]) == (
         "2000 (2000 to 2000)",
@@ -130,7 +119,93 @@ def test_bench_gpu_serving_splits_the_time_to_first_token(tmp_path: Path, capsys
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("script", [gpu, tune, gpu_serving], ids=lambda script: script.__name__)
+def test_bench_gpu_serving_says_why_a_rival_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = serving(capsys, tmp_path, "--rivals")
+    why = {row["server"]: row["density"] for row in rows if not row["tokens"]}
+    assert why == dict.fromkeys(
+        ["trtllm_mha", *(f"trtllm_mha, skip {factor}" for factor in SKIP_FACTORS)],
+        "ValueError: trtllm_mha is not there",
+    )
+    assert [row["server"] for row in rows if row["tokens"]][3:] == ["fa3, pages of 1", "fa3, pages of 128"]
+
+
+def test_bench_gpu_serving_takes_the_dense_backend_that_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "SECONDS", {"triton": 6.0, "mminference": 2.0})
+    setups = []
+
+    class Noted(StandInServer):
+        def __init__(self, model: Path, setup: Setup, *sizes: int) -> None:
+            setups.append(setup)
+            super().__init__(model, setup, *sizes)
+
+    rows = serving(capsys, tmp_path, servers=Noted)
+    assert [(row["server"], row["LM speed-up"]) for row in rows] == [
+        ("dense, triton", "1.00"),
+        ("mminference", "3.00"),
+        ("rest", "6.00"),
+        ("dense", ""),
+        ("dense, flashinfer", ""),
+    ]
+    assert [(setup.backend, setup.args) for setup in setups[-2:]] == [
+        ("triton", ("--prefill-attention-backend", "mminference"))
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "[2026 TP0] Scheduler hit an exception: Traceback\nImportError: flash_ops\nKilled\n",
+            "ImportError: flash_ops",
+        ),
+        ("nothing\n", "stopped"),
+        ("mminference: SystemExit\ntorch.OutOfMemoryError: CUDA\n", "torch.OutOfMemoryError: CUDA"),
+    ],
+)
+def test_why_a_server_did_not_start_is_one_line(log: str, reason: str) -> None:
+    assert gpu_serving.why(ServerError("stopped", log)) == reason
+
+
+def test_attend_refuses_to_time_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch_tiles.attend
+
+    def wrong(operands, tile_pass, lists, out, lse, *, merge):
+        right(operands, tile_pass, lists, out, lse, merge=merge)
+        out *= 1.01
+
+    monkeypatch.setattr(torch_tiles, "attend", wrong)
+    assert gpu_attend.main(["--dry-run", "--output", str(tmp_path), "--repeats", "1"]) == 1
+    lines = json.loads((tmp_path / "attend.json").read_text())["lines"]
+    assert len(lines) == 12
+    for line in lines:
+        assert "is allowed" in line["wrong"]
+        assert line["attend"] is None
+
+
+def test_attend_reports_every_variant(tmp_path: Path) -> None:
+    assert gpu_attend.main(["--dry-run", "--output", str(tmp_path), "--repeats", "2"]) == 0
+    lines = json.loads((tmp_path / "attend.json").read_text())["lines"]
+    assert {(line["tiles"], line["body"], line["stages"]) for line in lines} == {
+        (tiles, body, stages) for tiles in (4, 8) for body in gpu_attend.BODIES for stages in gpu_attend.STAGES
+    }
+    assert all(line["tflops"] > 0 and line["attend"]["low"] <= line["attend"]["high"] for line in lines)
+
+
+def test_profile_counts_what_a_layer_launches(tmp_path: Path) -> None:
+    assert gpu_profile.main(["--dry-run", "--output", str(tmp_path)]) == 0
+    (layer,) = json.loads((tmp_path / "profile.json").read_text())["layers"]
+    times = [kernel["milliseconds"] for kernel in layer["kernels"]]
+    assert times == sorted(times, reverse=True)
+    assert sum(times) > 0
+    assert layer["host"]["median"] <= layer["both"]["median"]
+    assert {"aten::bmm", "aten::cumsum_"} <= {kernel["name"] for kernel in layer["kernels"]}
+
+
+@pytest.mark.parametrize(
+    "script", [gpu, tune, gpu_serving, gpu_attend, gpu_profile], ids=lambda script: script.__name__
+)
 def test_without_a_gpu_they_say_what_they_need(script, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert script.main([]) == 1
