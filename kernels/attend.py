@@ -17,7 +17,6 @@ Floor per listed tile of M lanes and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -27,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_table import OPTIONS, Launch, device_architecture, fitted, lookup
 from .operands import Operands
-from .tiles import Region, TileLists, TilePass
+from .tiles import Region, TileLists, TilePass, Work
 
 SPLIT = 2048
 """Key tiles of a list that one program reads at most, where others can be had for the rest: 2 ms on a processor."""
@@ -382,57 +381,53 @@ def join_kernel(
     tl.store(p_lse, b_lse, mask=m_row)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What the programs of a launch do, W of them for each sub-tile; all on the device.
+def work_of(lists: TileLists, widest: int, lists_per_head: int) -> Work:
+    """``widest``: most key tiles of a list; ``lists_per_head``: those of a query tile that read one KV head."""
+    order = start_order(lists, widest, lists_per_head)
+    pieces = pieces_of(lists.count.numel(), widest)
+    if not pieces:
+        return Work(order, lists.count, lists.count)
+    count = lists.count[order]
+    own = torch.div(count - 1, SPLIT, rounding_mode="floor").clamp_min(0)
+    own = torch.where(own.cumsum(0) <= pieces, own, 0)
+    end = own.cumsum(0)
+    piece = torch.arange(pieces, device=order.device)
+    index = torch.searchsorted(end, piece, right=True)
+    used, index = index < order.numel(), index.clamp_max(order.numel() - 1)
+    first = torch.where(used, (piece - end[index] + own[index] + 1) * SPLIT, 0)
+    until = torch.where(used, (first + SPLIT).minimum(count[index]), 0)
+    return Work(
+        torch.cat([order[index], order]),
+        torch.cat([first, torch.zeros_like(count)]).int(),
+        torch.cat([until, torch.where(own > 0, SPLIT, count)]).int(),
+        pieces,
+    )
 
-    ``order`` int32 [W]: a program's list. Where lists are split, ``first`` and ``until`` int32 [W]: the entries of it
-    that the program reads, none for those that are left over. The first ``pieces`` of the programs have rests of
-    lists, each list's one after another.
-    """
 
-    order: torch.Tensor
-    first: torch.Tensor
-    until: torch.Tensor
-    pieces: int = 0
-
-    @classmethod
-    def of(cls, lists: TileLists, widest: int, lists_per_head: int) -> Work:
-        """``widest``: most key tiles of a list; ``lists_per_head``: those of a query tile that read one KV head."""
-        order = start_order(lists, widest, lists_per_head)
-        pieces = min(lists.count.numel() * (-(-widest // SPLIT) - 1), SPLIT_PIECES)
-        if not pieces:
-            return cls(order, lists.count, lists.count)
-        count = lists.count[order]
-        own = torch.div(count - 1, SPLIT, rounding_mode="floor").clamp_min(0)
-        own = torch.where(own.cumsum(0) <= pieces, own, 0)
-        end = own.cumsum(0)
-        piece = torch.arange(pieces, device=order.device)
-        index = torch.searchsorted(end, piece, right=True)
-        used, index = index < order.numel(), index.clamp_max(order.numel() - 1)
-        first = torch.where(used, (piece - end[index] + own[index] + 1) * SPLIT, 0)
-        until = torch.where(used, (first + SPLIT).minimum(count[index]), 0)
-        return cls(
-            torch.cat([order[index], order]),
-            torch.cat([first, torch.zeros_like(count)]).int(),
-            torch.cat([until, torch.where(own > 0, SPLIT, count)]).int(),
-            pieces,
-        )
+def pieces_of(lists: int, widest: int) -> int:
+    """Programs that there are for rests of so many lists, none of more than ``widest`` tiles."""
+    return min(lists * (-(-widest // SPLIT) - 1), SPLIT_PIECES)
 
 
 def start_order(lists: TileLists, widest: int, lists_per_head: int) -> torch.Tensor:
-    """The order in which lists start, int32 [G * T]; arguments as for :meth:`Work.of`.
+    """The order in which lists start, int32 [G * T]; arguments as for :func:`work_of`.
 
-    First those of more than twice the mean, the longest first, so that none of them is what all others wait for. Then
-    by KV head and, within it, by :data:`NEIGHBOURS` query tiles, again the longest first: what is started together
-    reads the same keys.
+    First those of more than twice the mean, so that none of them is what all others wait for; then by :func:`places`;
+    both the longest first.
     """
     count = lists.count
-    number, tile = (torch.arange(size, device=count.device) for size in lists.sink.shape)
-    blocks = -(-tile.numel() // NEIGHBOURS)
-    place = number[:, None] // lists_per_head * blocks + tile // NEIGHBOURS + 1
-    place = torch.where(count > 2 * count.float().mean(), 0, place.flatten())
+    place = places(lists.sink.shape, lists_per_head, count.device).flatten() + 1
+    place = torch.where(count > 2 * count.float().mean(), 0, place)
     return (place * (widest + 1) - count).argsort().int()
+
+
+def places(shape: tuple[int, ...], lists_per_head: int, device: torch.device) -> torch.Tensor:
+    """Places of lists, int64 [G, T]: by KV head and, within it, by :data:`NEIGHBOURS` query tiles.
+
+    What is started together reads the same keys.
+    """
+    number, tile = (torch.arange(size, device=device) for size in shape)
+    return number[:, None] // lists_per_head * -(-shape[1] // NEIGHBOURS) + tile // NEIGHBOURS
 
 
 def attend(
@@ -458,7 +453,7 @@ def attend(
     elif launch.descriptors and not describable(launch, head_dim, head_dim_v):
         raise ValueError(f"{launch} asks for descriptors, but heads of {head_dim} and {head_dim_v} are not one box")
     launch = fitted(launch, tile_pass.lanes, keys.tile_keys)
-    work = Work.of(lists, keys.widest, operands.group // tile_pass.sharing)
+    work = lists.work or work_of(lists, keys.widest, operands.group // tile_pass.sharing)
     constants = constants_for(
         launch,
         tile_pass.lanes,

@@ -13,10 +13,8 @@ FLOPs. Callers bound the memory by probing some heads at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Protocol
 
 import torch
 
@@ -63,10 +61,14 @@ class ProbeRows:
 
     def of_heads(self, operands: Operands) -> torch.Tensor:
         """Which of the rows each head has: int64 [H, P]."""
-        key = operands.heads, operands.group, operands.first
+        return self.of(operands.heads, operands.group, operands.first)
+
+    def of(self, heads: int, group: int, first: int = 0) -> torch.Tensor:
+        """The same for so many heads, ``group`` on a KV head, the first of which is the ``first`` of its group."""
+        key = heads, group, first
         if key not in self._of_heads:
-            head = torch.arange(operands.heads, device=self.rows.device)
-            turn = (head % operands.group + operands.first) % self.turns
+            head = torch.arange(heads, device=self.rows.device)
+            turn = (head % group + first) % self.turns
             step = torch.arange(self.per_head, device=self.rows.device) * self.turns
             self._of_heads[key] = turn[:, None] + step
         return self._of_heads[key]
@@ -87,45 +89,12 @@ Reach = tuple[int, int]
 """A region's sink and reach."""
 
 
-class Probe(Protocol):
-    """Dense attention of the probe rows, for some heads: their output, and what each key tile holds of it.
-
-    ``output`` fp32 [H, P, Dv]. What tiles hold is fp32 [HELD, H, P, n]: masses, which are shares of a row's softmax,
-    then deviations. Keys in the future hold nothing.
-    """
-
-    @property
-    def rows(self) -> ProbeRows:
-        """The rows that were probed."""
-        ...
-
-    @property
-    def row_of(self) -> torch.Tensor:
-        """Which of them each head has: int64 [H, P]."""
-        ...
-
-    @property
-    def output(self) -> torch.Tensor:
-        """Their dense output."""
-        ...
-
-    @property
-    def held(self) -> torch.Tensor:
-        """By key tile of the sequence order: fp32 [HELD, H, P, n]."""
-        ...
-
-    def near(self, region: Reach) -> torch.Tensor:
-        """Of the near region alone, by key tile of the sequence order: fp32 [HELD, H, P, n]."""
-        ...
-
-    def far(self, regions: Sequence[Reach]) -> list[torch.Tensor]:
-        """Of some far regions, by key tile of the cell order: fp32 [HELD, H, P, n'] each."""
-        ...
-
-
 @dataclass(frozen=True)
 class WeightProbe:
-    """A probe that holds all weights.
+    """Dense attention of the probe rows, for some heads, and what each key tile holds of it.
+
+    What tiles hold is fp32 [HELD, H, P, n]: masses, which are shares of a row's softmax, then deviations. Keys in the
+    future hold nothing.
 
     ``by_key`` fp32 [KV heads, n * tile_keys, group * P]: softmax weights over the request's keys in sequence order, 0
     in the future and behind the last key. ``parts`` fp32 [KV heads, n * tile_keys, HELD]: 1 and the projected value of
@@ -152,20 +121,18 @@ class WeightProbe:
 
     @cached_property
     def held(self) -> torch.Tensor:
-        """See :class:`Probe`."""
+        """By key tile of the sequence order: fp32 [HELD, H, P, n]."""
         return self._sums(self.by_key, self.parts)
 
     def near(self, region: Reach) -> torch.Tensor:
-        """See :class:`Probe`."""
+        """Of the near region alone, by key tile of the sequence order: fp32 [HELD, H, P, n]."""
         keys = torch.arange(self.by_key.shape[1], device=self.by_key.device)
         near = element_mask(Region.NEAR, self.rows.positions, keys[:, None], *region)
         return self._sums(self.by_key * self._by_lane(near.T).mT, self.parts)
 
-    def far(self, regions: Sequence[Reach]) -> list[torch.Tensor]:
-        """See :class:`Probe`."""
-        return [self._far(*region) for region in regions]
-
-    def _far(self, sink: int, reach: int) -> torch.Tensor:
+    def far(self, region: Reach) -> torch.Tensor:
+        """Of the far region alone, by key tile of the cell order: fp32 [HELD, H, P, n']."""
+        sink, reach = region
         # The near region is a few keys: what they hold is taken out of what their tiles hold.
         positions = self.rows.positions.long()[:, None]
         first = torch.arange(min(sink, self.cell_tile.numel()), device=positions.device).expand(len(positions), -1)

@@ -14,9 +14,9 @@ Numbers that change from chunk to chunk are not specialised on, or kernels would
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,7 @@ import triton.language as tl
 from .attend import load_keys, load_rows
 from .launch_table import OPTIONS
 from .operands import Operands
-from .probe import HELD, ProbeKeys, ProbeRows, Reach, signs
-from .tiles import UNBOUNDED, KeyOrder
+from .probe import HELD, ProbeKeys, ProbeRows, signs
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 512
@@ -196,6 +195,7 @@ def combine_kernel(
     p_part_lse,
     p_signs,
     p_out,
+    p_size,
     p_lse,
     p_projected,
     value_scale,
@@ -204,7 +204,7 @@ def combine_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Joins the splits of one (head, probe row): ``p_out`` [H, P, Dv], ``p_lse`` [H, P].
+    """Joins the splits of one (head, probe row): ``p_out`` [H, P, Dv], its squared length ``p_size``, ``p_lse`` [H, P].
 
     ``p_projected`` [H, P, CHANNELS]: the projected output.
     """
@@ -222,6 +222,7 @@ def combine_kernel(
         b_out += share * tl.load(p_part + (i_split * rows + i_row) * HEAD_DIM_V + o_d, mask=m_d, other=0.0)
     b_out *= value_scale
     tl.store(p_out + i_row * HEAD_DIM_V + o_d, b_out, mask=m_d)
+    tl.store(p_size + i_row, tl.sum(b_out * b_out, 0))
     p_sign = p_signs + o_d[:, None] * CHANNELS_ALL + o_c[None, :]
     b_sign = tl.load(p_sign, mask=m_d[:, None], other=0.0).to(tl.float32)
     b_projected = tl.sum(b_out[:, None] * b_sign, 0)
@@ -229,11 +230,9 @@ def combine_kernel(
 
 
 @triton.jit
-def in_region(b_weight, b_part, b_held, p_bounds, o_key, b_pos, FAR: tl.constexpr):
-    """``b_held`` with the parts of the keys in a region, whose sink and reach are at ``p_bounds``."""
-    sink, reach = tl.load(p_bounds), tl.load(p_bounds + 1)
-    m_near = (o_key < sink) | (o_key > b_pos - reach)
-    b_weight = tl.where(m_near != FAR, b_weight, 0.0)
+def in_region(b_weight, b_part, b_held, sink, reach, o_key, b_pos):
+    """``b_held`` with the parts of the keys in a far region."""
+    b_weight = tl.where((o_key >= sink) & (o_key <= b_pos - reach), b_weight, 0.0)
     return tl.dot(b_weight.to(b_part.dtype), b_part, b_held, input_precision="ieee")
 
 
@@ -244,7 +243,7 @@ def as_deviations(b_held, b_projected):
     return tl.where(o_c == 0, b_held, b_held - column(b_held, 0)[:, None] * b_projected)
 
 
-@triton.jit(do_not_specialize=["probe_rows", "tiles", "arrived", "keys"])
+@triton.jit(do_not_specialize=["probe_rows", "tiles", "arrived", "keys", "sink", "reach", "other_sink", "other_reach"])
 def held_kernel(
     p_query,
     p_key,
@@ -256,8 +255,12 @@ def held_kernel(
     p_parts,
     p_lse,
     p_projected,
-    p_bounds,
     p_held,
+    p_other,
+    sink,
+    reach,
+    other_sink,
+    other_reach,
     scale_log2,
     probe_rows,
     tiles,
@@ -273,13 +276,12 @@ def held_kernel(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     REGIONS: tl.constexpr,
-    FAR: tl.constexpr,
 ):
     """One block of rows of one KV head over one split of an order's key tiles.
 
     ``p_arrival`` [tiles]: the order's tiles, the first ``arrived`` of which hold keys by now. ``p_parts``
-    [KV heads, keys, CHANNELS] by token position. ``p_bounds`` [REGIONS, 2]: sink and reach. ``p_held`` [REGIONS, HELD,
-    H, P, tiles]: what each tile holds in each region.
+    [KV heads, keys, CHANNELS] by token position. ``p_held`` [HELD, H, P, tiles]: what each tile holds in the far region
+    of ``sink`` and ``reach``; ``p_other``: in another one.
     """
     i_kv, i_split = tl.program_id(1), tl.program_id(2)
     b_head, b_probe, m_row = rows_of_group(tl.program_id(0), i_kv, probe_rows, GROUP, BLOCK_M)
@@ -296,7 +298,10 @@ def held_kernel(
     p_key += i_kv.to(tl.int64) * stride_key_head
     p_parts += i_kv.to(tl.int64) * keys * CHANNELS_ALL
     channel = heads.to(tl.int64) * probe_rows * tiles
-    p_held_at = p_held + o_c * channel + b_index[:, None] * tiles
+    o_held = o_c * channel + b_index[:, None] * tiles
+    p_held += o_held
+    if REGIONS == 2:
+        p_other += o_held
     m_held = m_row[:, None] & (o_c < CHANNELS_HELD)
 
     per_split = tl.cdiv(arrived, tl.num_programs(2))
@@ -311,21 +316,21 @@ def held_kernel(
             b_part = load_parts(p_parts, b_key_pos, b_key_pos < keys)
             o_key = b_key_pos[None, :]
             b_weight = tl.where(o_key <= b_pos, tl.exp2(b_score - b_lse), 0.0)
-            b_first = in_region(b_weight, b_part, b_first, p_bounds, o_key, b_pos, FAR)
+            b_first = in_region(b_weight, b_part, b_first, sink, reach, o_key, b_pos)
             if REGIONS == 2:
-                b_second = in_region(b_weight, b_part, b_second, p_bounds + 2, o_key, b_pos, FAR)
+                b_second = in_region(b_weight, b_part, b_second, other_sink, other_reach, o_key, b_pos)
         # Once per tile: what other threads stored could not be read back without a barrier.
-        tl.store(p_held_at + i_tile, as_deviations(b_first, b_projected), mask=m_held)
+        tl.store(p_held + i_tile, as_deviations(b_first, b_projected), mask=m_held)
         if REGIONS == 2:
-            tl.store(p_held_at + CHANNELS_HELD * channel + i_tile, as_deviations(b_second, b_projected), mask=m_held)
+            tl.store(p_other + i_tile, as_deviations(b_second, b_projected), mask=m_held)
     per_split = tl.cdiv(tiles - arrived, tl.num_programs(2))
     first = arrived + i_split * per_split
     b_nothing = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
     for i_entry in tl.range(first, tl.minimum(first + per_split, tiles)):
         i_tile = tl.load(p_arrival + i_entry).to(tl.int64)
-        tl.store(p_held_at + i_tile, b_nothing, mask=m_held)
+        tl.store(p_held + i_tile, b_nothing, mask=m_held)
         if REGIONS == 2:
-            tl.store(p_held_at + CHANNELS_HELD * channel + i_tile, b_nothing, mask=m_held)
+            tl.store(p_other + i_tile, b_nothing, mask=m_held)
 
 
 class ProbeLaunch(NamedTuple):
@@ -344,9 +349,10 @@ def probe_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunc
     """
     if element_size == 4:
         return ProbeLaunch(16, min(16, tile_keys), 4, 2)
-    if head_dim <= 64:
+    # A warp group multiplies 64 rows at a time: two of them would do the same twice.
+    if head_dim <= 128:
         return ProbeLaunch(64, min(64, tile_keys), 4, 3)
-    return ProbeLaunch(64 if head_dim <= 128 else 16, min(64, tile_keys), 8, 2)
+    return ProbeLaunch(16, min(64, tile_keys), 8, 2)
 
 
 def held_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunch:
@@ -370,106 +376,6 @@ def constants_for(launch: ProbeLaunch, tile_keys: int, *, group: int, head_dim: 
     }
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """What every launch of a probe has in common."""
-
-    operands: Operands
-
-    @property
-    def scale_log2(self) -> float:
-        """Scale of the base-2 logits."""
-        return self.operands.scale * self.operands.key_scale * LOG2_E
-
-    def grid(self, launch: ProbeLaunch, rows: int, tiles: int) -> tuple[int, int, int]:
-        """Blocks of rows, KV heads and splits of the key tiles."""
-        kv_heads = self.operands.kv_heads
-        blocks = triton.cdiv(self.operands.group * rows, launch.rows)
-        return blocks, kv_heads, max(1, min(PROGRAMS // (blocks * kv_heads), tiles // MIN_TILES))
-
-    def options(self, launch: ProbeLaunch, tile_keys: int) -> dict[str, int | bool]:
-        """Compile-time arguments that both kernels have, and those of the launch."""
-        group, head_dim = self.operands.group, self.operands.query.shape[2]
-        constants = constants_for(launch, tile_keys, group=group, head_dim=head_dim)
-        return {**constants, **OPTIONS, "num_warps": launch.warps, "num_stages": launch.stages}
-
-
-@dataclass(frozen=True)
-class FusedProbe:
-    """A :class:`~.probe.Probe` that keeps the logarithm of each row's sum, and scores keys again for regions.
-
-    ``lse`` fp32 [H, P]: base 2, of scaled logits. ``parts`` [KV heads, keys, CHANNELS] by token position, in the
-    query's dtype; ``projected`` fp32 [H, P, CHANNELS].
-    """
-
-    rows: ProbeRows
-    row_of: torch.Tensor
-    output: torch.Tensor
-    lse: torch.Tensor
-    parts: torch.Tensor
-    projected: torch.Tensor
-    keys: ProbeKeys
-    shared: _Shared
-    launch: ProbeLaunch | None
-
-    @cached_property
-    def held(self) -> torch.Tensor:
-        """See :class:`~.probe.Probe`."""
-        return self.near((0, UNBOUNDED))
-
-    def near(self, region: Reach) -> torch.Tensor:
-        """See :class:`~.probe.Probe`."""
-        return self._in_regions(self.keys.sequence, [region], far=False)[0]
-
-    def far(self, regions: Sequence[Reach]) -> list[torch.Tensor]:
-        """See :class:`~.probe.Probe`."""
-        assert self.keys.cell is not None
-        return self._in_regions(self.keys.cell, regions, far=True)
-
-    def _in_regions(self, order: KeyOrder, regions: Sequence[Reach], *, far: bool) -> list[torch.Tensor]:
-        heads, rows = self.lse.shape
-        tiles = order.arrival.numel()
-        bounds = _bounds(tuple(regions), self.lse.device)
-        held = self.lse.new_empty(len(regions), HELD, heads, rows, tiles)
-        shared, query = self.shared, self.shared.operands.query
-        key, _ = shared.operands.in_order(order, query.dtype)
-        launch = self.launch or held_launch(query.shape[2], query.element_size(), order.tile_keys)
-        held_kernel[shared.grid(launch, rows, tiles)](
-            query,
-            key,
-            self.rows.rows,
-            self.rows.positions,
-            self.row_of,
-            order.positions,
-            order.arrival,
-            self.parts,
-            self.lse,
-            self.projected,
-            bounds,
-            held,
-            shared.scale_log2,
-            rows,
-            tiles,
-            order.arrived,
-            self.parts.shape[1],
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            REGIONS=len(regions),
-            FAR=far,
-            **shared.options(launch, order.tile_keys),
-        )
-        return list(held)
-
-
-@cache
-def _bounds(regions: tuple[Reach, ...], device: torch.device) -> torch.Tensor:
-    """Kept, since bringing it to a device would wait for what runs there: int32 [regions, 2]."""
-    if len(regions) > MAX_REGIONS:
-        raise ValueError(f"at most {MAX_REGIONS} regions at a time, got {len(regions)}")
-    return torch.tensor(regions, dtype=torch.int32, device=device)
-
-
 @cache
 def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """:func:`.probe.signs` in columns 1 to SKETCH of CHANNELS: [head_dim, CHANNELS]."""
@@ -477,22 +383,53 @@ def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
     return padded.to(dtype)
 
 
-def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLaunch | None = None) -> FusedProbe:
+class Source(NamedTuple):
+    """Keys of which it is asked what tiles hold: the far region of a sink and a reach, by tile of one of the orders.
+
+    That of 0 and 0 is all keys.
+    """
+
+    cell: bool
+    sink: int
+    reach: int
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Where a probe's results go; all heads that are probed at a time.
+
+    ``output`` fp32 [H, P, Dv]: the probe rows' dense output; ``size`` fp32 [H, P]: its squared length. ``held``: what
+    tiles hold by source, fp32 [HELD, H, P, n]: masses, which are shares of a row's softmax, then deviations.
+    """
+
+    output: torch.Tensor
+    size: torch.Tensor
+    held: Mapping[Source, torch.Tensor]
+
+
+def run(
+    operands: Operands, keys: ProbeKeys, rows: ProbeRows, probed: Probed, *, launch: ProbeLaunch | None = None
+) -> None:
     """Probes a request; arguments as in :func:`.probe.run`. ``launch`` replaces those of both kernels."""
     query = operands.query
     key, value = operands.in_order(keys.sequence, query.dtype)
     heads, head_dim = query.shape[1:]
     kv_heads, _, head_dim_v = value.shape
     tile_keys, tiles = keys.sequence.tile_keys, keys.sequence.slots.shape[0]
-    shared = _Shared(operands)
-    own = launch or probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
+    scale_log2 = operands.scale * operands.key_scale * LOG2_E
     row_of, count = rows.of_heads(operands), rows.per_head
-    grid = shared.grid(own, count, tiles)
-    per_split = triton.cdiv(tiles, grid[2])
-    splits = triton.cdiv(tiles, per_split)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
+
+    def grid(launch: ProbeLaunch, tiles: int) -> tuple[int, int, int]:
+        """Blocks of rows, KV heads and splits of the key tiles."""
+        blocks = triton.cdiv(operands.group * count, launch.rows)
+        return blocks, kv_heads, max(1, min(PROGRAMS // (blocks * kv_heads), tiles // MIN_TILES))
+
+    def options(launch: ProbeLaunch) -> dict[str, int | bool]:
+        constants = constants_for(launch, tile_keys, group=operands.group, head_dim=head_dim)
+        return {**constants, **OPTIONS, "num_warps": launch.warps, "num_stages": launch.stages}
 
     block_dv = max(16, triton.next_power_of_2(head_dim_v))
     parts = empty(kv_heads, tiles * tile_keys, CHANNELS, dtype=query.dtype)
@@ -509,10 +446,12 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         BLOCK_N=PARTS_KEYS,
         **OPTIONS,
     )
-    out, lse = empty(heads, count, head_dim_v), empty(heads, count)
-    projected = empty(heads, count, CHANNELS)
+    own = launch or probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
+    blocks, _, splits = grid(own, tiles)
+    per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, per_split)
     part, part_lse = empty(splits, heads, count, head_dim_v), empty(splits, heads, count)
-    probe_kernel[grid[0], grid[1], splits](
+    probe_kernel[blocks, kv_heads, splits](
         query,
         key,
         value,
@@ -521,7 +460,7 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         row_of,
         part,
         part_lse,
-        shared.scale_log2,
+        scale_log2,
         count,
         tiles,
         per_split,
@@ -531,13 +470,15 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         value.stride(0),
         HEAD_DIM_V=head_dim_v,
         BLOCK_DV=block_dv,
-        **shared.options(own, tile_keys),
+        **options(own),
     )
+    lse, projected = empty(heads, count), empty(heads, count, CHANNELS)
     combine_kernel[heads * count,](
         part,
         part_lse,
         project,
-        out,
+        probed.output,
+        probed.size,
         lse,
         projected,
         operands.value_scale,
@@ -547,4 +488,36 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows, *, launch: ProbeLa
         BLOCK_SPLITS=PROGRAMS,
         **OPTIONS,
     )
-    return FusedProbe(rows, row_of, out, lse, parts, projected, keys, shared, launch)
+    own = launch or held_launch(head_dim, query.element_size(), tile_keys)
+    for order in (keys.sequence, keys.cell):
+        asked = [source for source in probed.held if source.cell == (order is keys.cell)]
+        for first in range(0, len(asked), MAX_REGIONS):
+            both = asked[first : first + MAX_REGIONS]
+            assert order is not None
+            key, _ = operands.in_order(order, query.dtype)
+            held_kernel[grid(own, order.arrival.numel())](
+                query,
+                key,
+                rows.rows,
+                rows.positions,
+                row_of,
+                order.positions,
+                order.arrival,
+                parts,
+                lse,
+                projected,
+                probed.held[both[0]],
+                probed.held[both[-1]],
+                *both[0][1:],
+                *both[-1][1:],
+                scale_log2,
+                count,
+                order.arrival.numel(),
+                order.arrived,
+                parts.shape[1],
+                query.stride(0),
+                query.stride(1),
+                key.stride(0),
+                REGIONS=len(both),
+                **options(own),
+            )

@@ -58,27 +58,22 @@ def lines(
 ) -> torch.Tensor:
     """Levels of the cell pass's tiles by v-lines, h-lines and neighbours: int8 [G, t', n'], -1 outside the region.
 
-    ``held``: in the far region, fp32 [HELD, H, P, n']. At least ``min_lines`` v-lines are taken. Otherwise as
+    ``held``: in the far region, fp32 [HELD, H, P, n']. At least ``min_lines`` v-lines of a list are taken. Otherwise as
     :func:`columns_and_diagonals`.
     """
     energy = _shared_out(held, size, ~cell.own_at_rows[row_of])
     by_band = torch.bmm(energy.sum(-1).unsqueeze(1), cell.rows_in_band[row_of])[:, 0]
     neighbours = (energy * cell.beside_at_rows[row_of]).sum(-1).mean(-1, keepdim=True)
     levels = _levels(torch.cat([energy.mean(1), by_band, neighbours], dim=1), tiles.cost, causal, allowed)
-    if min_lines:
-        take_lines(levels[:, : energy.shape[2]], min_lines)
     line, band, wide = torch.split(shared(levels, sharing), [energy.shape[2], cell.num_bands, 1], dim=1)
+    if min_lines:
+        best = line.half().topk(min(min_lines, line.shape[1]), dim=1).indices
+        line = line.scatter(1, best, ALWAYS)
     # A band's few rows may miss what a neighbour's show: rows that read everything lie together, not band by band.
     band = torch.nn.functional.max_pool1d(band.float(), 3, stride=1, padding=1).to(torch.int8)
     on_tiles = torch.maximum(line[:, None], band[:, cell.bands, None])
     on_tiles = torch.where(cell.beside, torch.maximum(on_tiles, wide[..., None]), on_tiles)
     return on_tiles.masked_fill_(cell.own, ALWAYS).masked_fill_(~tiles.visible, -1)
-
-
-def take_lines(levels: torch.Tensor, count: int) -> None:
-    """Takes the ``count`` v-lines of the highest levels, int8 [H, n'], in any case."""
-    best = levels.half().topk(min(count, levels.shape[1]), dim=1).indices
-    levels.scatter_(1, best, ALWAYS)
 
 
 def curves(held: torch.Tensor, size: torch.Tensor, levels: torch.Tensor, row_tiles: torch.Tensor) -> Curves:
@@ -133,7 +128,7 @@ def _levels(energy: torch.Tensor, cost: torch.Tensor, causal: torch.Tensor, allo
     """
     gain = energy * (causal / cost) / allowed[:, None]
     level = gain.clamp_min(TINY).log2_().mul_(PER_OCTAVE).floor_().add_(FAIR).clamp_(0, LEVELS - 1)
-    return torch.where(energy > 0, level, -1).to(torch.int8)
+    return torch.where(energy > TINY, level, -1).to(torch.int8)
 
 
 def _tiles(levels: torch.Tensor) -> torch.Tensor:

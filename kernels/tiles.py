@@ -113,6 +113,22 @@ class TilePass:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the programs of a launch over lists do, W of them; all on the device.
+
+    ``order`` int32 [W]: a program's list. Where lists are split, ``first`` and ``until`` int32 [W]: the entries of it
+    that the program reads, none for those that are left over. The first ``pieces`` of the programs have rests of
+    lists, each list's one after another. ``given`` int32 [G * T]: the order of lists of about the same length.
+    """
+
+    order: torch.Tensor
+    first: torch.Tensor
+    until: torch.Tensor
+    pieces: int = 0
+    given: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class TileLists:
     """For every query tile, and all heads that share, the key tiles they read: list ``g * T + t``.
 
@@ -122,7 +138,8 @@ class TileLists:
 
     ``begin``, ``count``, ``full`` int32 [G * T]: first entry of each list, its tiles, and how many of these are full.
     ``tiles`` int32 [capacity]: key tile, counted within the request.
-    ``sink``, ``reach`` int32 [G, T]: bounds of the near region (see :class:`Region`).
+    ``sink``, ``reach`` int32 [G, T]: bounds of the near region (see :class:`Region`). ``work``: how they are started,
+    if that is known.
     """
 
     begin: torch.Tensor
@@ -131,6 +148,7 @@ class TileLists:
     tiles: torch.Tensor
     sink: torch.Tensor
     reach: torch.Tensor
+    work: Work | None = None
 
     def tiles_of(self, index: int) -> torch.Tensor:
         """The tiles of one list; waits for the device."""

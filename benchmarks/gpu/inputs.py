@@ -60,10 +60,9 @@ def make_layer(
     config: Config,
     heads: tuple[int, int],
     device: torch.device,
-    implementation: str = "triton",
 ) -> Layer:
-    """A planted request, its tokens anywhere in the pool but in slot 0; for a resolved implementation."""
-    sharing = prefill.sharing(config, heads[0] // heads[1], implementation)
+    """A planted request, its tokens anywhere in the pool but in slot 0."""
+    sharing = prefill.sharing(config, heads[0] // heads[1])
     rows, cols = FRAME
     frames = (shape.length - LEAD - QUESTION) // (rows * cols)
     start = shape.length - QUESTION - frames * rows * cols

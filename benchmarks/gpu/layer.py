@@ -21,6 +21,7 @@ Medians and quartiles of repetitions; a buffer larger than the L2 cache is writt
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -37,8 +38,6 @@ from benchmarks.gpu.dense import dense_attention, dense_fa3
 from benchmarks.gpu.inputs import HEAD_DIM, Layer, Shape, make_layer
 from benchmarks.gpu.report import RESULTS, environment, file_name, markdown, parse_count, say
 from mminference_sgl.kernels import ops
-from mminference_sgl.kernels.probe import Probe
-from mminference_sgl.kernels.stages import Stages
 from mminference_sgl.kernels.tiles import TileLists, TilePass, element_mask
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import load
@@ -155,8 +154,9 @@ def measure_part(layer: Layer, config: Config, clock: Clock, implementation: str
     out = torch.full_like(operands.query, torch.nan)
 
     def select() -> tuple[prefill.Passes, float, float]:
-        with _spans(clock) as probes, clock.span() as span:
-            passes, _ = prefill.select_layer(operands, layer.plan, specs, config, implementation)
+        with _spans(clock, implementation) as probes, clock.span() as span:
+            # Operands as a layer makes them, which have not been copied into any order.
+            passes, _ = prefill.select_layer(replace(operands), layer.plan, specs, config, implementation)
         total, probed = span(), sum(tell() for tell in probes)
         return passes, probed, total - probed
 
@@ -182,26 +182,23 @@ def measure_part(layer: Layer, config: Config, clock: Clock, implementation: str
 
 
 @contextmanager
-def _spans(clock: Clock) -> Iterator[list[Callable[[], float]]]:
+def _spans(clock: Clock, implementation: str) -> Iterator[list[Callable[[], float]]]:
     """Times every call of the probe while it lasts."""
-    stages_of, found = prefill.stages_of, []
+    name = "probe" if prefill.stages_of(implementation).prepare is None else "probe_triton"
+    module = importlib.import_module(f"mminference_sgl.kernels.{name}")
+    run, found = module.run, []
 
-    def timed_stages(implementation: str) -> Stages:
-        stages = stages_of(implementation)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with clock.span() as span:
+            result = run(*args, **kwargs)
+        found.append(span)
+        return result
 
-        def timed(*args: Any, **kwargs: Any) -> Probe:
-            with clock.span() as span:
-                result = stages.probe(*args, **kwargs)
-            found.append(span)
-            return result
-
-        return stages._replace(probe=timed)
-
-    prefill.stages_of = timed_stages
+    module.run = timed
     try:
         yield found
     finally:
-        prefill.stages_of = stages_of
+        module.run = run
 
 
 def _work(passes: Sequence[tuple[TilePass, TileLists]]) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def measure(shape: Shape, heads: tuple[int, int], device: torch.device, repeats:
     """One layer, first compiled, then timed, then profiled."""
     config = Config(tile_queries=TILE_QUERIES)
     implementation = ops.resolve("auto", device)
-    layer = make_layer(shape, config, heads, device, implementation)
+    layer = make_layer(shape, config, heads, device)
     specs = load("auto").specs(0, range(heads[0]))
     out = torch.empty_like(layer.operands.query)
 

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(shape: Shape, group: int, repeats: int, *, sharing: bool) -> Line:
     """Sparse and dense by turns."""
     config = Config(sharing=sharing).for_chunks(shape.chunk, 16)
-    layer = make_layer(shape, config, (group, 1), torch.device("cpu"), "torch")
+    layer = make_layer(shape, config, (group, 1), torch.device("cpu"))
     specs, out = [HeadSpec()] * group, torch.empty_like(layer.operands.query)
 
     def sparse() -> list[prefill.LayerReport]:

@@ -67,7 +67,7 @@ def forward(
         pool[slots[:end]] = operand[:end]
         pools.append(pool)
     heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
-    sharing = prefill.sharing(config, heads // kv_heads, "torch")
+    sharing = prefill.sharing(config, heads // kv_heads)
     layout = _core.Layout(
         scene.length,
         scene.items,

@@ -20,8 +20,9 @@ from benchmarks.toy.scenes import make_scene
 from benchmarks.toy.serving import CHANGE, COLUMNS, ROWS
 from mminference_sgl import _core
 from mminference_sgl.kernels import choice as choices
-from mminference_sgl.kernels import probe, search, select
+from mminference_sgl.kernels import probe
 from mminference_sgl.kernels.operands import Operands
+from mminference_sgl.kernels.select import Selection, kept
 from mminference_sgl.method import prefill
 from mminference_sgl.method.config import Config
 from mminference_sgl.method.plan import DeviceLayout, SparseRequest, build
@@ -50,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         heads = layer.query.shape[1]
         want = prefill.Want.of(group.view, [("auto", "auto")] * heads)
         budget = prefill.budget_of(probed.output, config.error, config)
-        proposed = prefill.propose(select.Selection(group.view, probed, budget, search), config, want.pairs)
+        proposed = prefill.propose(Selection(group.view, probed, budget), config, want.pairs)
         choice, _ = choices.decide([want.offer([proposed])], budget, torch.full((heads,), -1))
-        kept = select.kept(group.view, probed, choice)[..., : video.length]
+        kept_keys = kept(group.view, probed, choice)[..., : video.length]
         sequence = torch.arange(video.length) // config.tile_keys
-        errors = [error(layer, probed, kept, tiles) for tiles in (None, sequence, group.probe_rows.key_tile.long())]
+        errors = [
+            error(layer, probed, kept_keys, tiles) for tiles in (None, sequence, group.probe_rows.key_tile.long())
+        ]
         print(f"{number:>5} {errors[0]:>10.3f} {errors[1]:>18.3f} {errors[2]:>14.3f}", flush=True)
     return 0
 

@@ -72,7 +72,7 @@ class Method:
         self.config, self.scale = config, shape.scale
         self._until = length if until is None else until
         self._specs, self._chunk = specs, chunk
-        self._sharing = prefill.sharing(config, shape.heads // shape.kv_heads, "torch")
+        self._sharing = prefill.sharing(config, shape.heads // shape.kv_heads)
         layout = _core.Layout(
             length,
             [],

@@ -230,24 +230,36 @@ KINDS = {
 """Kinds of instructions by the first word of their names; all others are "other"."""
 
 
-def loops(cubin: bytes) -> list[dict[str, int]]:
-    """Instructions by kind, :data:`KINDS`, of the innermost loops of a cubin that have matrix instructions."""
-    text = cuobjdump(cubin, "-sass")
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\S*)([^;]*);", text)
-    code = [(int(at, 16), name, rest) for at, name, _, rest in found]
-    spans = []
-    for at, name, rest in code:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name in {"BRA", "BRX"} else None
-        if target and int(target[1], 16) < at:
-            spans.append((int(target[1], 16), at))
-    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    result = []
-    for first, last in sorted(inner):
-        names = [name for at, name, _ in code if first <= at <= last]
+class Code:
+    """The instructions of a cubin, and its loops: addresses of the first and the last instruction of each."""
+
+    def __init__(self, cubin: bytes) -> None:
+        text = cuobjdump(cubin, "-sass")
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\S*)([^;]*);", text)
+        self.names = {int(at, 16): name for at, name, _, _ in found}
+        self.loops: list[tuple[int, int]] = []
+        for at, name, _, rest in found:
+            target = re.search(r"0x([0-9a-f]+)", rest) if name in {"BRA", "BRX"} else None
+            if target and int(target[1], 16) < int(at, 16):
+                self.loops.append((int(target[1], 16), int(at, 16)))
+        self.loops.sort()
+
+    def inside(self, loop: tuple[int, int]) -> list[tuple[int, int]]:
+        """Loops in a loop."""
+        return [one for one in self.loops if one != loop and loop[0] <= one[0] and one[1] <= loop[1]]
+
+    def of(self, loop: tuple[int, int]) -> dict[str, int]:
+        """Instructions of a loop by kind, :data:`KINDS`; those of loops in it once."""
+        names = [name for at, name in self.names.items() if loop[0] <= at <= loop[1]]
         kinds = [next((kind for kind, own in KINDS.items() if name in own), "other") for name in names]
-        if "matrix" in kinds:
-            result.append({kind: kinds.count(kind) for kind in (*KINDS, "other")})
-    return result
+        return {kind: kinds.count(kind) for kind in (*KINDS, "other")}
+
+
+def loops(cubin: bytes) -> list[dict[str, int]]:
+    """Instructions by kind of the innermost loops of a cubin that have matrix instructions."""
+    code = Code(cubin)
+    found = [code.of(loop) for loop in code.loops if not code.inside(loop)]
+    return [one for one in found if one["matrix"]]
 
 
 def resources(cubin: bytes) -> dict[str, int]:

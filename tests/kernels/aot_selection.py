@@ -1,7 +1,7 @@
 """Compiles the Triton kernels around attention, probe, search and lists, for GPU architectures without a GPU.
 
 ``python tests/kernels/aot_selection.py`` prints a table of registers, stack and shared memory; ``--json`` an object per
-kernel.
+kernel; ``--cost`` what the loops of selection consist of.
 """
 
 from __future__ import annotations
@@ -18,35 +18,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aot import compile_all, resources
-from mminference_sgl.kernels import attend, copy_triton, lists_triton, probe_triton, search_triton
+from aot import Code, compile_all, resources
+from mminference_sgl.kernels import attend, copy_triton, probe_triton, select_triton
 from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8, OPTIONS
 
 ARCHS = (80, 90, 100, 120)
 """sm_86 and sm_89 run sm_80's code but for fp8, and have as much shared memory as sm_120."""
 HEADS = (64, 80, 128, 256)
 TILE_KEYS = 64
+SELECTION = ("rows", "candidates", "curves", "decide", "lists", "order", "guard")
+"""Kernels of :mod:`.select_triton`."""
 POINTERS = {
-    **dict.fromkeys(("p_rows", "p_slots", "p_row_own", "p_cost", "p_causal"), "i64"),
-    **dict.fromkeys(("p_row_tile", "p_bands", "p_band_of_row"), "i64"),
-    **dict.fromkeys(("p_levels", "p_tile_levels"), "i8"),
-    **dict.fromkeys(("p_visible", "p_selected"), "i1"),
-    **dict.fromkeys(
-        (
-            "p_held",
-            "p_part",
-            "p_part_lse",
-            "p_lse",
-            "p_piece_lse",
-            "p_out",
-            "p_projected",
-            "p_loose",
-            "p_share",
-            "p_size",
-        ),
-        "fp32",
-    ),
-    **dict.fromkeys(("p_beside", "p_allowed", "p_error", "p_kept"), "fp32"),
+    **dict.fromkeys(("p_rows", "p_slots", "p_row_of"), "i64"),
+    **dict.fromkeys(("p_searches", "p_forms", "p_groups", "p_passes", "p_orders", "p_requests"), "i64"),
+    **dict.fromkeys(("p_held", "p_other", "p_part", "p_part_lse", "p_lse", "p_piece_lse"), "fp32"),
+    **dict.fromkeys(("p_out", "p_size", "p_projected"), "fp32"),
+    "p_levels": "i8",
 }
 """Element types of pointers that are not int32; query and pools aside."""
 FLOATS = ("scale_log2", "value_scale")
@@ -54,14 +41,13 @@ FLOATS = ("scale_log2", "value_scale")
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile; ``head_dim`` 0 where it has none. ``near``: one near region, or two far."""
+    """One kernel to compile; ``head_dim`` 0 where it has none; ``regions`` that are added up at a time."""
 
     arch: int
     kernel: str
     dtype: str
     head_dim: int
-    lines: bool
-    near: bool = False
+    regions: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,8 @@ class Compiled:
     """Registers and bytes of stack per thread, bytes of shared memory per block.
 
     ``read_and_written``: arguments through which it loads and stores. Triton puts no barrier between the two, so they
-    are right only where each thread loads what it stored itself.
+    are right only where each thread loads what it stored itself. ``steps``: of each loop, instructions, those of loops
+    in it once, and how many of them load from memory.
     """
 
     arch: int
@@ -82,6 +69,7 @@ class Compiled:
     stack: int
     shared: int
     read_and_written: tuple[str, ...]
+    steps: list[list[int]]
 
     @property
     def fits(self) -> bool:
@@ -91,53 +79,58 @@ class Compiled:
 
 
 def jobs() -> list[Job]:
-    """Every kernel on every architecture, by head size where it has one; searches and copies of both kinds."""
+    """Every kernel on every architecture, by head size where it has one."""
     result = []
     for arch in ARCHS:
-        for kernel in ("parts", "probe", "held"):
-            result += [Job(arch, kernel, "bf16", head_dim, lines=False) for head_dim in HEADS]
-        result += [Job(arch, "copy", dtype, head, lines=False) for dtype, head in (("bf16", 128), ("fp8", 80))]
-        result += [Job(arch, "join", "bf16", head_dim, lines=False) for head_dim in HEADS]
-        result += [Job(arch, "held", "bf16", head_dim, lines=False, near=True) for head_dim in HEADS]
-        result += [Job(arch, "combine", "fp32", 128, lines=False), Job(arch, "lists", "int32", 0, lines=False)]
-        result += [Job(arch, kernel, "fp32", 0, lines=False) for kernel in ("rows", "lost", "counts")]
-        for kernel in ("candidates", "tiles"):
-            result += [Job(arch, kernel, "fp32", 0, lines) for lines in (False, True)]
+        for kernel in ("parts", "probe", "held", "join"):
+            result += [Job(arch, kernel, "bf16", head_dim) for head_dim in HEADS]
+        result += [Job(arch, "held", "bf16", head_dim, regions=2) for head_dim in HEADS]
+        result += [Job(arch, "copy", dtype, head) for dtype, head in (("bf16", 128), ("fp8", 80))]
+        result += [Job(arch, "combine", "fp32", 128)]
+        result += [Job(arch, kernel, "fp32", 0) for kernel in SELECTION if kernel != "guard"]
+        result += [Job(arch, "guard", "bf16", head_dim) for head_dim in HEADS]
     return result
 
 
 def compile_job(job: Job) -> Compiled:
     """Compiles a kernel as it would be launched for query tiles and bands of a long chunk."""
     module = dict.fromkeys(("parts", "probe", "held", "combine"), probe_triton)
-    module |= {"lists": lists_triton, "copy": copy_triton, "join": attend}
-    kernel = getattr(module.get(job.kernel, search_triton), f"{job.kernel}_kernel")
+    module |= {"copy": copy_triton, "join": attend}
+    kernel = getattr(module.get(job.kernel, select_triton), f"{job.kernel}_kernel")
     bits = job.dtype == "fp8" and job.arch < NATIVE_FP8
     pool = {"fp8": "u8" if bits else "fp8e4nv"}.get(job.dtype, job.dtype)
     pointers = {**POINTERS, "p_key": pool, "p_value": pool}
     bf16 = ("p_query", "p_parts", "p_signs", "p_ordered_key", "p_ordered_value", "p_piece_out")
-    pointers |= dict.fromkeys((*bf16, *("p_out",) * (job.kernel == "join")), "bf16")
-    options, warps = {}, 4
+    pointers |= dict.fromkeys((*bf16, *("p_out",) * (job.kernel in {"join", "guard"})), "bf16")
+    options, warps = {}, 8 if job.kernel in {"decide", "guard"} else 4
     if job.kernel in {"probe", "held"}:
         launch = getattr(probe_triton, f"{job.kernel}_launch")(job.head_dim, 2, TILE_KEYS)
         constants = probe_triton.constants_for(launch, TILE_KEYS, group=7, head_dim=job.head_dim)
-        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "FAR": not job.near}
-        constants |= {"REGIONS": 1 if job.near else 2}
+        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "REGIONS": job.regions}
         options, warps = {"num_warps": launch.warps, "num_stages": launch.stages}, launch.warps
     else:
-        block = search_triton.BLOCK_COUNTED if job.kernel in {"lost", "counts"} else search_triton.BLOCK
-        constants = {
-            "LINES": job.lines,
-            "BLOCK": block,
-            "BLOCK_BANDS": search_triton.BLOCK_BANDS if job.lines else 1,
-            "FAR": True,
-        }
         block_dv = triton.next_power_of_2(job.head_dim)
-        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": block_dv, "BLOCK_SPLITS": probe_triton.PROGRAMS}
-        constants |= {"BLOCK_N": probe_triton.PARTS_KEYS, "FP8_BITS": bits, "HEAD_DIM": job.head_dim}
-        constants |= {"BLOCK_D": block_dv, "TILE_KEYS": TILE_KEYS, "SHARING": 7}
-        constants |= {"BLOCK_M": attend.JOINED, "LANES": 128, "SPLIT_TILES": attend.SPLIT}
-        # What a search does not have is None to its kernels.
-        constants |= dict.fromkeys(("p_row_own",) if job.lines else ("p_bands", "p_band_of_row"))
+        constants = {
+            "BLOCK": select_triton.BLOCK,
+            "BLOCK_HELD": select_triton.BLOCK_HELD,
+            "BLOCK_BANDS": select_triton.BLOCK_BANDS,
+            "BLOCK_H": 32,
+            "BLOCK_L": 32,
+            "SPLIT": attend.SPLIT,
+            "HEAD_DIM_V": job.head_dim,
+            "BLOCK_DV": max(128, block_dv) if job.kernel == "guard" else block_dv,
+            "BLOCK_SPLITS": probe_triton.PROGRAMS,
+            "BLOCK_N": probe_triton.PARTS_KEYS,
+            "FP8_BITS": bits,
+            "HEAD_DIM": job.head_dim,
+            "BLOCK_D": block_dv,
+            "TILE_KEYS": TILE_KEYS,
+            "SHARING": 7,
+            "BLOCK_M": attend.JOINED,
+            "LANES": 128,
+            "SPLIT_TILES": attend.SPLIT,
+        }
+        options = {"num_warps": warps}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -157,13 +150,21 @@ def compile_job(job: Job) -> Compiled:
         options={**OPTIONS, **options},
     )
     usage = resources(compiled.asm["cubin"])
-    variant = ("lines" if job.lines else "slash") if "LINES" in kernel.arg_names else "near" if job.near else ""
+    variant = f"{job.regions} regions" if job.regions > 1 else ""
     names = [name for name in kernel.arg_names if signature[name] != "constexpr"]
     return Compiled(
         *(job.arch, job.kernel, job.dtype, job.head_dim, variant, warps),
         *(usage["REG"], usage["STACK"], compiled.metadata.shared),
         read_and_written(compiled.asm["ttir"], names),
+        steps_of(compiled.asm["cubin"]),
     )
+
+
+def steps_of(cubin: bytes) -> list[list[int]]:
+    """See :class:`Compiled`."""
+    code = Code(cubin)
+    found = [code.of(loop) for loop in code.loops]
+    return [[sum(kinds.values()), kinds["load"]] for kinds in found]
 
 
 def read_and_written(ttir: str, names: list[str]) -> tuple[str, ...]:
@@ -208,10 +209,24 @@ def table(results: Iterable[Compiled]) -> list[str]:
     return lines
 
 
+def cost_table(results: Iterable[Compiled]) -> list[str]:
+    """One line per loop of the kernels of selection: instructions of a warp, and how many of them load."""
+    lines = ["| sm | kernel | loop | instructions | loads |", "| --- | --- | --- | --- | --- |"]
+    for result in results:
+        for number, (count, loads) in enumerate(result.steps):
+            lines.append(f"| {result.arch} | {result.kernel} | {number} | {count} | {loads} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one object per kernel instead of a table")
+    parser.add_argument("--cost", action="store_true", help="what the loops of selection consist of, on sm_90, instead")
     options = parser.parse_args()
+    if options.cost:
+        work = [job for job in jobs() if job.arch == 90 and job.kernel in SELECTION]
+        print("\n".join(cost_table(compile_all(compile_job, work))))
+        return
     results = list(compile_all(compile_job, jobs()))
     if options.json:
         for result in results:

@@ -146,7 +146,7 @@ def run(case: Case, dtype: torch.dtype) -> None:
 def run_attend(result: Result, *arguments, **options) -> tuple[int, int]:
     """Runs the kernel; returns how many descriptors its launch had, and how many rests of lists."""
     made = []
-    work_of = attend.Work.of
+    work_of = attend.work_of
 
     def noted(*given) -> attend.Work:
         made.append(work_of(*given))
@@ -154,7 +154,7 @@ def run_attend(result: Result, *arguments, **options) -> tuple[int, int]:
 
     with (
         mock.patch.object(attend, "describe", wraps=attend.describe) as describe,
-        mock.patch.object(attend.Work, "of", noted),
+        mock.patch.object(attend, "work_of", noted),
     ):
         result.run(attend, *arguments, **options)
     return describe.call_count, int((made[0].first[: made[0].pieces] > 0).sum())

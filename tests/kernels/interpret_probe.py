@@ -14,7 +14,7 @@ import torch
 import problems
 from interpret import BATCH, KEY_SCALE, TWO_VIDEOS, VALUE_SCALE, distance, strided
 from mminference_sgl.kernels import probe, probe_triton
-from mminference_sgl.kernels.probe_triton import ProbeLaunch
+from mminference_sgl.kernels.probe_triton import Probed, ProbeLaunch, Source
 from mminference_sgl.method import probe_rows
 
 
@@ -68,14 +68,19 @@ def run(case: Case, dtype: torch.dtype) -> None:
     ours_of = replace(stored, query=strided(stored.query))
     for group in problem.plan.groups:
         exact = probe.run(problems.cast(stored, torch.float32), group.keys, group.probe_rows)
-        ours = probe_triton.run(ours_of, group.keys, group.probe_rows, launch=case.launch)
         bounds = [(3, 9), (8, 31)]
-        held = {"output": (ours.output, exact.output)}
-        found = {"sequence": (ours.held, exact.held), "near": (ours.near(bounds[0]), exact.near(bounds[0]))}
+        found = {Source(False, 0, 0): exact.held, Source(False, *bounds[0]): exact.held - exact.near(bounds[0])}
         if group.keys.cell is not None and group.modality == "media":
-            far, want = ours.far(bounds), exact.far(bounds)
-            found |= {f"far-{i}": (far[i], want[i]) for i in range(2)}
-        for name, (got, expected) in found.items():
+            found |= {Source(True, *region): exact.far(region) for region in bounds}
+        ours = Probed(
+            torch.empty_like(exact.output),
+            torch.empty(exact.output.shape[:2]),
+            {source: torch.empty_like(want) for source, want in found.items()},
+        )
+        probe_triton.run(ours_of, group.keys, group.probe_rows, ours, launch=case.launch)
+        held = {"output": (ours.output, exact.output), "size": (ours.size, exact.output.square().sum(2))}
+        for source, expected in found.items():
+            name, got = f"{'cell' if source.cell else 'sequence'} {source.reach}", ours.held[source]
             held |= {f"{name} mass": (got[0], expected[0]), f"{name} deviation": (got[1:], expected[1:])}
         result = {
             "case": case.name,

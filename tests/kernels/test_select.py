@@ -31,7 +31,7 @@ def probed(problem: problems.Problem, group) -> probe.WeightProbe:
 def choose(problem: problems.Problem, group, pattern: str, config: Config) -> choices.Choice:
     rows, pairs = probed(problem, group), [(pattern, pattern)] * problem.query.shape[1]
     budget = prefill.budget_of(rows.output, config.bound(group.modality), config)
-    blocks = [prefill.propose(select.Selection(group.view, rows, budget, search), config, pairs)]
+    blocks = [prefill.propose(select.Selection(group.view, rows, budget), config, pairs)]
     nothing = torch.full((len(pairs),), -1)
     return choices.decide([prefill.Want.of(group.view, pairs).offer(blocks)], budget, nothing)[0]
 
@@ -82,7 +82,7 @@ def test_reported_coverage_and_error_are_those_of_attention(request_: problems.R
         (problem.plan.near, group.near, choice.near),
         (problem.plan.far, group.far, choice.far),
     ):
-        lists = prefill._PassLists(tile_pass, 4, stages_of("reference"))
+        lists = prefill._PassLists(tile_pass, 4)
         lists.put(tiles, selected, choice)
         whole = torch.zeros_like(problem.query), torch.full(problem.query.shape[:2], -torch.inf)
         reference.attend(problem.operands, *lists.lists(), *whole, merge=False)
@@ -268,7 +268,7 @@ def test_curves_are_what_is_lost_below_each_threshold() -> None:
     held[0, 0] = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
     held[1, 0] = torch.tensor([[1.0, -1.0, 2.0, -2.0], [0.5, 0.5, 0.5, -1.5]])
     levels = torch.tensor([[[10, 20, 30, search.ALWAYS]]], dtype=torch.int8)
-    found = search.curves(held, torch.ones(1, 2), levels, torch.tensor([0, 0]))
+    found = search.curves(held, torch.ones(1, 2), levels, torch.tensor([[0, 0]]))
     for threshold, lost in ((0, 0), (10, 0), (11, 1), (20, 1), (21, 2), (30, 2), (31, 3), (63, 3)):
         kept = 1 - held[0, 0, :, :lost].sum(1)
         moved = held[1, 0, :, :lost].sum(1) / kept

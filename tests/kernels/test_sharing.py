@@ -132,12 +132,14 @@ def test_levels_of_a_shared_list_are_the_highest_of_its_heads() -> None:
     for group, tiles in zip(plan.groups, ours.groups, strict=True):
         rows = probe(made.operands, group.keys, group.probe_rows)
         budget = prefill.budget_of(rows.output, 1.0, LOOSE)
-        lists = select.Selection(tiles.view, rows, budget, search)
+        lists = select.Selection(tiles.view, rows, budget)
         heads = lists.of(dataclasses.replace(tiles.view, sharing=1))
-        found = [[one.vertical_slash(sink=16, window=16).near] for one in (lists, heads)]
+        slash, window = select.Slash(16, 16), select.Near(16, 32)
+        found = [[one.levels(select.Form("", slash, slash, 0, 1 << 30)).near] for one in (lists, heads)]
         if tiles.view.cell is not None:
+            grid = select.Form("", window, window, *window, select.Far("grid", 0, exact=False))
             for kept, one in zip(found, (lists, heads), strict=True):
-                kept += [levels.far for levels, _ in one.grid(sink=16, reaches=[32], min_lines=2)]
+                kept.append(one.levels(grid).far)
         for by_list, by_head in zip(*found, strict=True):
             assert torch.equal(by_list, by_head.unflatten(0, (-1, 4)).amax(1))
 

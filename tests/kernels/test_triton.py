@@ -200,7 +200,7 @@ def test_every_entry_of_a_list_is_some_programs(most: int, monkeypatch: pytest.M
     count = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
     count[0] = 0
     lists = made_lists(count)
-    work = attend.Work.of(lists, 50, 1)
+    work = attend.work_of(lists, 50, 1)
     assert work.pieces <= most
     entries = [set() for _ in range(count.numel())]
     taken = set()

@@ -10,8 +10,6 @@ import torch
 import problems
 from mminference_sgl.kernels import search
 from mminference_sgl.kernels.levels import Curves
-from mminference_sgl.kernels.stages import stages_of
-from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import load
 from mminference_sgl.method.config import AShapeBudget, Config, PatternBudgets
 from test_attention import run_specs
@@ -64,16 +62,13 @@ def test_the_knob_is_used() -> None:
 def test_what_selection_does_not_see_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     """Selection that believes nothing is lost reads next to nothing; the guard measures, and computes heads again."""
 
-    class Blind:
-        columns_and_diagonals = staticmethod(search.columns_and_diagonals)
-        lines = staticmethod(search.lines)
+    seeing = search.curves
 
-        @staticmethod
-        def curves(*given: torch.Tensor) -> Curves:
-            found = search.curves(*given)
-            return dataclasses.replace(found, error=torch.zeros_like(found.error))
+    def blind(*given: torch.Tensor) -> Curves:
+        found = seeing(*given)
+        return dataclasses.replace(found, error=torch.zeros_like(found.error))
 
-    monkeypatch.setattr(prefill, "stages_of", lambda name: stages_of(name)._replace(search=Blind))
+    monkeypatch.setattr(search, "curves", blind)
     problem, specs = sharp(), load("auto").specs(0, range(4))
     _, (free,) = run_specs(problem, specs, "torch", error=0.1, error_ceiling=1e9)
     assert float(free.error) > 0.1

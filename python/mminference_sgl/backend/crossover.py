@@ -181,7 +181,7 @@ def _planner(shape: Shape, length: int) -> Callable[[], ForwardPlan]:
     rows = min(length, shape.chunk_tokens or length)
     req_to_token = torch.arange(1, length + 1, dtype=torch.int32, device=shape.device)[None]
     frames = length // _SIDE**2
-    sharing = prefill.sharing(shape.config, shape.heads // shape.kv_heads, shape.implementation)
+    sharing = prefill.sharing(shape.config, shape.heads // shape.kv_heads)
     layout = _core.Layout(
         length,
         [(2, [(0, length - 1)], (frames, _SIDE, _SIDE))],

@@ -134,7 +134,7 @@ def _build(implementation: str, device: torch.device, served: Served) -> str:
     if reason:
         return f"does not take this model: {reason}"
     group = served.heads // served.kv_heads
-    shared = prefill.sharing(Config(tile_queries=served.tile_queries), group, implementation)
+    shared = prefill.sharing(Config(tile_queries=served.tile_queries), group)
     try:
         for sharing in (1, *shared):
             fa4.build(served.dtype, served.head_dim, served.tile_keys, group // sharing, major)
@@ -177,7 +177,7 @@ def _check_here(implementation: str, device: torch.device, served: Served, token
     try:
         operands = _operands(served, tokens, pages * tile, device)
         out = torch.full_like(operands.query, torch.nan)
-        sharing = prefill.sharing(Config(tile_queries=served.tile_queries), operands.group, implementation)
+        sharing = prefill.sharing(Config(tile_queries=served.tile_queries), operands.group)
         plan = _plan(slots, served, sharing)
         prefill.run_layer(operands, plan, grid, exact, out, implementation)
         error = (out.double() - _dense(operands, slots)).abs().max().item()

@@ -62,7 +62,7 @@ class Start:
         sharing: tuple[int, ...] = ()
         if survey.example is not None:
             group = survey.example.tp_q_head_num // survey.example.tp_k_head_num
-            sharing = prefill.sharing(config, group, implementation)
+            sharing = prefill.sharing(config, group)
         start = cls(config, pattern, implementation, modalities, config.min_tokens or 0, chunk_tokens(runner), sharing)
         if config.min_tokens is None and config.active and modalities and survey.example is not None:
             start = dataclasses.replace(start, min_tokens=_crossover(start, runner, survey))

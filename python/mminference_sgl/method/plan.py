@@ -7,7 +7,8 @@ everything first; what it computed, the flat arrays of the Rust plan among it, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from mminference_sgl.method.probe_rows import ChosenRows, Int32Array, choose, ro
 from mminference_sgl.method.stride import StrideSearch
 from mminference_sgl.method.upload import Packer, Uploaded
 
+CARRYING_LAYERS = 512
+"""Layers of a model whose picks are carried over from chunk to chunk, the first ones."""
 KIND_TEXT = 0
 """Token kind of text that decides; media tokens and the text between two frames of one item are the media kinds."""
 
@@ -38,7 +41,7 @@ class DeviceLayout:
     def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
         self.layout = layout
         self.has_media = layout.num_items > 0
-        self._picks: dict[tuple[int, str], torch.Tensor] = {}
+        self._picks: dict[str, torch.Tensor] = {}
         self.stride = layout.max_frame_stride
         self.search: StrideSearch | None = None
         self.sequence_tiles = _key_tiles(layout.key_tiles("sequence", tile_keys), tile_keys, device)
@@ -61,13 +64,15 @@ class DeviceLayout:
         """How many cell-order key tiles hold keys of the request's first ``num_keys``."""
         return int(np.searchsorted(self._arrives, num_keys))
 
-    def carried_picks(self, layer: int | None, modality: str, heads: int, device: torch.device) -> torch.Tensor:
-        """What ``auto`` picked for each head in the last chunk, int64 [H], -1 for nothing; written in place.
+    def carried_picks(self, modality: str, heads: int) -> torch.Tensor:
+        """What each head picked in the last chunk, by layer: int64 [CARRYING_LAYERS, H], -1 for nothing.
 
-        ``layer`` None carries nothing.
+        Written in place.
         """
-        nothing = torch.full((heads,), -1, device=device)
-        return nothing if layer is None else self._picks.setdefault((layer, modality), nothing)
+        if modality not in self._picks:
+            shape = CARRYING_LAYERS, heads
+            self._picks[modality] = torch.full(shape, -1, device=self.sequence_tiles.min_pos.device)
+        return self._picks[modality]
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ class Tiling:
 class ForwardPlan:
     """Everything geometric about one forward.
 
-    Query tiles for lists of single heads are the plan's own; ``shared`` are others of the same rows.
+    Query tiles for lists of single heads are the plan's own; ``shared`` are others of the same rows. ``prepared``: what
+    selection makes once for all layers, by what their heads run, in ``memory``.
     """
 
     requests: Sequence[SparseRequest]
@@ -140,6 +146,8 @@ class ForwardPlan:
     far: TilePass | None
     groups: Sequence[RowGroup]
     shared: Sequence[Tiling] = ()
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    memory: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tilings(self) -> list[Tiling]:

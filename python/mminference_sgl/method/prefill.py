@@ -6,19 +6,21 @@ Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import torch
 
 from mminference_sgl.kernels import choice as choices
-from mminference_sgl.kernels import ops, probe, select
+from mminference_sgl.kernels import ops, probe
 from mminference_sgl.kernels.choice import Budget, Choice, Proposal
 from mminference_sgl.kernels.operands import COPIED_BYTES, Operands
+from mminference_sgl.kernels.select import Far, Form, FormsOffer, Near, Selection, Slash, Task
 from mminference_sgl.kernels.stages import Stages, ease_on, stages_of
-from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists
+from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists, lists_from_map
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
-from mminference_sgl.method.plan import ForwardPlan, RowGroup, Tiling
+from mminference_sgl.method.plan import CARRYING_LAYERS, ForwardPlan, RowGroup, Tiling
 
 PROBE_BYTES = 128 << 20
 """Bound on the probe's weights, or on what its key tiles hold, held at a time; there are three of the latter."""
@@ -127,6 +129,9 @@ def run_layer(
     """
     stages = stages_of(implementation)
     whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages, trace)
+    # Captures look at levels and maps, which there are in no other way.
+    if stages.prepare is not None and trace is None:
+        return _run_prepared(whole, out, implementation)
     merged, lse = _attend(whole, out, implementation)
     for item in merged:
         item.measure(out, config.ceiling(item.group.modality))
@@ -178,7 +183,7 @@ def run_heads(
 
 def selections(
     operands: Operands, plan: ForwardPlan, group: RowGroup, config: Config, implementation: str, layer: int | None
-) -> Iterator[tuple[slice, select.Selection]]:
+) -> Iterator[tuple[slice, Selection]]:
     """Probes a row group, a block of heads at a time: what patterns are proposed from, for those who compare them."""
     specs = [HeadSpec()] * operands.heads
     whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages_of(implementation))
@@ -208,8 +213,12 @@ def select_layer(
     The reports' error is 0, as nothing has been computed, and no head has gone dense for it.
     """
     layer = _Layer(operands, plan, specs, slice(0, len(specs)), config, None, stages_of(implementation))
-    passes, watched = _select(layer)
-    return passes, _reports(watched)
+    if layer.stages.prepare is None:
+        passes, watched = _select(layer)
+        return passes, _reports(watched)
+    prepared = layer.prepared()
+    prepared.select(operands, -1)
+    return prepared.passes, _reports(_watched_of(layer, prepared))
 
 
 @dataclass
@@ -294,43 +303,89 @@ class _Layer:
         own = slice(self.heads.start + heads.start, self.heads.start + heads.stop)
         return replace(self, operands=self.operands.block(heads), heads=own)
 
-    def selection(self, group: RowGroup, probed: probe.Probe) -> select.Selection:
+    def selection(self, group: RowGroup, probed: probe.WeightProbe) -> Selection:
         """What patterns are proposed from, within the budget of the group's modality."""
         budget = budget_of(probed.output, self.config.bound(group.modality), self.config)
-        return select.Selection(group.view, probed, budget, self.stages.search)
+        return Selection(group.view, probed, budget)
 
-    def probes(self, group: RowGroup) -> Iterator[tuple[_Layer, probe.Probe]]:
-        """Probes the group's rows, a block of heads at a time; a search for strides listens where it wants to.
-
-        It looks at single keys, so where it listens the probe is the portable one.
-        """
+    def probes(self, group: RowGroup) -> Iterator[tuple[_Layer, probe.WeightProbe]]:
+        """Probes the group's rows, a block of heads at a time; a search for strides listens where it wants to."""
         search = self.plan.requests[group.request].layout.search
-        listens = search is not None and group.modality == "media" and search.listens(self.id)
-        run = probe.run if listens else self.stages.probe
-        for part in self._probe_parts(group, with_weights=listens):
-            probed = run(part.operands, group.keys, group.probe_rows)
-            if listens and search is not None:
-                assert isinstance(probed, probe.WeightProbe)
+        step = self._probed_at_a_time(group, group.keys.sequence.tile_keys)
+        for first in range(0, self.operands.heads, step):
+            part = self.of(slice(first, min(first + step, self.operands.heads)))
+            probed = probe.run(part.operands, group.keys, group.probe_rows)
+            if self.listens(group) and search is not None:
                 search.listen(probed)
             yield part, probed
 
-    def _probe_parts(self, group: RowGroup, *, with_weights: bool) -> list[_Layer]:
-        """Blocks of whole GQA groups whose probe stays within the bound of the device."""
+    def listens(self, group: RowGroup) -> bool:
+        """Whether a search for strides wants the group's probe."""
+        search = self.plan.requests[group.request].layout.search
+        return search is not None and group.modality == "media" and search.listens(self.id)
+
+    def _probed_at_a_time(self, group: RowGroup, per_tile: int) -> int:
+        """Heads of whole GQA groups whose probe stays within the bound of the device, with so much by key tile."""
         heads, per_group = self.operands.heads, self.operands.group
         bound = PROBE_BYTES_CPU if self.operands.query.device.type == "cpu" else PROBE_BYTES
-        held = group.keys.sequence.slots.numel() * group.probe_rows.per_head
-        if not with_weights and not self.stages.waits:
-            held = held * probe.HELD // group.keys.sequence.tile_keys
-        step = max(1, bound // (4 * held * per_group)) * per_group
-        return [self.of(slice(first, min(first + step, heads))) for first in range(0, heads, step)]
+        held = group.keys.sequence.slots.shape[0] * per_tile * group.probe_rows.per_head
+        return min(heads, max(1, bound // (4 * held * per_group)) * per_group)
+
+    def carried(self, group: RowGroup) -> torch.Tensor:
+        """What the layer's heads picked in the chunk before, int64 [H], -1 for nothing; to be written in place."""
+        heads = len(self.all_specs)
+        if self.id is None or self.id >= CARRYING_LAYERS:
+            return torch.full((heads,), -1, device=self.operands.query.device)
+        return self.plan.requests[group.request].layout.carried_picks(group.modality, heads)[self.id]
+
+    def prepared(self) -> Any:
+        """Tables of the selection, made once for all layers whose heads run the same."""
+        key = tuple(self.all_specs), self.heads.start, self.heads.stop
+        found = self.plan.prepared.get(key)
+        if found is None:
+            assert self.stages.prepare is not None
+            tasks = [self._task(group, index) for index, group in enumerate(self.plan.groups)]
+            probed = min(self._probed_at_a_time(group, probe.HELD) for group in self.plan.groups)
+            passes = [tiling.passes for tiling in self.tilings]
+            found = self.stages.prepare(tasks, passes, self.operands, probed, self.plan.memory)
+            self.plan.prepared[key] = found
+        return found
+
+    def _task(self, group: RowGroup, index: int) -> Task:
+        """What is to be selected for a row group."""
+        pairs, config = [spec.of(group.modality) for spec in self.specs], self.config
+        bound = AIM * config.bound(group.modality)
+        offers = []
+        for tiling in self.tilings:
+            want = Want.of(tiling.groups[index].view, pairs)
+            forms = [
+                (pair, form) for pair in want.pairs for form in forms_of(pair, want.view, config, exact=bound == 0)
+            ]
+            wanted = [[own == pair for own in want.by_list] for pair, _ in forms]
+            offers.append(FormsOffer(want.view, [form for _, form in forms], wanted))
+        carried = self.plan.requests[group.request].layout.carried_picks(group.modality, len(self.all_specs))
+        return Task(
+            request=group.request,
+            rows=group.probe_rows,
+            row_slots=group.row_slots,
+            keys=group.keys,
+            offers=offers,
+            tiles={tiling.sharing: tiling.groups[index] for tiling in self.tilings},
+            bound=bound,
+            max_density=config.max_density,
+            ease=ease_on(self.operands.query.device),
+            ceiling=config.ceiling(group.modality),
+            picks=carried[:, self.heads],
+            searched=any(spec.of(group.modality) != _DENSE for spec in self.all_specs),
+        )
 
 
-def sharing(config: Config, group: int, implementation: str) -> tuple[int, ...]:
+def sharing(config: Config, group: int) -> tuple[int, ...]:
     """Numbers of heads that may share lists, where so many are on a KV head: what a forward is planned for.
 
     All of a group or none: what halves of one have in common is no more than what single heads have.
     """
-    shares = config.sharing and stages_of(implementation).shares and 1 < group <= config.tile_queries
+    shares = config.sharing and 1 < group <= config.tile_queries
     return (group,) if shares else ()
 
 
@@ -352,8 +407,7 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
     plan, heads, device = layer.plan, len(layer.specs), layer.operands.query.device
     tilings = {tiling.sharing: tiling for tiling in layer.tilings}
     lists = {
-        sharing: [_PassLists(one, heads // sharing, layer.stages) for one in tiling.passes]
-        for sharing, tiling in tilings.items()
+        sharing: [_PassLists(one, heads // sharing) for one in tiling.passes] for sharing, tiling in tilings.items()
     }
     watched: list[_Watched] = []
     for index, group in enumerate(plan.groups):
@@ -370,13 +424,46 @@ def _select(layer: _Layer) -> tuple[Passes, list[_Watched]]:
     return [made.lists() for both in lists.values() for made in both], watched
 
 
+def _run_prepared(layer: _Layer, out: torch.Tensor, implementation: str) -> list[LayerReport]:
+    """A layer whose selection and guard are launches of kernels that know their memory."""
+    made = []
+    for part in layer.parts():
+        prepared, own = part.prepared(), out[:, part.heads]
+        for group in part.plan.groups:
+            if part.listens(group):
+                for _ in part.probes(group):
+                    pass
+        carries = layer.id is not None and layer.id < CARRYING_LAYERS
+        prepared.select(part.operands, layer.id if carries else -1)
+        lse = ops.sparse_prefill(part.operands, prepared.passes, own, implementation)
+        report = prepared.guard(own, lse)
+        ops.merge_pass(part.operands, prepared.repair, own, lse, layer.stages.repair)
+        made.append((len(part.specs), report))
+    report = made[0][1]
+    if len(made) > 1:
+        # Each block keeps within the ceiling, so that all do; their largest error is no less than that of all together.
+        counts, weights = torch.stack([one for _, one in made]), [heads / len(layer.specs) for heads, _ in made]
+        coverage = sum(weight * one[:, 2] for weight, (_, one) in zip(weights, made, strict=True))
+        report = counts.sum(0)
+        report[:, 2], report[:, 3] = coverage, counts[..., 3].amax(0)
+    return [LayerReport(request, *row.unbind()) for request, row in zip(prepared.requests, report, strict=True)]
+
+
+def _watched_of(layer: _Layer, prepared: Any) -> list[_Watched]:
+    """What is known of the row groups of a layer that was not attended to."""
+    zero, watched = torch.zeros((), device=layer.operands.query.device), []
+    for group, selected in zip(layer.plan.groups, prepared.selected, strict=True):
+        none = torch.zeros_like(selected.guarded, dtype=torch.bool)
+        watched.append(_Watched(group, selected.tiles, group.view.causal_tiles, selected.coverage, None, zero, none))
+    return watched
+
+
 def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, DenseRows | None]:
     """The choice for all heads, and the probe rows' dense attention where there are any."""
     # Blocks of heads are watched together, so all of them are probed or none.
     if all(spec.of(group.modality) == _DENSE for spec in layer.all_specs):
         return choices.dense(group.view, len(layer.specs)), None
-    layout = layer.plan.requests[group.request].layout
-    carried = layout.carried_picks(layer.id, group.modality, len(layer.all_specs), layer.operands.query.device)
+    carried = layer.carried(group)
     pairs = [spec.of(group.modality) for spec in layer.specs]
     wants = [Want.of(tiling.groups[index].view, pairs) for tiling in layer.tilings]
     wants = [want for want in wants if want.pairs]
@@ -415,10 +502,57 @@ Proposed = list[tuple[Pair, Proposal]]
 """Proposals for a block of heads, each with the pair that it is one of."""
 
 
-def propose(selection: select.Selection, config: Config, pairs: Sequence[Pair]) -> Proposed:
-    """What each pair of patterns that some head has proposes, each made once; nothing for dense heads."""
-    patterns = _Patterns(selection, config)
-    return [(pair, proposal) for pair in dict.fromkeys(pairs) if pair != _DENSE for proposal in patterns.of(pair)]
+def propose(selection: Selection, config: Config, pairs: Sequence[Pair]) -> Proposed:
+    """What each pair of patterns that some head has proposes; nothing for dense heads."""
+    exact = selection.budget.exact
+    return [
+        (pair, selection.proposal(form))
+        for pair in dict.fromkeys(pairs)
+        if pair != _DENSE
+        for form in forms_of(pair, selection.view, config, exact=exact)
+    ]
+
+
+def forms_of(pair: Pair, view: choices.View, config: Config, *, exact: bool) -> list[Form]:
+    """Among which heads with a pair of patterns choose; ``exact``: where nothing may be left out."""
+    on_text, on_media = pair
+    if on_media == "auto":
+        grids = _grids("auto", view, config, exact=exact) if view.cell is not None else []
+        return [*grids, _in_sequence("vertical_slash", "vertical_slash", config, exact=exact)]
+    if on_media == "grid":
+        return _grids(on_text, view, config, exact=exact)
+    return [_in_sequence(on_text, on_media, config, exact=exact)]
+
+
+def _grids(on_text: str, view: choices.View, config: Config, *, exact: bool) -> list[Form]:
+    """A grid with a window in keys and one in frames; ``on_text``: the pattern on text keys."""
+    assert view.cell is not None
+    grid = config.patterns.grid
+    # One frame back and one key more, so that the same place in the frame before is inside.
+    windows = (max(grid.window, frames * view.cell.stride + 1) for frames in (0, grid.window_frames))
+    regions = [Near(grid.sink, reach) for reach in sorted({min(window, UNBOUNDED) for window in windows})]
+    far = Far(on_text, grid.min_lines, exact)
+    return [Form("grid", region, region, *region, far) for region in regions]
+
+
+def _in_sequence(on_text: str, on_media: str, config: Config, *, exact: bool) -> Form:
+    """Patterns of the sequence pass: each key tile is read if that of a modality it holds asks for it, and a row sees
+    what either one's region admits.
+    """
+    a_shape, slash = config.patterns.a_shape, config.patterns.vertical_slash
+    everything = Near(0, UNBOUNDED)
+    window = Near(a_shape.sink, max(a_shape.window, 1))
+    sources: dict[str, tuple[Near | Slash, Near]] = {
+        "dense": (everything, everything),
+        "a_shape": (window, window),
+        "vertical_slash": (Slash(*astuple(slash)), everything),
+    }
+    if exact:
+        return Form("dense", everything, everything, *everything)
+    (text, on_text_region), (media, on_media_region) = sources[on_text], sources[on_media]
+    sink, reach = (max(both) for both in zip(on_text_region, on_media_region, strict=True))
+    name = on_media if on_text == on_media else f"{on_text}+{on_media}"
+    return Form(name, text, media, sink, reach, searched=not on_text == on_media == "a_shape")
 
 
 @dataclass(frozen=True)
@@ -447,56 +581,11 @@ class Want:
         return choices.Offer(self.view, proposals, wanted)
 
 
-class _Patterns:
-    """Proposals by pattern for a block of heads."""
-
-    def __init__(self, selection: select.Selection, config: Config) -> None:
-        self._selection, self._budgets = selection, config.patterns
-        self._grids: list[tuple[choices.Levels, torch.Tensor]] | None = None
-
-    def of(self, pair: Pair) -> list[Proposal]:
-        """The proposals among which heads with a pair choose."""
-        on_text, on_media = pair
-        selection, view = self._selection, self._selection.view
-        if on_media == "auto":
-            grids = [selection.proposal(*grid) for grid in self._grid()] if view.cell is not None else []
-            return [*grids, selection.proposal(self._sequence("vertical_slash"))]
-        if on_media == "grid":
-            text = on_media if selection.budget.exact else on_text
-            return [selection.proposal(select.on_text_keys(view, levels, text), held) for levels, held in self._grid()]
-        if on_text == on_media or selection.budget.exact:
-            if on_media == "a_shape":
-                return [selection.a_shape(sink=self._budgets.a_shape.sink, window=self._budgets.a_shape.window)]
-            return [selection.proposal(self._sequence(on_media))]
-        return [selection.proposal(select.union(view, self._sequence(on_text), self._sequence(on_media)))]
-
-    def _sequence(self, pattern: str) -> choices.Levels:
-        """Levels of a pattern of the sequence pass."""
-        if pattern == "dense":
-            return self._selection.dense_levels()
-        if pattern == "a_shape":
-            budget = self._budgets.a_shape
-            levels = self._selection.window_levels(budget.sink, max(budget.window, 1))
-            return replace(levels, pattern=pattern)
-        slash = self._budgets.vertical_slash
-        return self._selection.vertical_slash(sink=slash.sink, window=slash.window)
-
-    def _grid(self) -> list[tuple[choices.Levels, torch.Tensor]]:
-        if self._grids is None:
-            grid, cell = self._budgets.grid, self._selection.view.cell
-            assert cell is not None
-            # One frame back and one key more, so that the same place in the frame before is inside.
-            windows = (max(grid.window, frames * cell.stride + 1) for frames in (0, grid.window_frames))
-            reaches = sorted({min(window, UNBOUNDED) for window in windows})
-            self._grids = self._selection.grid(sink=grid.sink, reaches=reaches, min_lines=grid.min_lines)
-        return self._grids
-
-
 class _PassLists:
     """Collects the groups' choices of one pass and turns them into tile lists."""
 
-    def __init__(self, tile_pass: TilePass, lists: int, stages: Stages) -> None:
-        self._pass, self._build = tile_pass, stages.lists
+    def __init__(self, tile_pass: TilePass, lists: int) -> None:
+        self._pass = tile_pass
         device = tile_pass.request.device
         shape = (lists, tile_pass.num_tiles, tile_pass.keys.widest)
         self._selected = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -509,7 +598,7 @@ class _PassLists:
         self._reach[:, tiles] = chosen.reach[:, None]
 
     def lists(self) -> tuple[TilePass, TileLists]:
-        return self._pass, self._build(self._pass, self._selected, self._sink, self._reach)
+        return self._pass, lists_from_map(self._pass, self._selected, self._sink, self._reach)
 
 
 def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:
