@@ -5,7 +5,7 @@ read anyhow is shared out among them; a candidate's *level* is the logarithm of 
 steps of a third of an octave, and a tile's level is the highest of the candidates it is in. Tiles are taken from the
 highest level down to a threshold, so summing what the probe rows' tiles hold by level tells once what every threshold
 costs: :func:`curves`. Where heads share a list, a candidate has the highest of their levels. This is the portable form
-and the specification of :mod:`.search_triton`.
+and the specification of :mod:`.select_triton`.
 """
 
 from __future__ import annotations
