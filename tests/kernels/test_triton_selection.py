@@ -226,6 +226,17 @@ def test_layers_of_other_patterns_have_the_same_memory(monkeypatch: pytest.Monke
     assert sizes[0] <= sizes[1] == sizes[2] < 1.5 * sizes[0], "more forms need more"
 
 
+def test_tables_are_those_of_the_settings_and_of_the_place_in_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one plan, as benchmarks and searches ask for: heads of a group that come in parts have other probe rows."""
+    monkeypatch.setattr(JITFunction, "run", lambda *_given, **_named: None)
+    problem = problems.make(problems.MIXED[:1], tile_queries=32, tile_keys=16, heads=4, kv_heads=2, sharing=(2,))
+    blocks = [problem.operands.block(slice(head, head + 1)) for head in range(2)]
+    for config in (Config(), Config(error=0.5)):
+        for block in (*blocks, blocks[0]):
+            prefill.select_layer(block, problem.plan, [AUTO], config, "triton")
+    assert len(problem.plan.prepared) == 4
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two arguments are the same number or the same memory."""
     return one.data_ptr() == other.data_ptr() if isinstance(one, torch.Tensor) else one == other

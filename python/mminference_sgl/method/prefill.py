@@ -340,7 +340,14 @@ class _Layer:
 
     def prepared(self) -> Any:
         """Tables of the selection, made once for all layers whose heads run the same."""
-        key = tuple(self.all_specs), self.heads.start, self.heads.stop
+        key = (
+            tuple(self.all_specs),
+            self.heads.start,
+            self.heads.stop,
+            self.operands.group,
+            self.operands.first,
+            self.config,
+        )
         found = self.plan.prepared.get(key)
         if found is None:
             assert self.stages.prepare is not None
