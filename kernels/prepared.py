@@ -50,7 +50,7 @@ from .tiles import Region, TileLists, TilePass, Work, dense_lists
 
 
 @dataclass(frozen=True)
-class Selected:
+class GroupResult:
     """What was selected for a row group; by head, fp32 [H] each: mass that is kept, error and tiles.
 
     ``picked`` int64 [H]: index of the form over all offers, -1 for dense attention. ``rows`` int64 [H, P]: each head's
@@ -97,6 +97,7 @@ class Prepared:
         self.passes = [(one, self._lists(one)) for own in passes for one in own]
         near = passes[0][0]
         self.repair = near, self._repair(near)
+        self._everything = dense_lists(near, torch.ones(1, near.num_tiles, dtype=torch.bool, device=self._device))
         self._made = [self._group_of(task) for task in tasks]
         groups = [self._group_row(task, made) for task, made in zip(tasks, self._made, strict=True)]
         segments = [row for task, made in zip(tasks, self._made, strict=True) for row in self._segments(task, made)]
@@ -171,7 +172,7 @@ class Prepared:
         return report
 
     @property
-    def selected(self) -> list[Selected]:
+    def selected(self) -> list[GroupResult]:
         """What the last selection came to, by row group."""
         return [made.selected for made in self._made]
 
@@ -267,7 +268,7 @@ class Prepared:
             cell: side.keys.min_pos.numel() for cell, side in ((False, view), (True, view.cell)) if side is not None
         }
         wants = task.searched
-        selected = Selected(
+        selected = GroupResult(
             torch.ones(heads, device=self._device),
             torch.zeros(heads, device=self._device),
             view.causal_tiles.float().repeat(heads),
@@ -299,15 +300,11 @@ class Prepared:
         row += [self._at(x) for x in (found.coverage, found.error, found.tiles, found.picked)]
         row += [task.picks.stride(0), int(made.probed)]
         row += [0 if x is None else self._at(x) for x in (found.rows, found.output, found.guarded)]
-        own, lists = task.tiles[1].near, self.repair[1]
-        everything = dense_lists(near, torch.ones(1, near.num_tiles, dtype=torch.bool, device=self._device))
-        row += [self._at(x[own.start :]) for x in (lists.count, lists.full, everything.count, everything.full)]
+        own, slots = task.tiles[1].near, near.rows[task.row_slots]
         row += [
-            own.stop - own.start,
-            near.num_tiles,
-            self._at(near.rows[task.row_slots]),
-            near.rows[task.row_slots].numel(),
+            self._at(x[own.start :]) for each in (self.repair[1], self._everything) for x in (each.count, each.full)
         ]
+        row += [own.stop - own.start, near.num_tiles, self._at(slots), slots.numel()]
         row += [0] * (GROUP_FIELDS - 2 * OFFER_FIELDS - len(row))
         decided = 0
         for offer in task.offers:
@@ -399,7 +396,7 @@ class Prepared:
                 continue
             queries, keys = side.queries, side.keys
             row += [self._ints(x) for x in (queries.min_pos, queries.max_pos, keys.min_pos, keys.max_pos)]
-            row += [self._at(x.to(torch.int8).contiguous()) for x in (keys.has_text, keys.has_media)]
+            row += [self._at(x.contiguous()) for x in (keys.has_text, keys.has_media)]
             row += [queries.min_pos.numel(), keys.min_pos.numel()]
         row_tiles, kept = view.row_tiles, 1
         if form.far is not None:
@@ -465,7 +462,7 @@ class _Made:
     rows: int
     tiles: dict[bool, int]
     size: torch.Tensor
-    selected: Selected
+    selected: GroupResult
     row_of: int
     numbers: int
     causal: int

@@ -29,7 +29,6 @@ from .levels import TINY
 from .probe_triton import CHANNELS_ALL, CHANNELS_HELD
 from .tiles import UNBOUNDED
 
-LEVELS = tl.constexpr(scale.LEVELS)
 ALWAYS = tl.constexpr(scale.ALWAYS)
 PER_OCTAVE = tl.constexpr(scale.PER_OCTAVE)
 FAIR = tl.constexpr(scale.FAIR)

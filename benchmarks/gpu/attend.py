@@ -24,7 +24,7 @@ from benchmarks.gpu.clock import Clock, Timing
 from benchmarks.gpu.dense import dense_attention
 from benchmarks.gpu.inputs import HEAD_DIM, Layer, Shape, make_layer
 from benchmarks.gpu.layer import HEADS, verify
-from benchmarks.gpu.report import RESULTS, environment, markdown, say
+from benchmarks.gpu.report import RESULTS, device_of, environment, markdown, say
 from benchmarks.gpu.tune import random_lists
 from mminference_sgl.kernels import attend, torch_tiles
 from mminference_sgl.kernels.launch_table import NATIVE_DESCRIPTORS, Launch, device_architecture
@@ -123,10 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of attend.json and attend.md")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes and the portable implementation on the CPU")
     options = parser.parse_args(argv)
-    if not options.dry_run and not torch.cuda.is_available():
-        say("needs a CUDA device; --dry-run shows on the CPU that the script works")
+    device = device_of(options)
+    if device is None:
         return 1
-    device = torch.device("cpu" if options.dry_run else "cuda")
     shape, heads, lengths, kernel = Shape(7 << 13, 1 << 13), HEADS, TILES, triton
     if options.dry_run:
         shape, heads, lengths, kernel = Shape(512, 512), (2, 1), (4, 8), stand_in

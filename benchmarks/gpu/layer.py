@@ -36,7 +36,7 @@ import torch
 from benchmarks.gpu.clock import Clock, Timing
 from benchmarks.gpu.dense import dense_attention, dense_fa3
 from benchmarks.gpu.inputs import HEAD_DIM, Layer, Shape, make_layer
-from benchmarks.gpu.report import RESULTS, environment, file_name, markdown, parse_count, say
+from benchmarks.gpu.report import RESULTS, device_of, environment, file_name, markdown, parse_count, say
 from mminference_sgl.kernels import ops
 from mminference_sgl.kernels.tiles import TileLists, TilePass, element_mask
 from mminference_sgl.method import prefill
@@ -357,10 +357,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
-    if not options.dry_run and not torch.cuda.is_available():
-        say("needs a CUDA device; --dry-run shows on the CPU that the script works")
+    device = device_of(options)
+    if device is None:
         return 1
-    device = torch.device("cpu" if options.dry_run else "cuda")
     found = {**environment(device), "implementation": ops.resolve(options.implementation, device)}
     name = options.name or file_name(found["device"])
     if options.name is None and options.implementation != "auto":

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.clock import Timing
 from benchmarks.gpu.inputs import Shape, make_layer
 from benchmarks.gpu.layer import HEADS, TILE_QUERIES
-from benchmarks.gpu.report import RESULTS, environment, markdown, parse_count, say
+from benchmarks.gpu.report import RESULTS, device_of, environment, markdown, parse_count
 from mminference_sgl.kernels import ops
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import load
@@ -137,10 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of profile.json and profile.md")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: does the script work?")
     options = parser.parse_args(argv)
-    if not options.dry_run and not torch.cuda.is_available():
-        say("needs a CUDA device; --dry-run shows on the CPU that the script works")
+    device = device_of(options)
+    if device is None:
         return 1
-    device = torch.device("cpu" if options.dry_run else "cuda")
     chunk, heads = CHUNK, HEADS
     if options.dry_run:
         options.tokens, chunk, heads, options.repeats = ["1K"], "512", (4, 2), 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 import time
@@ -30,6 +31,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "time": time.strftime("%F %T"),
     }
+
+
+def device_of(options: argparse.Namespace) -> torch.device | None:
+    """The GPU, or the CPU in dry runs; None, with a word to whoever waits, where there is no GPU."""
+    if options.dry_run:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    say("needs a CUDA device; --dry-run shows on the CPU that the script works")
+    return None
 
 
 def file_name(text: str) -> str:

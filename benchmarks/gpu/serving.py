@@ -35,10 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.gpu.inputs import FRAME, count
-from benchmarks.gpu.report import RESULTS, environment, file_name, markdown, parse_count, say
+from benchmarks.gpu.report import RESULTS, device_of, environment, file_name, markdown, parse_count, say
 from benchmarks.gpu.setups import DENSE, Setup, ours, rivals
 from benchmarks.gpu.stand_in import StandInServer
 from benchmarks.toy.serving import CHECKPOINT
@@ -254,12 +253,12 @@ def main(argv: Sequence[str] | None = None, start_server: Callable[..., Server] 
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true", help="short videos and servers that only pretend")
     options = parser.parse_args(argv)
+    device = device_of(options)
+    if device is None:
+        return 1
     if options.dry_run:
         options.tokens, start_server = ["1K"], start_server or StandInServer
-    elif not torch.cuda.is_available():
-        say("needs a CUDA device; --dry-run shows on the CPU that the script works")
-        return 1
-    found = environment(torch.device("cpu" if options.dry_run else "cuda"))
+    found = environment(device)
     runs: list[Run] = []
     longest = max(parse_count(length) for length in options.tokens)
     with tempfile.TemporaryDirectory(prefix="mminference-bench-") as folder:

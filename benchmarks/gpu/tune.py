@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.inputs import Shape, make_layer
-from benchmarks.gpu.report import environment, say
+from benchmarks.gpu.report import device_of, environment, say
 from mminference_sgl.kernels import attend, launch_table
 from mminference_sgl.kernels.launch_table import HEAD_DIMS, NATIVE_DESCRIPTORS, TABLE, Launch, device_architecture
 from mminference_sgl.kernels.operands import Operands
@@ -197,10 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {entry: Tuned(launch, resources(entry, launch)[1]) for entry, launch in wanted.items()}
         options.output.write_text(rewritten(text, found))
         return 0
-    if not options.dry_run and not torch.cuda.is_available():
-        say("needs a CUDA device; --dry-run shows without one that the script works")
+    device = device_of(options)
+    if device is None:
         return 1
-    device = torch.device("cpu" if options.dry_run else "cuda")
     sizes = (1024, 512, (4, 2)) if options.dry_run else (1 << 16, 1 << 13, (28, 4))
     known = max(arch for arch in launch_table.ARCHITECTURES if arch <= device_architecture(device))
     name = environment(device)["device"]

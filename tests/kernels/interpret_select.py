@@ -74,7 +74,7 @@ def compare(layer: Layer) -> None:
     """A layer with every stage in Triton, twice, and with the portable ones around the reference."""
     sizes = {"tile_queries": 16, "tile_keys": 16, "head_dim": 16, "heads": 4, "kv_heads": 2}
     problem = problems.make(layer.requests, **sizes, sharing=(SHARING,) if layer.shared else ())
-    grid = BUDGETS.grid.__class__(sink=8, window=8, min_lines=layer.min_lines)
+    grid = GridBudget(sink=8, window=8, min_lines=layer.min_lines)
     config = Config(
         error=layer.error,
         text_error=layer.error,

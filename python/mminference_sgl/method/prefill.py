@@ -334,9 +334,14 @@ class _Layer:
     def carried(self, group: RowGroup) -> torch.Tensor:
         """What the layer's heads picked in the chunk before, int64 [H], -1 for nothing; to be written in place."""
         heads = len(self.all_specs)
-        if self.id is None or self.id >= CARRYING_LAYERS:
+        if self.carrying < 0:
             return torch.full((heads,), -1, device=self.operands.query.device)
-        return self.plan.requests[group.request].layout.carried_picks(group.modality, heads)[self.id]
+        return self.plan.requests[group.request].layout.carried_picks(group.modality, heads)[self.carrying]
+
+    @property
+    def carrying(self) -> int:
+        """The layer's id under which picks are carried over, -1 where none are."""
+        return -1 if self.id is None or self.id >= CARRYING_LAYERS else self.id
 
     def prepared(self) -> Any:
         """Tables of the selection, made once for all layers whose heads run the same."""
@@ -440,8 +445,7 @@ def _run_prepared(layer: _Layer, out: torch.Tensor, implementation: str) -> list
             if part.listens(group):
                 for _ in part.probes(group):
                     pass
-        carries = layer.id is not None and layer.id < CARRYING_LAYERS
-        prepared.select(part.operands, layer.id if carries else -1)
+        prepared.select(part.operands, part.carrying)
         lse = ops.sparse_prefill(part.operands, prepared.passes, own, implementation)
         report = prepared.guard(own, lse)
         ops.merge_pass(part.operands, prepared.repair, own, lse, layer.stages.repair)
