@@ -146,11 +146,7 @@ def make_scene(
         raise ValueError(f"needles must be 1 to {len(KEYS)}, one per key, not {needles}")
     if patches <= earliest or (patches - earliest) * rows * columns < needles:
         raise ValueError(f"{patches} patches of {rows} x {columns} tiles have no room for {needles} needles")
-    changes = rng.random((patches, rows, columns)) < change
-    changes[0] = True
-    drawn = rng.integers(len(COLOURS), size=changes.shape)
-    last_change = np.maximum.accumulate(np.where(changes, np.arange(patches)[:, None, None], 0), axis=0)
-    colours = np.take_along_axis(drawn, last_change, axis=0)
+    colours = changing(rng, (patches, rows, columns), change)
 
     places = earliest * rows * columns + rng.permutation((patches - earliest) * rows * columns)[:needles]
     colours.reshape(-1)[places] = rng.integers(len(COLOURS), size=needles)
@@ -160,6 +156,15 @@ def make_scene(
         colours,
         tuple(Needle(t, y, x, KEYS[key]) for (t, y, x), key in zip(where, keys, strict=True)),
     )
+
+
+def changing(rng: np.random.Generator, shape: tuple[int, int, int], change: float) -> NDArray[np.int64]:
+    """Palette indices, int64 ``shape``: a tile changes colour with probability `change` per temporal patch."""
+    changes = rng.random(shape) < change
+    changes[0] = True
+    drawn = rng.integers(len(COLOURS), size=shape)
+    last_change = np.maximum.accumulate(np.where(changes, np.arange(shape[0])[:, None, None], 0), axis=0)
+    return np.take_along_axis(drawn, last_change, axis=0)
 
 
 def _textures() -> dict[str, NDArray[np.bool_]]:

@@ -61,11 +61,15 @@ def server(
     args: Sequence[str] = (),
     *,
     quick: bool = False,
+    model: Path = CHECKPOINT,
     **env: str,
 ) -> Server:
-    """A server of the toy model; `backend` None is dense, `chunk` -1 one chunk and None SGLang's default."""
+    """A server of the toy, or of another model that samples videos like it.
+
+    `backend` None is dense, `chunk` -1 one chunk and None SGLang's default.
+    """
     return Server(
-        CHECKPOINT,
+        model,
         attention_backend=backend,
         chunked_prefill_size=chunk,
         metrics=True,

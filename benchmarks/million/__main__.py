@@ -1,0 +1,267 @@
+"""``make bench-million``: one very long video through a real server, chunk by chunk.
+
+The toy reads a generated video of 256K tokens (``TOKENS=1M`` for more, memory permitting) with mminference. For every
+chunk there is the time of the language model's attention and linear layers, the density, and the memory of the
+scheduler's process; for the first, a middle and the last chunk also the time of dense attention of the same shapes, on
+the same cores, measured apart: what dense attention costs does not depend on what is attended. Answers are not asked
+for: the toy has not learned positions as far out as this.
+
+Memory is the resident set of the scheduler, sampled, less what it was when the first chunk was through; it may grow by
+the slots of the pool that are written for the first time, and by the keys and values of one layer, which attention
+copies into its own order.
+
+Exits 1 when a chunk is missing, or when memory grows by more than that and :data:`SLACK`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import torch
+
+from benchmarks.gpu.inputs import count
+from benchmarks.gpu.report import parse_count
+from benchmarks.toy.scenes import FRAMES_PER_PATCH, make_scene
+from benchmarks.toy.serving import CHANGE, CHECKPOINT, CLIP_FPS, COLUMNS, END, FPS, ROWS, USER, VIDEO
+from mminference_sgl.portable.dense import extend_attention
+from mminference_sgl.testing import (
+    ModuleTimes,
+    Server,
+    ServerError,
+    fallbacks,
+    module_times,
+    prefills,
+    timing_arguments,
+    write_mp4,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mminference_sgl.testing import Prefill
+
+CHUNK = 8192
+SPARE = 1024
+"""Tokens of context and pool besides the video's."""
+SLACK = 256 * 2**20
+"""Bytes by which memory may grow from the first chunk on, besides the pool's and a layer's keys and values."""
+SAMPLE_S = 0.2
+SEED = 20261128
+
+
+@dataclass(frozen=True)
+class Line:
+    """One chunk: tokens before it, seconds of the language model, density, and resident bytes when it was through."""
+
+    prefix: int
+    attention: float
+    linear: float
+    density: float
+    error: float
+    resident: int
+    dense_attention: float | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the toy's attention is made of."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, folder: Path) -> Shape:
+        """Read from a checkpoint's configuration."""
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        heads = text["num_attention_heads"]
+        return cls(text["num_hidden_layers"], heads, text["num_key_value_heads"], text["hidden_size"] // heads)
+
+    def layer_bytes(self, tokens: int) -> int:
+        """Keys and values of one layer in fp32, the widest that they are copied in."""
+        return 2 * 4 * tokens * self.kv_heads * self.head_dim
+
+
+class Watch:
+    """Samples the resident set of a server's scheduler, and how many chunks its log tells of."""
+
+    def __init__(self, running: Server) -> None:
+        self._running, self._mark, self._over = running, len(running.log()), threading.Event()
+        self.resident: list[int] = []
+        self.peak = 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def lines(self) -> tuple[list[Prefill], list[ModuleTimes]]:
+        """What the log tells of the chunks that ran sparse: the method's figures, and seconds."""
+        log = self._running.log(self._mark)
+        times = [module_times(line) for line in log.splitlines() if "mminference modules" in line]
+        return prefills(log), times
+
+    def _watch(self) -> None:
+        scheduler = next(p for p in psutil.process_iter(["name"]) if _is_scheduler(p, self._running.port))
+        while not self._over.wait(SAMPLE_S):
+            resident = scheduler.memory_info().rss
+            self.peak = max(self.peak, resident)
+            done = len(self.lines()[1])
+            self.resident += [resident] * (done - len(self.resident))
+
+
+def _is_scheduler(process: psutil.Process, port: int) -> bool:
+    """Whether a process is the scheduler of the server at a port: its name, and its parent's arguments."""
+    try:
+        if "scheduler" not in " ".join([process.name(), *process.cmdline()]):
+            return False
+        parent = process.parent()
+        return parent is not None and str(port) in parent.cmdline()
+    except psutil.Error:
+        return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit code says whether its promises are kept."""
+    options = _arguments(argv)
+    shape, began = Shape.of(CHECKPOINT), time.monotonic()
+    try:
+        lines, peak = serve(options.tokens, json.loads(options.config))
+    except ServerError as error:
+        print(error, file=sys.stderr)
+        return 1
+    timed = sorted({0, len(lines) // 2, len(lines) - 1})
+    for index in timed:
+        line = lines[index]
+        lines[index] = Line(**{**asdict(line), "dense_attention": dense_seconds(shape, line.prefix)})
+    _print(lines)
+    failures = judge(lines, options.tokens, shape)
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    seconds = time.monotonic() - began
+    print(f"scheduler's peak {peak / 2**30:.1f} GiB, done in {seconds:.0f} s")
+    if options.json is not None:
+        packages = ("mminference-sgl", "sglang", "torch", "transformers")
+        content: dict[str, Any] = {
+            "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+            "versions": {name: metadata.version(name) for name in packages},
+            "tokens": options.tokens,
+            "chunk": CHUNK,
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "lines": [asdict(line) for line in lines],
+            "failures": failures,
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if failures else 0
+
+
+def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
+    """Every chunk of one video, and the scheduler's peak."""
+    patches = tokens // (ROWS * COLUMNS)
+    rng = np.random.default_rng(SEED)
+    with tempfile.TemporaryDirectory(prefix="mminference-million-") as folder:
+        video = write_mp4(
+            Path(folder) / "video.mp4", make_scene(rng, patches, ROWS, COLUMNS, change=CHANGE).frames(rng), FPS
+        )
+        sampling = {"fps": CLIP_FPS, "max_frames": FRAMES_PER_PATCH * patches}
+        with Server(
+            CHECKPOINT,
+            attention_backend="mminference",
+            chunked_prefill_size=CHUNK,
+            max_total_tokens=tokens + SPARE,
+            metrics=True,
+            args=[
+                *("--mm-process-config", json.dumps({"video": sampling})),
+                *("--context-length", str(tokens + SPARE)),
+                *timing_arguments(),
+            ],
+            env={
+                "MMINFERENCE_CONFIG": json.dumps({"min_tokens": 0, **config}),
+                "MMINFERENCE_LOG": "debug",
+                "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+            },
+        ) as running:
+            with Watch(running) as watch:
+                answer = running.generate(USER + VIDEO + "find dot" + END, video_data=[str(video)], max_tokens=1)
+                time.sleep(2 * SAMPLE_S)
+            found, times = watch.lines()
+            if dense := fallbacks(running.log()):
+                raise ServerError(f"a chunk ran dense: {dense[0].reason}: {dense[0].detail}", running.log())
+            print(f"{answer.prompt_tokens} tokens, decoded and prepared in {answer.preprocess_s:.0f} s, "
+                  f"prefilled in {answer.forward_s:.0f} s", flush=True)  # fmt: skip
+    return [
+        Line(chunk.prefix, took.attention, took.linear, chunk.density, chunk.error, resident)
+        for chunk, took, resident in zip(found, times, watch.resident, strict=True)
+    ], watch.peak
+
+
+def dense_seconds(shape: Shape, prefix: int) -> float:
+    """Dense attention of a chunk's layers behind a prefix."""
+    generator = torch.Generator().manual_seed(prefix)
+
+    def normal(rows: int, heads: int) -> torch.Tensor:
+        return torch.randn(rows, heads, shape.head_dim, generator=generator)
+
+    q = normal(CHUNK, shape.heads)
+    k, v = (normal(prefix + CHUNK, shape.kv_heads) for _ in range(2))
+    began = time.perf_counter()
+    extend_attention(q, k, v, shape.head_dim**-0.5)
+    return shape.layers * (time.perf_counter() - began)
+
+
+def judge(lines: Sequence[Line], tokens: int, shape: Shape) -> list[str]:
+    """The promises that are missed."""
+    failures = []
+    if lines[-1].prefix < tokens - CHUNK:
+        failures.append(f"the last chunk that ran sparse begins at {lines[-1].prefix} of {tokens} tokens")
+    grown = max(line.resident for line in lines) - lines[0].resident
+    allowed = (shape.layers + 1) * shape.layer_bytes(tokens) + SLACK
+    if grown > allowed:
+        failures.append(
+            f"memory grew by {grown / 2**20:.0f} MiB from the first chunk on, {allowed / 2**20:.0f} expected"
+        )
+    return failures
+
+
+def _print(lines: Sequence[Line]) -> None:
+    print(f"{'prefix':>9}{'attention':>11}{'dense':>9}{'ratio':>7}{'linear':>9}{'density':>9}{'error':>8}{'GiB':>7}")
+    for line in lines:
+        dense = line.dense_attention
+        cells = ("", "") if dense is None else (f"{dense:.1f}s", f"{dense / line.attention:.1f}x")
+        print(
+            f"{count(line.prefix) if line.prefix % 1024 == 0 else line.prefix:>9}{line.attention:>10.2f}s{cells[0]:>9}"
+            f"{cells[1]:>7}{line.linear:>8.2f}s{line.density:>9.4f}{line.error:>8.4f}{line.resident / 2**30:>7.2f}"
+        )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.million", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--tokens", type=parse_count, default=parse_count("256K"), help="of the video, such as 1M")
+    parser.add_argument("--config", default="{}", help="JSON of further settings")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there, too")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
