@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.accuracy.paired import Difference, difference
+from benchmarks.accuracy.settings import ALL_ROWS, rivals
 from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, Form, Question
 from benchmarks.clips.serving import Media, ask, render
 from benchmarks.clips.train import CHECKPOINT
-from benchmarks.toy.serving import COLUMNS, GUARD_OFF, ROWS, server
+from benchmarks.toy.serving import COLUMNS, ROWS, server
 from mminference_sgl.testing import ServerError, fallbacks, mean_density, prefills
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ KINDS = ("clip", "mixed")
 DEPTHS = 8
 """Bands of the heat map."""
 POINT, INTERVAL, CLEARLY = 0.01, 0.03, 0.1
-ALL_ROWS = "vertical_slash, all rows"
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,6 @@ def form(kind: str, length: int) -> Form:
     return Form(((half, ROWS, COLUMNS), (1, ROWS, COLUMNS), (half, ROWS, COLUMNS)), (4, 1, 3), (2, 1, 2))
 
 
-def rivals(density: float, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What else one could compute at a density."""
-    exact = {"error": 1e-3, "text_error": 1e-3, "error_ceiling": GUARD_OFF, "max_density": density}
-    yield "grid", {"pattern": "grid", **exact}
-    yield "vertical_slash", {"pattern": "{folder}/columns.json", **exact}
-    yield ALL_ROWS, {"pattern": "vertical_slash", **exact}
-    # A row sees its window: of a triangle of n columns that is 1 - (1 - w / n)^2.
-    window = max(1, int(length * (1 - np.sqrt(1 - min(density, 1)))) - 64)
-    yield (
-        "a_shape",
-        {"pattern": "a_shape", "error_ceiling": GUARD_OFF, "patterns": {"a_shape": {"sink": 64, "window": window}}},
-    )
-
-
-COLUMNS_FILE = {"schema": 1, "id": "columns", "heads": [{"map": {"text": "dense", "media": "vertical_slash"}}]}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code says whether its verdicts hold."""
     options = _arguments(argv)
@@ -112,15 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="mminference-accuracy-") as name:
             folder = Path(name)
-            (folder / "columns.json").write_text(json.dumps(COLUMNS_FILE))
             asked = [each for length in options.lengths for each in prompts(length, options.prompts, folder)]
             _print_row("", "tokens", *KINDS, "lost", "won", "interval", "density", "coverage", "ttft s")
             for setting, config in (("dense", None), ("auto", {"min_tokens": 0, **options.config})):
-                results += run(setting, config, asked, results, folder, options.model)
+                results += run(setting, config, asked, results, options.model)
             for own in [each for each in results if each.name == "auto"]:
                 these = [each for each in asked if each.length == own.length]
                 for setting, config in rivals(own.mean_density, own.length):
-                    results += run(setting, {"min_tokens": 0, **config}, these, results, folder, options.model)
+                    results += run(setting, {"min_tokens": 0, **config}, these, results, options.model)
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
@@ -148,13 +130,13 @@ def run(
     config: Mapping[str, Any] | None,
     asked: Sequence[Asked],
     others: Sequence[Result],
-    folder: Path,
     model: Path,
 ) -> list[Result]:
     """Asks a server of one setting; prints a line for each length, compared with dense."""
     found: dict[int, Result] = {}
-    settings = json.loads(json.dumps(config or {}).replace("{folder}", str(folder)))
-    with server(None if config is None else "mminference", settings, CHUNK, quick=True, model=model) as running:
+    with server(
+        None if config is None else "mminference", dict(config or {}), CHUNK, quick=True, model=model
+    ) as running:
         for each in asked:
             result = found.setdefault(each.length, Result(name, each.length))
             mark = len(running.log())

@@ -130,12 +130,28 @@ class Twin:
         """The first half under the method, the half that is judged densely: what a question finds behind a context."""
         return self._read_sparse(tokens, settings, until=len(tokens) // 2)
 
-    def _read_sparse(self, tokens: torch.Tensor, settings: dict[str, Any], until: int | None = None) -> Sparse:
+    def behind_media(self, tokens: torch.Tensor, settings: dict[str, Any], items: Sequence[twin.Item]) -> Sparse:
+        """Media under the method, and what is judged behind them; texts as the pattern says."""
+        _, spans, _ = items[-1]
+        return self._read_sparse(tokens, settings, items=items, judged=spans[-1][1] + 1)
+
+    def dense_behind(self, tokens: torch.Tensor, judged: int) -> Reading:
+        """From token ``judged`` on, under dense attention."""
+        return twin.dense(self._model, self._name, tokens, CHUNK, judged)
+
+    def _read_sparse(
+        self,
+        tokens: torch.Tensor,
+        settings: dict[str, Any],
+        until: int | None = None,
+        items: Sequence[twin.Item] = (),
+        judged: int | None = None,
+    ) -> Sparse:
         config = from_sources(("--set", settings)).for_chunks(CHUNK, SMALLEST_TILE)
         shape, pattern = self._model.shape, catalog.load(config.pattern)
         specs = [pattern.specs(layer, range(shape.heads)) for layer in range(shape.layers)]
-        method = twin.Method(config, specs, len(tokens), CHUNK, shape, until)
-        found = _with_reports(twin.read(self._model, tokens, CHUNK, method), method.chunks, len(tokens))
+        method = twin.Method(config, specs, len(tokens), CHUNK, shape, until, items)
+        found = _with_reports(twin.read(self._model, tokens, CHUNK, method, judged), method.chunks, len(tokens))
         return replace(found, layers=[_figures(report) for report in method.chunks[-1].layers] if method.chunks else [])
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mminference_sgl.method.catalog import HeadSpec
     from mminference_sgl.method.config import Config
 
+Item = tuple[int, list[tuple[int, int]], tuple[int, int, int] | None]
+"""Modality, spans, grid."""
 CPU = torch.device("cpu")
 _ROWS_AT_A_TIME = 256
 """Rows whose logits are held."""
@@ -68,6 +70,7 @@ class Method:
         chunk: int,
         shape: Shape,
         until: int | None = None,
+        items: Sequence[Item] = (),
     ) -> None:
         self.config, self.scale = config, shape.scale
         self._until = length if until is None else until
@@ -75,7 +78,7 @@ class Method:
         self._sharing = prefill.sharing(config, shape.heads // shape.kv_heads)
         layout = _core.Layout(
             length,
-            [],
+            items,
             chunk_tokens=chunk,
             tile_queries=planning.smallest_tile(config.tile_queries, self._sharing),
             cell_size=config.cell_size,
@@ -114,27 +117,28 @@ class Method:
 
 
 @torch.inference_mode()
-def read(model: LanguageModel, tokens: torch.Tensor, chunk: int, attend: Attend) -> Reading:
-    """Prefills a document and reads the second half of it."""
-    stream, half = model.stream(len(tokens)), len(tokens) // 2
-    hidden = torch.cat([model.prefill(stream, part, attend) for part in tokens.split(chunk)])[half - 1 : -1]
+def read(model: LanguageModel, tokens: torch.Tensor, chunk: int, attend: Attend, judged: int | None = None) -> Reading:
+    """Prefills a document and reads it from token ``judged`` on, or the second half of it."""
+    stream, first = model.stream(len(tokens)), len(tokens) // 2 if judged is None else judged
+    hidden = torch.cat([model.prefill(stream, part, attend) for part in tokens.split(chunk)])[first - 1 : -1]
     logprobs, tops = [], []
-    for rows, targets in zip(hidden.split(_ROWS_AT_A_TIME), tokens[half:].split(_ROWS_AT_A_TIME), strict=True):
+    for rows, targets in zip(hidden.split(_ROWS_AT_A_TIME), tokens[first:].split(_ROWS_AT_A_TIME), strict=True):
         logits = model.logits(rows)
         logprobs.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
         tops.append(logits.argmax(-1))
     return Reading(torch.cat(logprobs), torch.cat(tops), hidden)
 
 
-def dense(model: LanguageModel, name: str, tokens: torch.Tensor, chunk: int) -> Reading:
+def dense(model: LanguageModel, name: str, tokens: torch.Tensor, chunk: int, judged: int | None = None) -> Reading:
     """The reading under dense attention; kept in the cache, as it is the same under all settings.
 
     ``name``: of the model.
     """
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+    digest += "" if judged is None else f"-{judged}"
     path = cache() / "dense" / f"{name}-{digest}-{torch.__version__}.pt"
     if not path.exists():
-        reading = read(model, tokens, chunk, dense_model.dense)
+        reading = read(model, tokens, chunk, dense_model.dense, judged)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{time.monotonic_ns()}")
         torch.save([reading.logprob, reading.top, reading.hidden], scratch)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy.__main__ import ALL_ROWS, DEPTHS, KINDS, Asked, Result, depths, form, judge, rivals
+from benchmarks.accuracy.__main__ import DEPTHS, KINDS, Asked, Result, depths, form, judge
 from benchmarks.accuracy.paired import difference
+from benchmarks.accuracy.settings import ALL_ROWS, rivals
 from benchmarks.clips import model as shape
 from benchmarks.clips.prompts import NUMBERS, OFFSETS, TASKS, Form, Prompt
 from benchmarks.clips.serving import Media
