@@ -7,10 +7,11 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-long bench-toy bench-real bench-summaries bench-method pictures \
+.PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-real bench-summaries bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving gpu-report fuzz miri clean
 
 FUZZ_SECONDS ?= 600
+MINUTES ?= 30
 # The interpreter of gpu-report, which needs no .venv.
 PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 
@@ -64,6 +65,12 @@ bench-long: venv ## one chunk behind 32K to 1M tokens on this CPU, sparse and de
 
 bench-toy: venv ## answers of the toy model, dense and sparse, 2K to 16K tokens
 	$(BIN)/python -m benchmarks.toy.accuracy $(BENCH_ARGS)
+
+bench-serving: venv ## load on servers of the toy model, dense and sparse in turns, by SGLang's load generator
+	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
+
+soak: venv ## mixed traffic with aborts on one server for MINUTES; fails where memory grows or the log has errors
+	$(BIN)/python -m benchmarks.serving.soak --minutes $(MINUTES) $(BENCH_ARGS)
 
 bench-real: venv ## likelihood of real documents under a real language model, dense and sparse, on this CPU
 	$(BIN)/python -m benchmarks.real $(BENCH_ARGS)
