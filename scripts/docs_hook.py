@@ -1,8 +1,8 @@
 """Hook of mkdocs: the site shows pages of the repository that are not in docs/, and links work there as in a checkout.
 
 A page outside of docs/ that the navigation names, as ``repository/PATH``, is taken from the repository, README.md as
-``index.md``. Links are written as they work in a checkout; here each is turned into one to the page, or, where the site
-has no page for the file, to a copy of the file. A link to what does not exist is left alone, and ``--strict`` refuses it.
+``index.md``. Links are written as they work in a checkout; here each is turned into one to the page, or, where the
+site has no page for the file, to a copy of the file. A link to what does not exist stays, and ``--strict`` refuses it.
 """
 
 from __future__ import annotations

@@ -59,6 +59,15 @@ SETUPS: dict[str, tuple[str | None, dict[str, Any]]] = {
     f"error {FAST}": ("mminference", {"error": FAST}),
 }
 """Server -> backend and settings."""
+TRAFFIC = {
+    "text": ("", "Text, one at a time"),
+    "image": ("", "Short images, one at a time"),
+    "follow-up": ("", "Follow-up questions on one video, one at a time"),
+    "concurrency": ("concurrency", "Videos, so many at a time"),
+    "poisson": ("arrivals, 1/s", "Videos, Poisson arrivals"),
+    "mixed": ("", "Text, images and videos, Poisson arrivals"),
+}
+"""Kind of traffic -> what its setting is, title of its table."""
 ONE_AT_A_TIME = Arrivals(concurrency=1)
 TARGET = 2.0
 """Time to first token that counts as good, over that of a dense server with nothing else to do."""
@@ -119,21 +128,24 @@ def measure(results: Results, servers: dict[str, Server], traffic: Traffic, opti
             for server_name, server in in_turns(servers, round_number):
                 server.flush_cache()
                 found = run(server.url, requests, arrivals, target, SEED + round_number)
-                point = results.point(name, server_name, setting)
-                point.runs.append(found)
+                point = results.add(name, server_name, setting, found)
                 say(f"{name} {setting or ''}, {server_name}: TTFT p50 {point.ttft(50):.3f} s")
 
-    load("text", lambda: traffic.texts(options.small), ONE_AT_A_TIME)
-    load("image", lambda: traffic.images(options.small), ONE_AT_A_TIME)
-    load("follow-up", lambda: traffic.follow_ups(options.follow_ups, tokens), ONE_AT_A_TIME)
-    for count in options.concurrency:
+    capacity = TARGET / target
+    if "text" in options.traffic:
+        load("text", lambda: traffic.texts(options.small), ONE_AT_A_TIME)
+    if "image" in options.traffic:
+        load("image", lambda: traffic.images(options.small), ONE_AT_A_TIME)
+    if "follow-up" in options.traffic:
+        load("follow-up", lambda: traffic.follow_ups(options.follow_ups, tokens), ONE_AT_A_TIME)
+    for count in options.concurrency if "concurrency" in options.traffic else ():
         videos = max(options.videos, count)
         load("concurrency", lambda n=videos: traffic.videos(n, tokens), Arrivals(concurrency=count), count)
-    capacity = TARGET / target
-    for share in options.rates:
+    for share in options.rates if "poisson" in options.traffic else ():
         arrivals = Arrivals(rate=share * capacity)
         load("poisson", lambda: traffic.videos(options.videos, tokens), arrivals, arrivals.rate)
-    load("mixed", lambda: traffic.mixed(options.mixed, tokens), Arrivals(rate=2 * capacity))
+    if "mixed" in options.traffic:
+        load("mixed", lambda: traffic.mixed(options.mixed, tokens), Arrivals(rate=2 * capacity))
 
 
 def in_turns(servers: dict[str, Server], round_number: int) -> Iterator[tuple[str, Server]]:
@@ -146,14 +158,7 @@ def in_turns(servers: dict[str, Server], round_number: int) -> Iterator[tuple[st
 def report(results: Results) -> str:
     """The tables and what became of the claims."""
     parts = ["Prefill of one video", prefill_table(results)]
-    for traffic, setting, title in (
-        ("text", "", "Text, one at a time"),
-        ("image", "", "Short images, one at a time"),
-        ("follow-up", "", "Follow-up questions on one video, one at a time"),
-        ("concurrency", "concurrency", "Videos, so many at a time"),
-        ("poisson", "arrivals, 1/s", "Videos, Poisson arrivals"),
-        ("mixed", "", "Text, images and videos, Poisson arrivals"),
-    ):
+    for traffic, (setting, title) in TRAFFIC.items():
         if points := results.of(traffic):
             target = f"; first token in time within {points[0].runs[0].target:.2f} s"
             parts += [title + target, load_table(results, traffic, setting)]
@@ -212,6 +217,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tokens", type=parse_count, nargs="+", default=[16384, 32768], help="of the videos whose prefill is timed")
     add("--load-tokens", type=parse_count, default=16384, help="of the videos of all other traffic")
+    add("--traffic", nargs="*", choices=TRAFFIC, default=list(TRAFFIC), help="beside the prefill of single videos")
     add("--rounds", type=int, default=3)
     add("--small", type=int, default=30, help="texts and images a round")
     add("--follow-ups", type=int, default=12, help="a round")

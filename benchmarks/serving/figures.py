@@ -61,12 +61,17 @@ class Results:
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
 
     def point(self, traffic: str, server: str, setting: float | None = None) -> Point:
-        """The one that there is, or a new one."""
-        for point in self.points:
-            if (point.traffic, point.server, point.setting) == (traffic, server, setting):
-                return point
-        self.points.append(Point(traffic, server, setting))
-        return self.points[-1]
+        """What was found, without runs where nothing was."""
+        wanted = Point(traffic, server, setting)
+        return next((p for p in self.points if (p.traffic, p.server, p.setting) == (traffic, server, setting)), wanted)
+
+    def add(self, traffic: str, server: str, setting: float | None, run: Load) -> Point:
+        """One more run."""
+        point = self.point(traffic, server, setting)
+        if not point.runs:
+            self.points.append(point)
+        point.runs.append(run)
+        return point
 
     def of(self, traffic: str) -> list[Point]:
         """Points of a kind of traffic, those of one setting together."""

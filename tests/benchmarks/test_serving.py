@@ -18,7 +18,7 @@ from benchmarks.serving.load import Load, Sample
 from benchmarks.serving.traffic import Traffic
 from mminference_sgl.testing import Server
 
-TRAFFIC = ("text", "image", "follow-up", "poisson", "mixed")
+TRAFFIC = ("follow-up", "poisson")
 
 
 def loads(*ttfts: float, kind: str = "text", duration: float = 1.0, target: float = 1.0) -> Load:
@@ -32,11 +32,11 @@ def results(**sparse: float) -> Results:
         prefill = seconds.get("prefill", 1.0)
         found.prefills[server] = {16384: [Timing(16384, 0.1, 1.0, 2.0, [prefill], 0.1)]}
         for traffic in ("text", "image", "follow-up"):
-            found.point(traffic, server).runs.append(loads(seconds.get(traffic, 1.0), kind=traffic))
+            found.add(traffic, server, None, loads(seconds.get(traffic, 1.0), kind=traffic))
         for rate in (1.0, 2.0):
             late = 3 if rate == 2.0 else 0
             times = [0.5] * int(4 * seconds.get("goodput", 1.0)) + [2.0] * late
-            found.point("poisson", server, rate).runs.append(loads(*times, kind="video"))
+            found.add("poisson", server, rate, loads(*times, kind="video"))
     return found
 
 
@@ -96,9 +96,9 @@ def test_errors_in_a_log_are_found():
 @pytest.mark.server
 def test_load_on_real_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(benchmarks.toy.serving, "Server", functools.partial(Server, warm=True))
-    setups = {"dense": (None, {}), "sparse": ("mminference", {"error": 0.8, "min_tokens": 0})}
+    setups = {"dense": (None, {}), "sparse": ("mminference", {"min_tokens": 0})}
     monkeypatch.setattr(bench, "SETUPS", setups)
-    assert bench.main(["--quick", "--concurrency", "--small", "1", "--output", str(tmp_path)]) == 0
+    assert bench.main(["--quick", "--traffic", *TRAFFIC, "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["prefills"]["dense"]["2048"][0]["density"] == 1
     assert record["prefills"]["sparse"]["2048"][0]["density"] < 1
