@@ -7,9 +7,11 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-real bench-summaries bench-method pictures \
+.PHONY: help venv demo demo-search test test-python test-rust lint format docs wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-real bench-summaries bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving gpu-report fuzz miri clean
 
+# Without an advertisement of its makers.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 FUZZ_SECONDS ?= 600
 MINUTES ?= 30
 # The interpreter of gpu-report, which needs no .venv.
@@ -40,6 +42,7 @@ lint: venv ## check style, types and warnings; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_layers.py
+	$(MKDOCS) --quiet
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
@@ -47,6 +50,9 @@ format: venv ## format Python and Rust, apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	cargo fmt --all
+
+docs: venv ## the documentation as a site in out/site
+	$(MKDOCS)
 
 wheel: venv ## build a wheel into dist/
 	$(BIN)/maturin build --release --out dist

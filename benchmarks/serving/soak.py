@@ -49,6 +49,8 @@ T_99 = 3.143
 TOLERANCE = 0.01
 CONFIG = {"error": FAST, "min_tokens": 0}
 """So that short videos run sparse, too."""
+POOL = 16384
+"""Slots of the KV pool. Memory that was never written is not there: a large pool looks like growth until it is full."""
 ABORTED = 0.2
 KINDS = ("text", "image", "video", "follow-up")
 _ERROR = re.compile(r"Traceback \(most recent call last\)|\b(?:ERROR|CRITICAL)\b|\b\w*(?:Error|Exception): ")
@@ -256,7 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "video": [traffic.videos(1, tokens)[0] for tokens in (1024, 1024, options.tokens, options.tokens)],
                 "follow-up": traffic.follow_ups(12, options.tokens),
             }
-            with toy_server("mminference", CONFIG, 1024, MMINFERENCE_LOG="info") as server:
+            with toy_server(
+                "mminference", CONFIG, 1024, ["--max-total-tokens", str(POOL)], MMINFERENCE_LOG="info"
+            ) as server:
                 say(f"ready after {server.start_seconds:.0f} s")
                 found = soak(server, requests, options)
     except ServerError as error:
