@@ -5,10 +5,10 @@ given up, before its answer or within it. Meanwhile memory (PSS), threads and op
 are noted every few seconds. At the end caches are emptied, and what is left in them is told, with all gauges that the
 backend has in ``/metrics``.
 
-Memory, threads or files *grow* where, after the warm-up, the slope through the medians of equal pieces of time is above
-zero with 99 % confidence and adds up to more than `TOLERANCE` of what was there. The warm-up is five minutes, or half
-of a shorter run, which says little. The exit code is 1 where something grows, tokens stay in a cache, a request fails
-or the log has errors.
+Memory, threads or files *grow* where, after the warm-up, the slope through the least values of equal pieces of time is
+above zero with 99 % confidence and adds up to more than `TOLERANCE` of what was there. The warm-up is five minutes, or
+half of a shorter run, which says little. The exit code is 1 where something grows, tokens stay in a cache, a request
+fails or the log has errors.
 """
 
 from __future__ import annotations
@@ -69,14 +69,17 @@ class Series:
     values: list[float] = field(default_factory=list)
 
     def slope(self, since: float) -> tuple[float, float]:
-        """A second's growth after `since`, and what it is known to within, from medians of pieces of equal time."""
+        """A second's growth after `since`, and what it is known to within, by the least values of equal pieces.
+
+        What requests hold while they run comes and goes; what stays is in the least values.
+        """
         kept = [(t, v) for t, v in zip(self.times, self.values, strict=True) if t >= since]
         if len(kept) < 2 * PIECES:
             raise ValueError(f"{len(kept)} samples are too few for {PIECES} pieces")
         size = len(kept) / PIECES
         pieces = [kept[round(i * size) : round((i + 1) * size)] for i in range(PIECES)]
         x = [statistics.mean(t for t, _ in piece) for piece in pieces]
-        y = [statistics.median(v for _, v in piece) for piece in pieces]
+        y = [min(v for _, v in piece) for piece in pieces]
         slope, start = statistics.linear_regression(x, y)
         spread = sum((b - start - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / (PIECES - 2)
         return slope, T_99 * (spread / (statistics.pvariance(x) * PIECES)) ** 0.5
