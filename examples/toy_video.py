@@ -9,7 +9,7 @@ from benchmarks.toy.serving import CHANGE, COLUMNS, FPS, ROWS
 from mminference_sgl.testing import write_mp4
 
 rng = np.random.default_rng(0)
-scene = make_scene(rng, int((sys.argv[2:] or ["64"])[0]), ROWS, COLUMNS, change=CHANGE)
-write_mp4(sys.argv[1], scene.frames(rng), FPS)
+scene = make_scene(rng, int((sys.argv[2:] or ["128"])[0]), ROWS, COLUMNS, change=CHANGE)
+write_mp4(sys.argv[1], scene.frames(rng, noise=0), FPS)
 for question in scene.questions():
     print(f"{question.text}: {question.answer}")

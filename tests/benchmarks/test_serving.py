@@ -112,3 +112,16 @@ def test_load_on_real_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert (tmp_path / "results.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "sparse: highest goodput over the rates" in out
+
+
+@pytest.mark.server
+def test_soak_on_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmarks.toy.serving, "Server", functools.partial(Server, warm=True))
+    soak.main(["--minutes", "0.2", "--every", "0.3", "--tokens", "1K", "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "soak.json").read_text())
+    # So soon after the start memory still grows; all else has to be as in a long run.
+    assert [line for line in record["wrong"] if " grow by " not in line] == []
+    assert record["emptied"]["sglang:num_used_tokens"] == 0
+    assert {kind.partition(",")[0] for kind in record["counts"]} == set(soak.KINDS)
+    assert any(kind.endswith("aborted") for kind in record["counts"])
+    assert len({series["process"] for series in record["series"]}) >= 3

@@ -17,6 +17,7 @@ RUN_BY = {
     "make test": ".ci/run",
     "make demo": "tests/benchmarks/test_demo.py",
     "make bench-serving": "tests/benchmarks/test_serving.py",
+    "make soak": "tests/benchmarks/test_serving.py",
     "make docs": "tests/package/test_documentation.py",
     "mminference doctor": "tests/package/test_cli.py",
     "mminference bench": "tests/package/test_bench.py",
