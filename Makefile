@@ -7,11 +7,15 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo demo-search test test-python test-rust lint format wheel doctor bench-planner bench-long bench-toy bench-accuracy bench-million bench-real bench-summaries bench-method pictures \
+.PHONY: help venv demo demo-search test test-python test-rust lint format docs wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-accuracy bench-million bench-real bench-summaries \
+	bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving gpu-report fuzz miri clean
 
+# Without an advertisement of its makers.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 FUZZ_SECONDS ?= 600
 TOKENS ?= 256K
+MINUTES ?= 30
 # The interpreter of gpu-report, which needs no .venv.
 PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 
@@ -40,6 +44,7 @@ lint: venv ## check style, types and warnings; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_layers.py
+	$(MKDOCS) --quiet
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
@@ -47,6 +52,9 @@ format: venv ## format Python and Rust, apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	cargo fmt --all
+
+docs: venv ## the documentation as a site in out/site
+	$(MKDOCS)
 
 wheel: venv ## build a wheel into dist/
 	$(BIN)/maturin build --release --out dist
@@ -72,8 +80,14 @@ bench-accuracy: venv ## answers about clips, pictures and texts, dense, sparse a
 bench-million: venv ## one video of TOKENS tokens (256K unless told) through a server: time, density and memory by chunk
 	$(BIN)/python -m benchmarks.million --tokens $(TOKENS) $(BENCH_ARGS)
 
+bench-serving: venv ## load on servers of the toy model, dense and sparse in turns, by SGLang's load generator
+	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
+
+soak: venv ## mixed traffic with aborts on one server for MINUTES; fails where memory grows or the log has errors
+	$(BIN)/python -m benchmarks.serving.soak --minutes $(MINUTES) $(BENCH_ARGS)
+
 bench-real: venv ## likelihood of real documents under a real language model, dense and sparse, on this CPU
-	$(BIN)/python -m benchmarks.real $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.real$(if $(WORDS),.words) $(BENCH_ARGS)
 
 pictures: venv ## draw the pictures of docs/patterns-in-pictures.md
 	$(BIN)/python -m benchmarks.pictures $(BENCH_ARGS)

@@ -218,6 +218,17 @@ class Server:
                 self._last_log = self.log()
                 self._log_path.unlink(missing_ok=True)
 
+    @property
+    def group(self) -> int:
+        """Process group of all its processes.
+
+        Raises:
+            ServerError: it is not running.
+        """
+        if self._process is None:
+            raise ServerError("the server is not running")
+        return self._process.pid
+
     def log(self, since: int = 0) -> str:
         """The server's log from character `since` on; ``len(server.log())`` marks the present."""
         try:
