@@ -11,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mminference_sgl.method import schema
+from mminference_sgl.method import files, schema
 from mminference_sgl.method.config import ConfigError, from_sources
 
 PATTERNS = ("dense", "a_shape", "vertical_slash", "grid", "auto")
@@ -189,8 +189,7 @@ def read(path: Path) -> PatternFile:
         ConfigError: it cannot be read or does not follow the schema.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
+        content = json.loads(files.read_text(path), parse_constant=_no_constant, object_pairs_hook=_no_twins)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:

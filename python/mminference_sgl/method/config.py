@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mminference_sgl.method import files
+
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "fa4")
 ENV_CONFIG = "MMINFERENCE_CONFIG"
 ENV_DISABLE = "MMINFERENCE_DISABLE"
@@ -220,12 +222,12 @@ def environment_sources(environ: Mapping[str, str] | None = None) -> list[tuple[
 def _json_or_path(text: str) -> Mapping[str, Any]:
     if not text.startswith("{"):
         try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = files.read_text(Path(text))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{ENV_CONFIG}: neither a JSON object nor a readable file: {error}") from None
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{ENV_CONFIG}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{ENV_CONFIG}: must be a JSON object, got {settings!r}")

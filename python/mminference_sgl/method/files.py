@@ -1,0 +1,25 @@
+"""Files that users name: read within bounds, whatever is behind the name."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+LARGEST = 16 << 20
+"""Bytes of a pattern or configuration file; the largest models' take a few hundred KiB."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no file; FileNotFoundError: it does not exist.
+        ValueError: it is no UTF-8 text, or too large.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("is no file")
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"is larger than {LARGEST >> 20} MiB, the most that is read of such a file")
+    return data.decode("utf-8")
