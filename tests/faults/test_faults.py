@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -185,19 +186,21 @@ def test_longest_prompt(pair: Pair, video: Message):
     short = pair[1].generate(prompt.format(""), video_data=clip, max_tokens=1).prompt_tokens
     for server in pair:
         server.flush_cache()
-    # Room for one token of an answer.
-    filler = CONTEXT - 1 - short
+    with pytest.raises(ServerError, match=r">= \d+") as refused:
+        pair[1].generate(prompt.format(" a" * CONTEXT), video_data=clip, max_tokens=1)
+    (limit,) = re.findall(r">= (\d+)", str(refused.value).partition("\n")[0])
+    longest = int(limit) - 1
+    filler = longest - short
     mark = len(pair[0].log())
     said = [server.generate(prompt.format(" a" * filler), video_data=clip, max_tokens=1) for server in pair]
-    assert said[0].prompt_tokens == said[1].prompt_tokens
-    assert said[0].prompt_tokens >= CONTEXT - 2
+    assert said[0].prompt_tokens == said[1].prompt_tokens == longest > CONTEXT - CHUNK
     assert said[0].token_ids == said[1].token_ids
     lines = prefills(pair[0].log(mark))
-    assert max(line.prefix + line.chunk for line in lines) > CONTEXT - CHUNK
+    assert max(line.prefix + line.chunk for line in lines) > longest - CHUNK
     assert fallbacks(pair[0].log(mark)) == []
     for server in pair:
         with pytest.raises(ServerError, match=r" answered 400"):
-            server.generate(prompt.format(" a" * (filler + 20)), video_data=clip, max_tokens=1)
+            server.generate(prompt.format(" a" * (filler + 1)), video_data=clip, max_tokens=1)
 
 
 @pytest.mark.fault("kill -9 of the scheduler", "SGLang's own behaviour: the server ends, with the same exit code")

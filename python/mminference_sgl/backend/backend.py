@@ -220,6 +220,7 @@ class MMInferenceAttnBackend(AttentionBackend):
                 raise
             self._fall_back(_OUT_OF_MEMORY, error, *(request.chunk for request in forward.plan.requests))
             forward.plan, forward.reports, forward.over = None, [], _OUT_OF_MEMORY
+            self._tell()
             return None
         if forward.dense_rows is not None:
             self._prepare_dense(forward, forward.dense_batch)

@@ -177,7 +177,7 @@ def load(name: str, folder: str | None = None, served: Model | None = None) -> P
     else:
         found = {pattern.id: pattern for pattern in available(folder)}
     if name not in found:
-        raise ConfigError(f"no pattern {name!r}: neither a file nor one of {', '.join(ids(folder))}")
+        raise ConfigError(f"no pattern {files.shown(name)}: neither a file nor one of {', '.join(ids(folder))}")
     return found[name]
 
 
@@ -205,7 +205,9 @@ def available(folder: str | None = None) -> list[PatternFile]:
     """
     folders = [*_FOLDERS] if folder is None else [*_FOLDERS, Path(folder)]
     if folder is not None and not folders[-1].is_dir():
-        raise ConfigError(f"pattern_folder {folder!r} is no folder: name one with pattern files, or leave it out")
+        raise ConfigError(
+            f"pattern_folder {files.shown(folder)} is no folder: name one with pattern files, or leave it out"
+        )
     found: dict[str, PatternFile] = {}
     for path in dict.fromkeys(file.resolve() for place in folders for file in sorted(place.glob("*.json"))):
         if path.name == schema.FILE.name:
@@ -314,7 +316,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key!r} is there twice in one object")
+            raise ValueError(f"key {files.shown(key)} is there twice in one object")
         found[key] = value
     return found
 

@@ -1,4 +1,4 @@
-"""Files that users name: read within bounds, whatever is behind the name."""
+"""What users give: files are read, and values shown, within bounds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 LARGEST = 16 << 20
 """Bytes of a pattern or configuration file; the largest models' take a few hundred KiB."""
+_LONGEST = 80
+"""Characters of a value that a message shows."""
 
 
 def read_text(path: Path) -> str:
@@ -23,3 +25,9 @@ def read_text(path: Path) -> str:
     if len(data) > LARGEST:
         raise ValueError(f"is larger than {LARGEST >> 20} MiB, the most that is read of such a file")
     return data.decode("utf-8")
+
+
+def shown(value: object) -> str:
+    """A value in a message."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
