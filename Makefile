@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo demo-search test test-python test-rust lint format docs wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-accuracy bench-million bench-real bench-summaries \
+.PHONY: help venv demo demo-search test test-python test-rust test-faults lint format docs wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-accuracy bench-million bench-real bench-summaries \
 	bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving gpu-report fuzz miri clean
 
@@ -32,6 +32,9 @@ demo-search: venv ## search a pattern file for the toy, and compare it with sing
 	$(BIN)/python -m benchmarks.search $(DEMO_ARGS)
 
 test: test-rust test-python ## all tests
+
+test-faults: venv ## what goes wrong around a server, and what happens then, as a table
+	$(BIN)/python -m pytest -m fault tests $(PYTEST_ARGS)
 
 test-rust: venv ## tests of the Rust crates
 	cargo test --release --workspace $(CARGO_ARGS)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from mminference_sgl.method import catalog
+from mminference_sgl.method import catalog, files
 from mminference_sgl.method.catalog import MODALITIES, PATTERNS, HeadSpec, Ids, Model, PatternFile, load, parse
 from mminference_sgl.method.config import Config, ConfigError, from_sources
 
@@ -84,7 +84,7 @@ def test_load_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "name", ["gird", "Grid", "schema", "x" * 300, "./missing.json", "missing.json", "no/such/file"]
 )
 def test_an_unknown_pattern_lists_the_known_ones(name: str) -> None:
-    expected = f"no pattern {name!r}: neither a file nor one of {', '.join(catalog.ids())}"
+    expected = f"no pattern {files.shown(name)}: neither a file nor one of {', '.join(catalog.ids())}"
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         load(name)
 

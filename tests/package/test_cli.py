@@ -57,6 +57,7 @@ def test_doctor_names_a_failing_register(doctor, monkeypatch):
     assert "Traceback" in report
 
 
+@pytest.mark.fault("import error of the plugin", "doctor names it")
 def test_doctor_names_a_backend_that_does_not_import(doctor, monkeypatch):
     monkeypatch.delattr(mminference_sgl.backend, "factory", raising=False)
     monkeypatch.setitem(sys.modules, "mminference_sgl.backend.factory", None)

@@ -179,6 +179,7 @@ def test_sessions_that_append_media(pair: Pair, files: Files):
     assert lengths == sorted(set(lengths))
 
 
+@pytest.mark.fault("client gone or all aborted mid-prefill", "slots come back, the next answers are right")
 def test_aborts_inside_a_video(pair: Pair, long_video: Message):
     """By word after the first chunk, and by a client that goes; slots come back, and answers stay right."""
     ours, dense = pair
@@ -227,6 +228,7 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.fault("retraction under memory pressure", "prefilled again, answers as the dense server")
 def test_requests_that_had_to_give_way(pair: Pair, files: Files):
     """Together they do not fit: the scheduler takes slots from some, which are prefilled again with what they said."""
     clip = str(files["h264"][1])

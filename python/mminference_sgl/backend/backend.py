@@ -5,30 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from mminference_sgl import _core
+from mminference_sgl import __version__, _core
 from mminference_sgl.backend import capture
+from mminference_sgl.backend.figures import ChunkFigures, Figures
 from mminference_sgl.backend.geometry import GeometryError, ModelGeometry
 from mminference_sgl.backend.interface import delegate
 from mminference_sgl.backend.layers import Survey, layer_reason
 from mminference_sgl.backend.layout import LayoutCache
+from mminference_sgl.backend.metrics import Metrics
 from mminference_sgl.backend.recording import Recorder
 from mminference_sgl.backend.samples import Samples
-from mminference_sgl.backend.sglang_compat import head_offset, set_kv_buffer
+from mminference_sgl.backend.sglang_compat import head_offset, metric_labels, set_kv_buffer
 from mminference_sgl.backend.start import Start
 from mminference_sgl.backend.sub_batch import sub_batch, without_media
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.plan import ForwardPlan, SparseRequest, build, smallest_tile
+from mminference_sgl.method.stage_clock import StageClock
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -38,14 +40,18 @@ logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 32
 """Chunks of fewer rows run dense."""
+_OUT_OF_MEMORY = "out of memory"
+_NO_MEMORY_ON_HOST = "can't allocate memory"
+"""What PyTorch says of a CPU, where it raises no error of its own."""
 
 
 @dataclass
 class _Forward:
     """One forward that has sparse rows: the plan, and what the dense backend computes of the batch.
 
-    ``plan`` None once the last layer is done, so that nothing of a request outlives its forward. ``rows``: of all
-    requests; those behind are padding. ``dense_is_for``: the batch whose metadata the dense backend holds.
+    ``plan`` None once the last layer is done, so that nothing of a request outlives its forward; ``over`` says why.
+    ``rows``: of all requests; those behind are padding. ``dense_is_for``: the batch whose metadata the dense backend
+    holds. ``reports``: of each layer so far, with its id.
     """
 
     plan: ForwardPlan | None
@@ -54,16 +60,20 @@ class _Forward:
     dense_batch: ForwardBatch | None
     full_batch: ForwardBatch
     started: float
-    reports: list[prefill.LayerReport]
+    clock: StageClock | None
     dense_is_for: ForwardBatch | None
+    reports: list[tuple[int, list[prefill.LayerReport]]] = field(default_factory=list)
+    over: str = "behind the last one"
 
 
 @delegate
 class MMInferenceAttnBackend(AttentionBackend):
     """Sparse prefill for requests with media, dense for everything else.
 
-    ``counters`` counts requests and layers by what became of them: ``sparse``, ``sparse_layers``, ``guarded_heads``,
-    ``dense:<reason>``, and runs by whether a ``stride:`` was ``found`` in them or ``none``.
+    ``counters`` counts chunks of requests by what became of them: ``sparse`` or ``dense:<reason>``; layers as
+    ``sparse_layers`` or ``dense_layers:<reason>``; heads that the guard sent to dense as ``guarded_heads:<layer>``; and
+    runs by whether a ``stride:`` was ``found`` in them or ``none``. ``tokens`` counts the chunks' tokens under the
+    chunks' names, ``seconds`` what a stage has taken, if anybody wants to know.
     """
 
     def __init__(self, runner: ModelRunner, dense: AttentionBackend, layers: Survey) -> None:
@@ -79,6 +89,9 @@ class MMInferenceAttnBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.data_type = runner.kv_cache_dtype
         self.counters: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._in_flight: deque[tuple[Figures, StageClock | None]] = deque()
         self._logged: set[str] = set()
         self._forward: _Forward | None = None
         self._specs: dict[tuple[int, int], list[HeadSpec]] = {}
@@ -98,6 +111,8 @@ class MMInferenceAttnBackend(AttentionBackend):
             counters=self.counters,
         )
         self._recorder = Recorder.of_environment(start, runner, layers)
+        labels = metric_labels(runner)
+        self._metrics = Metrics(labels, self._info()) if labels is not None else None
         self._announce(runner)
 
     # -- what SGLang calls ---------------------------------------------------------------------------------------------
@@ -105,32 +120,24 @@ class MMInferenceAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plans the forward: which requests run sparse, and the dense backend's metadata for the others."""
         self._forward = None
-        self._samples.tell()
         sparse = self._sparse_requests(forward_batch)
         if self._recorder is not None:
             self._recorder.begin(sparse, forward_batch.batch_size, self.req_to_token_pool.req_to_token)
             sparse = {}
-        if not sparse:
+        started = time.perf_counter()
+        plan = self._plan(list(sparse.values())) if sparse else None
+        self._tell()
+        if plan is None:
             self.dense.init_forward_metadata(forward_batch)
             return
-        started = time.perf_counter()
-        config = self._start.config
-        plan = build(
-            list(sparse.values()),
-            self.req_to_token_pool.req_to_token,
-            tile_queries=config.tile_queries,
-            tile_keys=config.tile_keys,
-            probe_rows=config.probe_rows,
-            sharing=self._start.sharing,
-        )
         rest = [i for i in range(forward_batch.batch_size) if i not in sparse]
         rows, batch = sub_batch(forward_batch, rest, self.kv_index_translator) if rest else (None, None)
         if batch is not None:
             self.dense.init_forward_metadata(batch)
         whole = without_media(forward_batch)
         all_rows = sum(forward_batch.extend_seq_lens_cpu)
-        self._forward = _Forward(plan, all_rows, rows, batch, whole, started, [], dense_is_for=batch)
-        self.counters["sparse"] += len(sparse)
+        clock = StageClock(self._device) if self._metrics is not None else None
+        self._forward = _Forward(plan, all_rows, rows, batch, whole, started, clock, dense_is_for=batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Graph capture and replay are the dense backend's."""
@@ -170,7 +177,7 @@ class MMInferenceAttnBackend(AttentionBackend):
                 self._recorder.layer(layer.layer_id, operands, out.view_as(operands.query))
             return out
         if forward.plan is None or k is None or v is None:
-            reason = "no keys of its own" if forward.plan is not None else "behind the last one"
+            reason = "no keys of its own" if forward.plan is not None else forward.over
         else:
             reason = layer_reason(layer, self.token_to_kv_pool, kwargs)
         if reason:
@@ -182,10 +189,13 @@ class MMInferenceAttnBackend(AttentionBackend):
             assert v is not None
             if save_kv_cache:
                 set_kv_buffer(self.token_to_kv_pool, layer, forward_batch, k, v)
-            out = self._sparse_extend(forward, q, k, v, layer, kwargs)
+            sparse = self._sparse_extend(forward, q, k, v, layer, kwargs)
+            if sparse is None:
+                self._prepare_dense(forward, forward.full_batch)
+                sparse = self._dense_extend(q, k, v, layer, forward_batch, False, **kwargs)
+            out = sparse
         if layer.layer_id == self._layers.last and forward.plan is not None:
-            self._report(forward)
-            forward.plan, forward.reports = None, []
+            self._finish(forward)
         return out
 
     def _sparse_extend(
@@ -196,22 +206,29 @@ class MMInferenceAttnBackend(AttentionBackend):
         v: torch.Tensor,
         layer: RadixAttention,
         kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
+        """None if memory ran out: then this layer and the ones behind it are dense, for all requests of the batch."""
         assert forward.plan is not None
         operands = self._operands(q, layer)
-        out = torch.empty_like(operands.query)
-        out[forward.rows :] = 0
-        specs = self._layer_specs(layer)
-        reports = self._run_layer(
-            operands, forward.plan, specs, self._start.config, out, self._start.implementation, layer.layer_id
-        )
+        given = operands, forward.plan, self._layer_specs(layer), self._start.config
+        try:
+            out = torch.empty_like(operands.query)
+            out[forward.rows :] = 0
+            reports = self._run_layer(*given, out, self._start.implementation, layer.layer_id, clock=forward.clock)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._fall_back(_OUT_OF_MEMORY, error, *(request.chunk for request in forward.plan.requests))
+            forward.plan, forward.reports, forward.over = None, [], _OUT_OF_MEMORY
+            self._tell()
+            return None
         if forward.dense_rows is not None:
             self._prepare_dense(forward, forward.dense_batch)
             rows = forward.dense_rows
             part = self._dense_extend(q[rows], k[rows], v[rows], layer, forward.dense_batch, False, **kwargs)
             out[rows] = part.view(-1, *out.shape[1:])
         self.counters["sparse_layers"] += 1
-        forward.reports.extend(reports)
+        forward.reports.append((layer.layer_id, reports))
         return out.view(q.shape)
 
     def _operands(self, q: torch.Tensor, layer: RadixAttention) -> Operands:
@@ -232,7 +249,7 @@ class MMInferenceAttnBackend(AttentionBackend):
 
     def _sparse_requests(self, batch: ForwardBatch) -> dict[int, SparseRequest]:
         """Batch index -> what the plan needs, for the requests that run sparse in this forward."""
-        if not self._start.config.active or not batch.forward_mode.is_extend_without_speculative():
+        if not batch.forward_mode.is_extend_without_speculative():
             return {}
         prefixes, chunks = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
         if prefixes is None or chunks is None:
@@ -243,19 +260,46 @@ class MMInferenceAttnBackend(AttentionBackend):
             mm_inputs = batch.mm_inputs[index] if batch.mm_inputs else None
             reason = self._request_reason(prefix, chunk, mm_inputs)
             if reason:
-                self.counters[f"dense:{reason}"] += 1
+                self._count(f"dense:{reason}", chunk)
             else:
                 try:
                     layout = self._layouts.get(mm_inputs, prefix + chunk, self._device)
                     pool_row = batch.req_pool_indices[index : index + 1]
                     found[index] = SparseRequest(layout, prefix, chunk, pool_row, row_start)
                 except (GeometryError, _core.LayoutError) as error:
-                    self._fall_back("geometry", error)
+                    self._fall_back("geometry", error, chunk)
             row_start += chunk
         return found
 
+    def _plan(self, requests: list[SparseRequest]) -> ForwardPlan | None:
+        """The plan of a forward, None if memory ran out."""
+        config, started = self._start.config, time.perf_counter()
+        try:
+            return build(
+                requests,
+                self.req_to_token_pool.req_to_token,
+                tile_queries=config.tile_queries,
+                tile_keys=config.tile_keys,
+                probe_rows=config.probe_rows,
+                sharing=self._start.sharing,
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._fall_back(_OUT_OF_MEMORY, error, *(request.chunk for request in requests))
+            return None
+        finally:
+            self.seconds["plan"] += time.perf_counter() - started
+
+    def _count(self, became: str, *chunks: int) -> None:
+        """Counts chunks of so many tokens by what became of them."""
+        self.counters[became] += len(chunks)
+        self.tokens[became] += sum(chunks)
+
     def _request_reason(self, prefix: int, chunk: int, mm_inputs: Any) -> str:
         """Why a request runs dense by rule, empty if it may run sparse."""
+        if not self._start.config.active:
+            return "off"
         if prefix + chunk < self._start.min_tokens:
             return "short"
         if chunk < _FEW_ROWS:
@@ -265,9 +309,9 @@ class MMInferenceAttnBackend(AttentionBackend):
             return "text only"
         return "" if self._start.modalities else "pattern"
 
-    def _fall_back(self, reason: str, error: Exception) -> None:
-        """A request that cannot be planned runs dense: counted always, logged once per reason."""
-        self.counters[f"dense:{reason}"] += 1
+    def _fall_back(self, reason: str, error: Exception, *chunks: int) -> None:
+        """Chunks that cannot be planned run dense: counted always, logged once per reason."""
+        self._count(f"dense:{reason}", *chunks)
         if reason not in self._logged:
             self._logged.add(reason)
             logger.warning("mminference: request runs dense: %s: %s", reason, error)
@@ -313,36 +357,75 @@ class MMInferenceAttnBackend(AttentionBackend):
             dict(self._layers.dense) or "none",
         )
 
-    def _report(self, forward: _Forward) -> None:
-        """One debug line per sparse request; the only place that waits for the device, and only when asked to log."""
+    def _info(self) -> dict[str, Any]:
+        """Settings that a dashboard shows."""
+        start, config = self._start, self._start.config
+        return {
+            "version": __version__,
+            "pattern": start.pattern.id,
+            "implementation": start.implementation,
+            "dense_backend": type(self.dense).__name__,
+            "active": config.active,
+            "min_tokens": start.min_tokens,
+            "error": config.bound("media"),
+            "text_error": config.bound("text"),
+        }
+
+    def _finish(self, forward: _Forward) -> None:
+        """The last layer is done: its figures are under way; only a log at level debug waits for them."""
         assert forward.plan is not None
-        self._samples.take(forward.plan.requests, forward.reports)
-        if not logger.isEnabledFor(logging.DEBUG):
-            return
-        for index, request in enumerate(forward.plan.requests):
-            reports = [report for report in forward.reports if report.request == index]
-            tiles, causal = (sum(float(getattr(r, name)) for r in reports) for name in ("tiles", "causal"))
-            guarded = int(sum(int(r.guarded) for r in reports))
-            self.counters["guarded_heads"] += guarded
-            logger.debug(
-                "mminference prefill request=%d prefix=%d chunk=%d layers=%d density=%.4f coverage=%.4f error=%.4f "
-                "guarded_heads=%d milliseconds=%.1f",
-                index,
-                request.prefix,
-                request.chunk,
-                len(reports),
-                tiles / causal,
-                _mean(reports, "coverage"),
-                max(float(r.error) for r in reports),
-                guarded,
-                (time.perf_counter() - forward.started) * 1e3,
-            )
+        requests = forward.plan.requests
+        chunks = [request.chunk for request in requests]
+        if forward.reports:
+            self._count("sparse", *chunks)
+            figures = Figures(requests, forward.reports)
+            if logger.isEnabledFor(logging.DEBUG):
+                _log(figures.read(), time.perf_counter() - forward.started)
+            self._in_flight.append((figures, forward.clock))
+        else:
+            self._count("dense:layers", *chunks)
+        forward.plan, forward.reports = None, []
+        self._tell()
+
+    def _tell(self) -> None:
+        """Counts, samples and exports what has arrived; waits for nothing."""
+        while self._in_flight and self._in_flight[0][0].arrived:
+            figures, clock = self._in_flight.popleft()
+            chunks = figures.read()
+            for chunk in chunks:
+                self.counters.update({f"guarded_heads:{layer}": heads for layer, heads in chunk.guarded.items()})
+            self._samples.tell(chunks)
+            if self._metrics is not None:
+                self._metrics.observe(chunks)
+            if clock is not None:
+                for stage, seconds in clock.seconds().items():
+                    self.seconds[stage] += seconds
+        if self._metrics is not None:
+            self._metrics.publish(self.counters, self.tokens, self.seconds, len(self._layouts))
+
+
+def _log(chunks: list[ChunkFigures], seconds: float) -> None:
+    """One line per sparse request of a forward."""
+    for index, chunk in enumerate(chunks):
+        logger.debug(
+            "mminference prefill request=%d prefix=%d chunk=%d layers=%d density=%.4f coverage=%.4f error=%.4f "
+            "guarded_heads=%d milliseconds=%.1f",
+            index,
+            chunk.prefix,
+            chunk.chunk,
+            chunk.layers,
+            chunk.density,
+            chunk.coverage,
+            chunk.error,
+            sum(chunk.guarded.values()),
+            seconds * 1e3,
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY_ON_HOST in str(error)
 
 
 def _scale(of_layer: float | None) -> float:
     """What the elements of an fp8 pool are multiplied by; checkpoints without scales have none."""
     return 1.0 if of_layer is None else of_layer
-
-
-def _mean(reports: Sequence[prefill.LayerReport], name: str) -> float:
-    return sum(float(getattr(report, name)) for report in reports) / len(reports)

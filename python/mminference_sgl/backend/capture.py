@@ -29,6 +29,7 @@ from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config, ConfigError
 from mminference_sgl.method.plan import ForwardPlan, RowGroup
 from mminference_sgl.method.prefill import DenseRows, LayerReport, Selected, Trace
+from mminference_sgl.method.stage_clock import StageClock
 
 ENV_FOLDER = "MMINFERENCE_CAPTURE"
 ENV_LAYERS = "MMINFERENCE_CAPTURE_LAYERS"
@@ -222,9 +223,10 @@ def recording(run_layer: RunLayer, environ: Mapping[str, str], rank: int = 0) ->
         out: torch.Tensor,
         implementation: str,
         layer: int,
+        clock: StageClock | None = None,
     ) -> list[LayerReport]:
         trace = Trace() if recorder.wants(layer) else None
-        reports = run_layer(operands, plan, specs, config, out, implementation, layer, trace)
+        reports = run_layer(operands, plan, specs, config, out, implementation, layer, trace, clock)
         if trace is not None:
             recorder.write(operands, plan, out, layer, trace)
         return reports

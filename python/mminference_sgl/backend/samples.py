@@ -1,17 +1,12 @@
-"""What sparse prefill did for a long request, now and then, told without a wait: figures travel while devices work."""
+"""What sparse prefill did for a long request, now and then, for those who read the log."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from mminference_sgl.method.plan import SparseRequest
-from mminference_sgl.method.prefill import LayerReport
+from mminference_sgl.backend.figures import ChunkFigures
 
 SECONDS = 10.0
 """Between two samples."""
@@ -21,20 +16,8 @@ LONG = 16384
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """A request's figures on their way: density, coverage, largest error of a layer, heads guarded, heads dense."""
-
-    prefix: int
-    chunk: int
-    layers: int
-    values: torch.Tensor
-    ready: Any
-    """A CUDA event, None where the figures are there at once."""
-
-
 class Samples:
-    """At most one long request per :data:`SECONDS`, logged at level info once its figures have arrived.
+    """At most one long request per :data:`SECONDS`, logged at level info.
 
     ``bound``: error that is promised; a request beyond it is logged at level warning.
     """
@@ -42,47 +25,27 @@ class Samples:
     def __init__(self, bound: float) -> None:
         self._bound = bound
         self._last = -SECONDS
-        self._pending: _Sample | None = None
 
-    def take(self, requests: Sequence[SparseRequest], reports: Sequence[LayerReport]) -> None:
-        """Looks at the longest request of a forward that has just been issued."""
-        index = max(range(len(requests)), key=lambda i: requests[i].num_keys)
-        request, own = requests[index], [report for report in reports if report.request == index]
-        due = time.monotonic() - self._last >= SECONDS and logger.isEnabledFor(logging.INFO)
-        if self._pending is not None or not due or not own or request.num_keys < LONG:
+    def tell(self, chunks: Sequence[ChunkFigures]) -> None:
+        """Logs the longest request of a forward whose figures have arrived, if it is time."""
+        if not chunks or time.monotonic() - self._last < SECONDS or not logger.isEnabledFor(logging.INFO):
+            return
+        chunk = max(chunks, key=lambda one: one.num_keys)
+        if chunk.num_keys < LONG:
             return
         self._last = time.monotonic()
-        tiles, causal, coverage, error, guarded, dense = (
-            torch.stack([getattr(report, name).float() for report in own])
-            for name in ("tiles", "causal", "coverage", "error", "guarded", "dense")
-        )
-        values = torch.stack([tiles.sum() / causal.sum(), coverage.mean(), error.max(), guarded.sum(), dense.sum()])
-        ready = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            ready = torch.cuda.current_stream().record_event()
-        self._pending = _Sample(request.prefix, request.chunk, len(own), values, ready)
-
-    def tell(self) -> None:
-        """Logs what has arrived by now."""
-        sample = self._pending
-        if sample is None or (sample.ready is not None and not sample.ready.query()):
-            return
-        self._pending = None
-        density, coverage, error, guarded, dense = sample.values.tolist()
-        missed = self._bound > 0 and error > self._bound
+        missed = self._bound > 0 and chunk.error > self._bound
         logger.log(
             logging.WARNING if missed else logging.INFO,
             "mminference sample prefix=%d chunk=%d layers=%d density=%.4f coverage=%.4f error=%.4f"
             " guarded_heads=%d dense_heads=%d%s",
-            sample.prefix,
-            sample.chunk,
-            sample.layers,
-            density,
-            coverage,
-            error,
-            guarded,
-            dense,
+            chunk.prefix,
+            chunk.chunk,
+            chunk.layers,
+            chunk.density,
+            chunk.coverage,
+            chunk.error,
+            sum(chunk.guarded.values()),
+            chunk.dense,
             f": more than the error of {self._bound:g} that was asked for" if missed else "",
         )

@@ -62,6 +62,26 @@ def head_ranks(runner: ModelRunner) -> int:
     return int(get_parallel().attn_tp_size)
 
 
+def metric_labels(runner: ModelRunner) -> dict[str, str] | None:
+    """Labels of this process's metrics, SGLang's own names; None where it exports none."""
+    options = resolved_options(runner)
+    if not options.enable_metrics or (head_offset(runner) > 0 and not options.enable_metrics_for_all_schedulers):
+        return None
+    parallel = get_parallel()
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    labels = {
+        "model_name": options.served_model_name,
+        "engine_type": DisaggregationMode.to_engine_type(options.disaggregation_mode),
+        "tp_rank": parallel.tp_rank,
+        "pp_rank": parallel.pp_rank,
+    }
+    dp_rank = getattr(parallel, "dp_rank", None)
+    if dp_rank is not None:
+        labels["dp_rank"] = dp_rank
+    return {name: str(value) for name, value in {**labels, **(options.extra_metric_labels or {})}.items()}
+
+
 def hybrid_models_on_blackwell() -> bool:
     """Whether SGLang judges the backends of Gated DeltaNet models there by the names the factory left on a runner.
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mminference_sgl.method import schema
+from mminference_sgl.method import files, schema
 from mminference_sgl.method.config import ConfigError, from_sources
 
 PATTERNS = ("dense", "a_shape", "vertical_slash", "grid", "auto")
@@ -177,7 +177,7 @@ def load(name: str, folder: str | None = None, served: Model | None = None) -> P
     else:
         found = {pattern.id: pattern for pattern in available(folder)}
     if name not in found:
-        raise ConfigError(f"no pattern {name!r}: neither a file nor one of {', '.join(ids(folder))}")
+        raise ConfigError(f"no pattern {files.shown(name)}: neither a file nor one of {', '.join(ids(folder))}")
     return found[name]
 
 
@@ -189,8 +189,7 @@ def read(path: Path) -> PatternFile:
         ConfigError: it cannot be read or does not follow the schema.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
+        content = json.loads(files.read_text(path), parse_constant=_no_constant, object_pairs_hook=_no_twins)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -206,7 +205,9 @@ def available(folder: str | None = None) -> list[PatternFile]:
     """
     folders = [*_FOLDERS] if folder is None else [*_FOLDERS, Path(folder)]
     if folder is not None and not folders[-1].is_dir():
-        raise ConfigError(f"pattern_folder {folder!r} is no folder: name one with pattern files, or leave it out")
+        raise ConfigError(
+            f"pattern_folder {files.shown(folder)} is no folder: name one with pattern files, or leave it out"
+        )
     found: dict[str, PatternFile] = {}
     for path in dict.fromkeys(file.resolve() for place in folders for file in sorted(place.glob("*.json"))):
         if path.name == schema.FILE.name:
@@ -315,7 +316,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key!r} is there twice in one object")
+            raise ValueError(f"key {files.shown(key)} is there twice in one object")
         found[key] = value
     return found
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mminference_sgl.method import files
+
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "fa4")
 ENV_CONFIG = "MMINFERENCE_CONFIG"
 ENV_DISABLE = "MMINFERENCE_DISABLE"
@@ -190,7 +192,7 @@ def server_source(hf_config: object) -> tuple[str, Mapping[str, Any]]:
     if settings is None:
         return name, {}
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{name}: must be an object, got {settings!r}")
+        raise ConfigError(f"{name}: must be an object, got {files.shown(settings)}")
     return name, settings
 
 
@@ -211,7 +213,7 @@ def environment_sources(environ: Mapping[str, str] | None = None) -> list[tuple[
             sources.append((variable, {key: _integer(variable, text) if key in _INTEGERS else text}))
     disable = environ.get(ENV_DISABLE, "").strip().lower()
     if disable not in {"", "0", "false", "no", "1", "true", "yes"}:
-        raise ConfigError(f"{ENV_DISABLE}: must be 0 or 1, got {disable!r}")
+        raise ConfigError(f"{ENV_DISABLE}: must be 0 or 1, got {files.shown(disable)}")
     if disable in {"1", "true", "yes"}:
         sources.append((ENV_DISABLE, {"enabled": False}))
     return sources
@@ -220,15 +222,15 @@ def environment_sources(environ: Mapping[str, str] | None = None) -> list[tuple[
 def _json_or_path(text: str) -> Mapping[str, Any]:
     if not text.startswith("{"):
         try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = files.read_text(Path(text))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{ENV_CONFIG}: neither a JSON object nor a readable file: {error}") from None
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{ENV_CONFIG}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise ConfigError(f"{ENV_CONFIG}: must be a JSON object, got {settings!r}")
+        raise ConfigError(f"{ENV_CONFIG}: must be a JSON object, got {files.shown(settings)}")
     return settings
 
 
@@ -236,7 +238,7 @@ def _integer(variable: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"{variable}: must be an integer, got {text!r}") from None
+        raise ConfigError(f"{variable}: must be an integer, got {files.shown(text)}") from None
 
 
 def _replace(target: Any, settings: Mapping[str, Any], path: str) -> Any:
@@ -245,11 +247,11 @@ def _replace(target: Any, settings: Mapping[str, Any], path: str) -> Any:
     changes: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in known:
-            raise ConfigError(f"unknown key {path + key!r}; known keys: {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown key {files.shown(path + key)}; known keys: {', '.join(sorted(known))}")
         current = getattr(target, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{path + key} must be an object, got {value!r}")
+                raise ConfigError(f"{path + key} must be an object, got {files.shown(value)}")
             changes[key] = _replace(current, value, f"{path}{key}.")
         else:
             changes[key] = value
@@ -258,7 +260,7 @@ def _replace(target: Any, settings: Mapping[str, Any], path: str) -> Any:
 
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+        raise ConfigError(f"{name} must be {wanted}, got {files.shown(value)}")
 
 
 def _check_int(name: str, value: object, low: int) -> None:

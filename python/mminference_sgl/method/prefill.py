@@ -21,6 +21,7 @@ from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
 from mminference_sgl.method.plan import CARRYING_LAYERS, ForwardPlan, RowGroup, Tiling
+from mminference_sgl.method.stage_clock import StageClock
 
 PROBE_BYTES = 128 << 20
 """Bound on the probe's weights, or on what its key tiles hold, held at a time; there are three of the latter."""
@@ -114,6 +115,7 @@ def run_layer(
     implementation: str,
     layer: int | None = None,
     trace: Trace | None = None,
+    clock: StageClock | None = None,
 ) -> list[LayerReport]:
     """Computes the plan's rows of one layer into ``out``.
 
@@ -123,16 +125,25 @@ def run_layer(
         out: [batch rows, H, Dv].
         layer: id under which the heads' picks are carried over to the request's next chunk; None carries nothing.
         trace: where to note what was selected.
+        clock: where to note what takes how long.
 
     Returns:
         One report per sparse request.
     """
     stages = stages_of(implementation)
-    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages, trace)
+    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages, trace, clock)
+    reports = _run(whole, out, implementation)
+    whole.enter("")
+    return reports
+
+
+def _run(whole: _Layer, out: torch.Tensor, implementation: str) -> list[LayerReport]:
+    stages, trace, config = whole.stages, whole.trace, whole.config
     # Captures look at levels and maps, which there are in no other way.
     if stages.prepare is not None and trace is None:
         return _run_prepared(whole, out, implementation)
     merged, lse = _attend(whole, out, implementation)
+    whole.enter("guard")
     for item in merged:
         item.measure(out, config.ceiling(item.group.modality))
     failing = [item for item in merged if item.dense is not None]
@@ -149,8 +160,10 @@ def _attend(layer: _Layer, out: torch.Tensor, implementation: str) -> tuple[list
     """Selects and attends in blocks of heads: what is known of the row groups, and the blocks' LSE."""
     watched, lse = [], []
     for part in layer.parts():
+        part.enter("select")
         passes, seen = _select(part)
         watched.append(seen)
+        part.enter("attend")
         lse.append(ops.sparse_prefill(part.operands, passes, out[:, part.heads], implementation))
     return [_Watched.of(parts) for parts in zip(*watched, strict=True)], lse
 
@@ -283,6 +296,12 @@ class _Layer:
     id: int | None
     stages: Stages
     trace: Trace | None = None
+    clock: StageClock | None = None
+
+    def enter(self, stage: str) -> None:
+        """Notes that a stage begins."""
+        if self.clock is not None:
+            self.clock.enter(stage)
 
     @property
     def specs(self) -> Sequence[HeadSpec]:
@@ -314,9 +333,11 @@ class _Layer:
         step = self._probed_at_a_time(group, group.keys.sequence.tile_keys)
         for first in range(0, self.operands.heads, step):
             part = self.of(slice(first, min(first + step, self.operands.heads)))
+            self.enter("probe")
             probed = probe.run(part.operands, group.keys, group.probe_rows)
             if self.listens(group) and search is not None:
                 search.listen(probed)
+            self.enter("select")
             yield part, probed
 
     def listens(self, group: RowGroup) -> bool:
@@ -445,8 +466,11 @@ def _run_prepared(layer: _Layer, out: torch.Tensor, implementation: str) -> list
             if part.listens(group):
                 for _ in part.probes(group):
                     pass
+        part.enter("select")
         prepared.select(part.operands, part.carrying)
+        part.enter("attend")
         lse = ops.sparse_prefill(part.operands, prepared.passes, own, implementation)
+        part.enter("guard")
         report = prepared.guard(own, lse)
         ops.merge_pass(part.operands, prepared.repair, own, lse, layer.stages.repair)
         made.append((len(part.specs), report))

@@ -14,10 +14,9 @@ from jsonschema.exceptions import ValidationError
 from jsonschema.validators import extend
 
 from mminference_sgl.method.config import ConfigError
+from mminference_sgl.method.files import shown
 
 FILE = Path(__file__).parents[1] / "patterns" / "schema.json"
-_LONGEST = 80
-"""Characters of a value that a message shows."""
 
 
 def check(content: Any, source: str) -> None:
@@ -29,12 +28,6 @@ def check(content: Any, source: str) -> None:
     found = sorted(_validator().iter_errors(content), key=lambda error: len(error.absolute_path))
     if found:
         raise ConfigError(f"{source}: {_message(found[0])}")
-
-
-def shown(value: object) -> str:
-    """A value in a message."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 @cache
