@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help venv demo demo-search test test-python test-rust test-faults lint format docs wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-accuracy bench-million bench-real bench-summaries \
+.PHONY: help venv demo demo-search test test-python test-rust test-faults test-oldest fuzz-python lint format docs wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-accuracy bench-million bench-real bench-summaries \
 	bench-method pictures \
 	tune test-gpu bench-gpu bench-gpu-serving gpu-report fuzz miri clean
 
@@ -16,6 +16,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 FUZZ_SECONDS ?= 600
 TOKENS ?= 256K
 MINUTES ?= 30
+FUZZ_EXECUTIONS ?= 1000000
 # The interpreter of gpu-report, which needs no .venv.
 PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 
@@ -35,6 +36,9 @@ test: test-rust test-python ## all tests
 
 test-faults: venv ## what goes wrong around a server, and what happens then, as a table
 	$(BIN)/python -m pytest -m fault tests $(PYTEST_ARGS)
+
+test-oldest: venv ## unit tests and a server with the oldest SGLang that is supported, in .venv-oldest
+	@scripts/oldest.sh $(PYTEST_ARGS)
 
 test-rust: venv ## tests of the Rust crates
 	cargo test --release --workspace $(CARGO_ARGS)
@@ -113,10 +117,13 @@ tune: venv ## measure the kernels' launch table on this GPU and write it down
 bench-summaries: venv ## what tile summaries would bring
 	$(BIN)/python -m benchmarks.method.summaries $(BENCH_ARGS)
 
-fuzz: ## arbitrary requests against the planner, FUZZ_SECONDS long
+fuzz: fuzz-python ## arbitrary requests against the planner, FUZZ_SECONDS long, behind fuzz-python
 	@cargo fuzz --version > /dev/null 2>&1 || { echo "needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
 	cargo fuzz run --fuzz-dir rust/core/fuzz -s none layout -- \
 		-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=20 -rss_limit_mb=4096
+
+fuzz-python: venv ## hostile pattern files, settings and media, FUZZ_EXECUTIONS of each
+	FUZZ_EXECUTIONS=$(FUZZ_EXECUTIONS) $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 miri: ## the core's tests under Miri
 	@cargo +nightly miri --version > /dev/null 2>&1 || { echo "needs Miri: rustup +nightly component add miri" >&2; exit 1; }

@@ -1,7 +1,8 @@
 """``make bench-real WORDS=1``: a video of words, for a language model that others trained.
 
-Every place of a frame shows a word, which changes now and then, and a visual token of it is the word's own embedding:
-to the language model a video reads as text, frame behind frame, while it has a grid like any other. Behind it some
+Every place of a frame shows a word, which changes now and then, and a visual token of it is the word's own embedding;
+a row ends with a line break. To the language model a video reads as text, frame behind frame, while it has a grid like
+any other. Behind it some
 frames are written out again, with a row of each to tell which it is. What counts is how likely the dense model's
 readings of these words stay, and how many are right: heads that others trained have to find a frame, and then the same
 place, by visual tokens that ran sparse.
@@ -40,10 +41,11 @@ if TYPE_CHECKING:
     from benchmarks.real.reading import Reading
     from benchmarks.real.twin import Item
 
-GRID = (60, 8, 8)
-"""Frames, rows, columns."""
-CHANGE = 0.2
-VIDEOS = 3
+GRID = (32, 8, 9)
+"""Frames, rows, columns, the last of which are line breaks."""
+CHANGE = 0.05
+"""Probability that a word changes from one frame to the next; a small model loses count of frames that change more."""
+VIDEOS = 4
 AGAIN = (0.2, 0.5, 0.8, 1.0)
 """Depths of the frames that are written out again."""
 SEED = 20261128
@@ -97,12 +99,14 @@ def videos(tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[WordVideo
 
     coded = [encode(f" {word}") for word in _WORDS.split()]
     words = np.array([code[0] for code in coded if len(code) == 1])
+    (line_break,) = encode("\n")
     rng = np.random.default_rng(SEED)
     for _ in range(count):
         frames = rng.choice(words, GRID)
         for frame in range(1, GRID[0]):
             kept = rng.random(GRID[1:]) >= CHANGE
             frames[frame] = np.where(kept, frames[frame - 1], frames[frame])
+        frames[..., -1] = line_break
         before = encode("A video of words, frame by frame:")
         tokens = [*before, *frames.ravel().tolist()]
         span = (len(before), len(tokens) - 1)
@@ -112,7 +116,9 @@ def videos(tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[WordVideo
             frame = frames[round(depth * (GRID[0] - 1))]
             tokens += [*told, *frame.ravel().tolist()]
             # The first row says which frame it is.
-            again += [False] * (len(told) + frame.shape[1]) + [True] * (frame.size - frame.shape[1])
+            judged = frame != line_break
+            judged[0] = False
+            again += [False] * len(told) + judged.ravel().tolist()
         yield WordVideo(torch.tensor(tokens), (_VIDEO, [span], GRID), torch.tensor(again))
 
 

@@ -187,7 +187,7 @@ def test_longest_prompt(pair: Pair, video: Message):
     for server in pair:
         server.flush_cache()
     with pytest.raises(ServerError, match=r">= \d+") as refused:
-        pair[1].generate(prompt.format(" a" * CONTEXT), video_data=clip, max_tokens=1)
+        pair[1].generate(prompt.format(" a" * (CONTEXT - 1 - short)), video_data=clip, max_tokens=1)
     (limit,) = re.findall(r">= (\d+)", str(refused.value).partition("\n")[0])
     longest = int(limit) - 1
     filler = longest - short
