@@ -217,8 +217,8 @@ def attend_kernel(
     """A list, or with ``IN_PIECES`` a part of one, and one sub-tile of its lanes.
 
     The names of arguments are those of the pass, the lists and the work. Head sizes that are no power of two come in
-    two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded. ``keys``: of a head in ``p_key`` and ``p_value``,
-    which are pointers or those of :func:`describe`.
+    two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded. ``keys``: from a head's first one in ``p_key`` and
+    ``p_value`` to the next one's; these are pointers or those of :func:`describe`.
     """
     # Sub-tiles of a list start together, so that what they read twice comes from L2.
     i_work = tl.program_id(0) // SUB_TILES
@@ -446,7 +446,7 @@ def attend(
         ValueError: ``launch`` asks for descriptors where there can be none.
     """
     query, keys = operands.query, tile_pass.keys
-    key, value = operands.in_order(keys, query.dtype)
+    key, value, _ = operands.in_order(keys, query.dtype)
     head_dim, head_dim_v = key.shape[2], value.shape[2]
     if launch is None:
         launch = choose(device_architecture(query.device), head_dim, head_dim_v, query.element_size())
@@ -499,7 +499,7 @@ def attend(
         operands.value_scale,
         tile_pass.num_tiles,
         work.pieces,
-        key.shape[1],
+        key.stride(0) // head_dim,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -552,13 +552,14 @@ def describable(launch: Launch, *head_dims: int) -> bool:
 
 
 def describe(block: torch.Tensor, keys: int, width: int) -> TensorDescriptor:
-    """Keys or values [KV heads, n, D] as [KV heads * n, D] in boxes of ``width`` columns of ``keys`` rows.
+    """Keys or values [KV heads, n, D] and what lies between heads as [rows, D], in boxes of ``width`` by ``keys`` rows.
 
     Making one takes 2 to 3 us of the host and no memory of the device, so none is kept. Columns behind a head's last
     one are read as 0.
     """
-    rows = block.flatten(0, 1)
-    return TensorDescriptor(rows, list(rows.shape), [rows.stride(0), 1], [keys, width])
+    heads, own, size = block.shape
+    rows = (heads - 1) * (block.stride(0) // size) + own
+    return TensorDescriptor(block.as_strided((rows, size), (size, 1)), [rows, size], [size, 1], [keys, width])
 
 
 def constants_for(

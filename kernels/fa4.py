@@ -132,7 +132,7 @@ def attend(
     lanes, positions = lanes_triton.gather(query, tile_pass, lists, padded(tile_pass.lanes))
     part, part_lse = forward(
         lanes,
-        *operands.in_order(order, query.dtype),
+        *operands.in_order(order, query.dtype)[:2],
         lanes_triton.blocks(tile_pass, lists),
         positions,
         order.positions,

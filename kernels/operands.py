@@ -5,13 +5,26 @@ from __future__ import annotations
 import importlib
 import weakref
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
-from .tiles import KeyOrder
+from .sketch import HELD, signs
+from .tiles import ForwardKeys, KeyOrder
 
-COPIED_BYTES = 1 << 29
-"""Bound on the keys and values that are held in one token order, beyond which KV heads take turns."""
+COPIED_BYTES = 1 << 30
+"""Bound on the keys and values that are held in token orders, beyond which KV heads take turns."""
+
+
+class Copies(NamedTuple):
+    """Keys [KV heads, key tiles * tile_keys, D] and values [..., Dv] in a token order, the keys of a head contiguous.
+
+    ``parts`` [..., HELD]: 1 and the projected value of each key, see :mod:`.sketch`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    parts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -33,42 +46,37 @@ class Operands:
     first: int = 0
     _whole: tuple[Operands, slice] | None = field(default=None, repr=False, compare=False)
 
-    def in_order(self, order: KeyOrder, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in a token order: [KV heads, key tiles * tile_keys, D] and [..., Dv], contiguous by head.
+    def in_order(self, order: KeyOrder, dtype: torch.dtype) -> Copies:
+        """Keys and values in a token order."""
+        keys = slice(order.tiles.start * order.tile_keys, order.tiles.stop * order.tile_keys)
+        return Copies(*(copied[:, keys] for copied in self.copies(order.all_keys, dtype)))
+
+    def copies(self, every: ForwardKeys, dtype: torch.dtype) -> Copies:
+        """Keys and values in all orders, one behind the other.
 
         Copied once per layer, for all of its heads while they stay within :data:`COPIED_BYTES`: the probe and all
-        passes over an order read the same. The memory is the order's, and the next layer's to fill.
+        passes read the same. The memory is the forward's, and the next layer's to fill.
         """
-        if self._whole is not None and self._whole[0].copy_bytes(order) <= COPIED_BYTES:
-            whole, own = self._whole
-            keys, values = whole.in_order(order, dtype)
-            return keys[own], values[own]
-        if order.part_of is not None:
-            larger, tiles = order.part_of
-            own = slice(tiles.start * order.tile_keys, tiles.stop * order.tile_keys)
-            keys, values = self.in_order(larger, dtype)
-            return keys[:, own], values[:, own]
+        if self._whole is not None and self._whole[0].copy_bytes(every) <= COPIED_BYTES:
+            whole, heads = self._whole
+            return Copies(*(copied[heads] for copied in whole.copies(every, dtype)))
         shape = self.kv_heads, self.key_pool.shape[2], self.value_pool.shape[2], dtype
-        held = order.copies.get(shape)
-        if held is None:
-            size = self.kv_heads, order.slots.numel()
-            keys, values = (
-                torch.empty(*size, pool.shape[2], dtype=dtype, device=pool.device)
-                for pool in (self.key_pool, self.value_pool)
-            )
-        else:
-            owner, keys, values = held
-            if owner() is self:
-                return keys, values
-        copy = _copy if keys.device.type == "cpu" else importlib.import_module(".copy_triton", __package__).copy
-        copy(self.key_pool, self.value_pool, order, keys, values)
-        order.copies[shape] = weakref.ref(self), keys, values
-        return keys, values
+        owner, held = every.copies.get(shape, (None, None))
+        copies: Copies | None = held
+        if copies is None:
+            size, device = (self.kv_heads, every.slots.numel()), self.key_pool.device
+            copies = Copies(*(torch.empty(*size, width, dtype=dtype, device=device) for width in (*shape[1:3], HELD)))
+        if owner is None or owner() is not self:
+            cpu = self.key_pool.device.type == "cpu"
+            copy = _copy if cpu else importlib.import_module(".copy_triton", __package__).copy
+            copy(self.key_pool, self.value_pool, self.value_scale, every, copies)
+            every.copies[shape] = weakref.ref(self), copies
+        return copies
 
-    def copy_bytes(self, order: KeyOrder) -> int:
-        """Bytes that the keys and values of all heads take in a token order, in the query's dtype."""
-        size = self.key_pool.shape[2] + self.value_pool.shape[2]
-        return order.slots.numel() * self.kv_heads * size * self.query.element_size()
+    def copy_bytes(self, every: ForwardKeys) -> int:
+        """Bytes that the copies of all heads take in all token orders, in the query's dtype."""
+        size = self.key_pool.shape[2] + self.value_pool.shape[2] + HELD
+        return every.slots.numel() * self.kv_heads * size * self.query.element_size()
 
     @property
     def heads(self) -> int:
@@ -101,10 +109,14 @@ class Operands:
 
 
 def _copy(
-    key_pool: torch.Tensor, value_pool: torch.Tensor, order: KeyOrder, keys: torch.Tensor, values: torch.Tensor
+    key_pool: torch.Tensor, value_pool: torch.Tensor, value_scale: float, every: ForwardKeys, copies: Copies
 ) -> None:
-    tiles = slice(None) if order.arrived == len(order.slots) else order.arrival[: order.arrived].long()
-    slots = order.slots[tiles]
+    tiles = slice(None) if len(every.arrived) == len(every.slots) else every.arrived.long()
+    slots = every.slots[tiles]
+    keys, values, parts = (copied.view(copied.shape[0], *every.slots.shape, -1) for copied in copies)
     for pool, ordered in ((key_pool, keys), (value_pool, values)):
         rows = pool.index_select(0, slots.flatten()).view(*slots.shape, *pool.shape[1:])
-        ordered.view(ordered.shape[0], *order.slots.shape, -1)[:, tiles] = rows.movedim(2, 0).to(ordered.dtype)
+        rows = rows.movedim(2, 0).to(ordered.dtype)
+        ordered[:, tiles] = rows
+    parts[:, tiles, :, 0] = 1
+    parts[:, tiles, :, 1:] = torch.matmul(rows, signs(rows.shape[3], rows.device).to(rows.dtype)) * value_scale

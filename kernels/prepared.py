@@ -24,8 +24,7 @@ from . import levels as scale
 from .attend import SPLIT, pieces_of, places
 from .launch_table import OPTIONS
 from .operands import Operands
-from .probe import HELD
-from .probe_triton import Probed, Source
+from .probe_triton import Probed, Probes, Source
 from .select import Form, Near, Slash, Task
 from .select_triton import (
     BLOCK,
@@ -46,6 +45,8 @@ from .select_triton import (
     order_kernel,
     rows_kernel,
 )
+from .sketch import HELD
+from .tables import on_device
 from .tiles import Region, TileLists, TilePass, Work, dense_lists
 
 
@@ -87,7 +88,7 @@ class Prepared:
         ``memory``: what has been allocated for other layers' patterns, and is written to in turn.
         """
         self._memory, self._made_of = memory, Counter[tuple[torch.dtype, int]]()
-        self._tasks, self._probed = tasks, probed
+        self._probed = probed
         self._heads, self._group, self._first = operands.heads, operands.group, operands.first
         self._head_dim_v, self._device = operands.value_pool.shape[2], operands.query.device
         self._kept: list[torch.Tensor] = []
@@ -101,6 +102,12 @@ class Prepared:
         self._made = [self._group_of(task) for task in tasks]
         groups = [self._group_row(task, made) for task, made in zip(tasks, self._made, strict=True)]
         segments = [row for task, made in zip(tasks, self._made, strict=True) for row in self._segments(task, made)]
+        probed_groups = [
+            Probed(task.keys, task.rows, made.selected.output, made.size, made.held)
+            for task, made in zip(tasks, self._made, strict=True)
+            if made.forms and made.selected.output is not None
+        ]
+        self._probes = Probes(probed_groups, operands, probed, self._new) if probed_groups else None
         orders = [self._order_row(lists) for _, lists in self.passes]
         numbers = [task.request for task in tasks]
         self._requests = list(dict.fromkeys(numbers))
@@ -115,7 +122,7 @@ class Prepared:
             requests,
         )
         tables = torch.split(
-            self._on_device([x for rows in every for row in rows for x in row], torch.int64),
+            on_device([x for rows in every for row in rows for x in row], torch.int64, self._device),
             [sum(map(len, rows)) for rows in every],
         )
         self._search_table, self._form_table, self._group_table, self._pass_table = tables[:4]
@@ -184,12 +191,8 @@ class Prepared:
     def _probe(self, operands: Operands, block: slice) -> None:
         """Probes a block of heads and adds what it shows to the curves."""
         heads, (searches, forms, _, _) = operands.heads, self._programs
-        for task, made in zip(self._tasks, self._made, strict=True):
-            output = made.selected.output
-            if made.forms and output is not None:
-                shapes = {source: (HELD, heads, made.rows, made.tiles[source.cell]) for source in made.held}
-                held = {source: made.held[source][: math.prod(shape)].view(shape) for source, shape in shapes.items()}
-                probe_triton.run(operands, task.keys, task.rows, Probed(output[block], made.size[block], held))
+        assert self._probes is not None
+        probe_triton.run(operands, self._probes, block.start)
         if searches:
             given = self._search_table, heads, block.start
             rows_kernel[self._most["rows"], heads, searches](*given, BLOCK=BLOCK, **OPTIONS)
@@ -236,11 +239,6 @@ class Prepared:
             self._memory[key] = torch.empty(size[1], dtype=dtype, device=self._device)
         return self._memory[key].view(shape)
 
-    def _on_device(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-        """Numbers of the host."""
-        tensor = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
-        return tensor.to(self._device, non_blocking=True)
-
     def _lists(self, tile_pass: TilePass) -> TileLists:
         """Room for the lists of a pass and the order that they start in."""
         lists = self._heads // tile_pass.sharing
@@ -277,7 +275,8 @@ class Prepared:
             self._new(heads, rows, self._head_dim_v) if wants else None,
             self._new(heads, dtype=torch.int32).zero_(),
         )
-        numbers = self._on_device([task.bound**2, task.max_density, task.ease, task.ceiling], torch.float32)
+        given = task.bound**2, task.max_density, task.ease, task.ceiling
+        numbers = on_device(given, torch.float32, self._device)
         addresses = self._ints(row_of), self._at(numbers), self._ints(view.causal_tiles)
         made = _Made(wants, rows, tiles, self._new(heads, rows), selected, *addresses)
         for offer in task.offers if wants else ():
@@ -328,7 +327,7 @@ class Prepared:
 
     def _host(self, values: Iterable[int]) -> int:
         """Integers of the host on the device."""
-        return self._at(self._on_device([*values], torch.int32))
+        return self._at(on_device([*values], torch.int32, self._device))
 
     def _held(self, made: _Made, source: Source) -> int:
         """Where what tiles hold of the keys of a source goes."""

@@ -2,7 +2,7 @@
 
 A key tile *holds* of a row the mass of its keys, ``m = sum p``, and their *deviation* ``sum p (v - o)`` from the row's
 output ``o``. Without some tiles the output moves by minus the sum of their deviations over the mass that is left: that
-is exact. Deviations are kept as :data:`SKETCH` random projections, whose squares sum to the squared length on average.
+is exact. Deviations are kept as :data:`SKETCH` random projections (:mod:`.sketch`).
 
 :func:`run` is the portable way, which holds the rows' softmax weights; :mod:`.probe_triton` never does. Cost per
 (request, layer) with ``P`` probe rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the scores and the dense
@@ -14,24 +14,13 @@ FLOPs. Callers bound the memory by probing some heads at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 
 from .operands import Operands
+from .sketch import HELD, SKETCH, signs
 from .tiles import KeyOrder, Region, element_mask
-
-SKETCH = 7
-"""Random projections of a deviation."""
-HELD = 1 + SKETCH
-"""What a tile holds of a row: its mass, and the projections of its deviation."""
-
-
-@cache
-def signs(head_dim: int, device: torch.device) -> torch.Tensor:
-    """The projections: fp32 [head_dim, SKETCH], each entry plus or minus ``SKETCH ** -0.5``."""
-    bits = torch.randint(2, (head_dim, SKETCH), generator=torch.Generator().manual_seed(0))
-    return torch.sub(2 * bits, 1).mul(SKETCH**-0.5).to(device)
 
 
 @dataclass(frozen=True)
@@ -197,7 +186,7 @@ class WeightProbe:
 
 def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
     """Computes the probe rows' attention over a request's keys."""
-    k, v = operands.in_order(keys.sequence, torch.float32)
+    k, v, parts = operands.in_order(keys.sequence, torch.float32)
     row_of = rows.of_heads(operands)
     heads, kv_heads, count = operands.heads, k.shape[0], rows.per_head
     head = torch.arange(heads, device=k.device)[:, None]
@@ -211,7 +200,5 @@ def run(operands: Operands, keys: ProbeKeys, rows: ProbeRows) -> WeightProbe:
     output = torch.matmul(by_key.transpose(1, 2), v).view(heads, count, -1)
     if operands.value_scale != 1:
         output *= operands.value_scale
-    project = signs(v.shape[2], v.device)
-    parts = torch.cat([v.new_ones(*v.shape[:2], 1), torch.matmul(v, project) * operands.value_scale], dim=2)
-    projected = torch.matmul(output, project).permute(2, 0, 1)
-    return WeightProbe(rows, row_of, keys, by_key, output, parts, projected)
+    projected = torch.matmul(output, signs(v.shape[2], v.device)).permute(2, 0, 1)
+    return WeightProbe(rows, row_of, keys, by_key, output, parts.contiguous(), projected)

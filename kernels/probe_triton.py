@@ -1,12 +1,13 @@
 """The probe in Triton: output of the probe rows and what their key tiles hold, and never a weight per row and key.
 
-The rows of all heads that share a KV head are one block of rows, so keys are read once for the group. Programs split
-the key tiles among them. :func:`parts_kernel` projects every value; :func:`probe_kernel` runs an online softmax over
-the sequence order and :func:`combine_kernel` joins its splits. :func:`held_kernel` scores the keys of an order once
-more against the known logarithm of the row's sum, and adds up by tile what lies in some regions.
+Two launches for all row groups of a forward. The rows of all heads that share a KV head are one block of rows, so keys
+are read once for the group. Programs split the key tiles among them. :func:`probe_kernel` runs an online softmax over
+the sequence order. :func:`held_kernel` joins its splits, scores the keys of an order once more against the logarithm of
+the row's sum, and adds up by tile what lies in some regions. What is asked of which memory stands in tables, as for
+:mod:`.select_triton`.
 
 Floor for ``P`` rows and ``N`` keys: ``2 * H * P * N * (D + Dv)`` FLOPs for the softmax and ``2 * H * P * N * D`` for
-what the tiles of an order hold; keys three times and values twice, and 32 bytes per key and KV head of
+what the tiles of an order hold; keys three times and values once, and 16 bytes per key and KV head and order of
 projected values in 16 bits; ``4 * HELD`` bytes per (row, key tile) and region. docs/kernels.md has the figures.
 Numbers that change from chunk to chunk are not specialised on, or kernels would be compiled while serving.
 """
@@ -14,9 +15,8 @@ Numbers that change from chunk to chunk are not specialised on, or kernels would
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,31 +24,51 @@ import triton
 import triton.language as tl
 
 from .attend import load_keys, load_rows
+from .copy_triton import CHANNELS_ALL, CHANNELS_HELD, padded_signs
 from .launch_table import OPTIONS
 from .operands import Operands
-from .probe import HELD, ProbeKeys, ProbeRows, signs
+from .probe import ProbeKeys, ProbeRows
+from .sketch import HELD
+from .tables import address, number, on_device
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 512
 """Programs that a launch is split into, a few per processor; fewer where a split would have less than MIN_TILES."""
 MIN_TILES = 8
-PARTS_KEYS = 64
-"""Keys at a time whose values are projected."""
 MAX_REGIONS = 2
 """Regions that one pass over the keys adds up."""
-CHANNELS = 16
-"""What a tile holds and room beside it: the fewest columns that matrix instructions have."""
-CHANNELS_HELD = tl.constexpr(HELD)
-CHANNELS_ALL = tl.constexpr(CHANNELS)
+FIELDS = 16
+"""Of a row of both tables."""
+FIELDS_ALL = tl.constexpr(FIELDS)
 
 
 @triton.jit
-def rows_of_group(i_block, i_kv, probe_rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Head, which of its probe rows, and presence of a block's rows: a group's are those of its heads in turn."""
-    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+def rows_of_group(
+    p_probe,
+    p_query,
+    head_first,
+    stride_row,
+    stride_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A block of the rows of one KV head: place among all rows that are probed at a time, presence, query and position.
+
+    A group's rows are those of its heads in turn.
+    """
+    i_kv, probe_rows = tl.program_id(1), number(p_probe, 3)
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < GROUP * probe_rows
-    b_head = i_kv * GROUP + o_row // probe_rows
-    return b_head.to(tl.int64), (o_row % probe_rows).to(tl.int64), m_row
+    b_index = (i_kv * GROUP * probe_rows + o_row).to(tl.int64)
+    b_row = tl.load(address(p_probe, 2, tl.int32) + head_first * probe_rows + b_index, mask=m_row, other=0)
+    b_batch_row = tl.load(address(p_probe, 0, tl.int64) + b_row, mask=m_row, other=0)
+    # A lane without a row stands before every key, so it sees none.
+    b_pos = tl.load(address(p_probe, 1, tl.int32) + b_row, mask=m_row, other=-1)
+    b_head = (i_kv * GROUP + o_row // probe_rows).to(tl.int64)
+    p_query += b_batch_row * stride_row + b_head * stride_head
+    return b_index, m_row, load_rows(p_query, m_row, 0, BLOCK_D, HEAD_DIM), b_pos
 
 
 @triton.jit
@@ -66,42 +86,12 @@ def scores(
     return tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
 
 
-@triton.jit(do_not_specialize=["keys"])
-def parts_kernel(
-    p_value,
-    p_signs,
-    p_parts,
-    value_scale,
-    keys,
-    stride_value_head,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """1 and the projected value of some keys of one KV head: ``p_parts`` [KV heads, keys, CHANNELS].
-
-    ``p_signs`` [Dv, CHANNELS]: the projections in columns 1 to SKETCH, 0 in the others.
-    """
-    i_block, i_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_key = o_key < keys
-    p_value += i_kv * stride_value_head
-    o_d, o_c = tl.arange(0, BLOCK_DV), tl.arange(0, CHANNELS_ALL)
-    p_sign = p_signs + o_d[:, None] * CHANNELS_ALL + o_c[None, :]
-    b_sign = tl.load(p_sign, mask=(o_d < HEAD_DIM_V)[:, None], other=0.0)
-    b_value = load_rows(p_value + o_key.to(tl.int64) * HEAD_DIM_V, m_key, 0, BLOCK_DV, HEAD_DIM_V)
-    b_part = tl.dot(b_value, b_sign, input_precision="ieee") * value_scale
-    b_part = tl.where(o_c[None, :] == 0, 1.0, b_part)
-    p_part = p_parts + (i_kv * keys + o_key[:, None]) * CHANNELS_ALL + o_c[None, :]
-    tl.store(p_part, b_part.to(p_parts.dtype.element_ty), mask=m_key[:, None])
-
-
 @triton.jit
-def load_parts(p_parts, o_key, m_key):
-    """Parts of some keys, [keys, CHANNELS]; 0 where the mask is."""
-    o_c = tl.arange(0, CHANNELS_ALL)
-    p_part = p_parts + o_key.to(tl.int64)[:, None] * CHANNELS_ALL + o_c[None, :]
-    return tl.load(p_part, mask=m_key[:, None], other=0.0)
+def load_parts(p_parts, key_first, BLOCK_N: tl.constexpr):
+    """Parts of some keys of an order, [keys, CHANNELS]."""
+    o_key, o_c = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, CHANNELS_ALL)[None, :]
+    p_part = p_parts + key_first.to(tl.int64) * CHANNELS_HELD + o_key * CHANNELS_HELD + o_c
+    return tl.load(p_part, mask=o_c < CHANNELS_HELD, other=0.0)
 
 
 @triton.jit
@@ -111,20 +101,16 @@ def column(b_held, i_column):
     return tl.sum(tl.where(o_c == i_column, b_held, 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["probe_rows", "tiles", "tiles_per_split"])
+@triton.jit(do_not_specialize=["head_first", "splits"])
 def probe_kernel(
+    p_probes,
     p_query,
     p_key,
     p_value,
-    p_rows,
-    p_row_pos,
-    p_row_of,
-    p_part,
-    p_part_lse,
+    p_signs,
     scale_log2,
-    probe_rows,
-    tiles,
-    tiles_per_split,
+    head_first,
+    splits,
     stride_query_row,
     stride_query_head,
     stride_key_head,
@@ -138,33 +124,28 @@ def probe_kernel(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One block of rows of one KV head over one split of the sequence order's key tiles.
+    """One block of rows of one KV head over one split of the key tiles of a row group's sequence order.
 
-    ``p_row_of`` [H, P]: which entry of ``p_rows`` and ``p_row_pos`` a head's probe row is.
-    ``p_part`` [splits, H, P, Dv] and ``p_part_lse`` [splits, H, P]: output and base-2 logarithm of the sum over the
-    split.
+    ``splits``: most of a row group. Of each split: output, base-2 logarithm of the sum, and the projected output.
     """
-    i_kv, i_split = tl.program_id(1), tl.program_id(2)
-    b_head, b_probe, m_row = rows_of_group(tl.program_id(0), i_kv, probe_rows, GROUP, BLOCK_M)
-    b_row = tl.load(p_row_of + b_head * probe_rows + b_probe, mask=m_row, other=0)
-    b_batch_row = tl.load(p_rows + b_row, mask=m_row, other=0)
-    # A lane without a row stands before every key, so it sees none.
-    b_pos = tl.load(p_row_pos + b_row, mask=m_row, other=-1)
-    o_d = tl.arange(0, BLOCK_D)
-    p_q = p_query + (b_batch_row * stride_query_row + b_head * stride_query_head)[:, None] + o_d[None, :]
-    b_query = tl.load(p_q, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-    p_key += i_kv.to(tl.int64) * stride_key_head
-    p_value += i_kv.to(tl.int64) * stride_value_head
-    heads = tl.num_programs(1) * GROUP
-    b_index = b_head * probe_rows + b_probe
+    i_kv, i_split = tl.program_id(1), tl.program_id(2) % splits
+    p_probe = p_probes + tl.program_id(2) // splits * FIELDS_ALL
+    probe_rows, tiles, per_split = number(p_probe, 3), number(p_probe, 5), number(p_probe, 6)
+    # Programs without rows or tiles have a loop of none: one that returned early would spill.
+    b_index, m_row, b_query, b_pos = rows_of_group(
+        p_probe, p_query, head_first, stride_query_row, stride_query_head, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
+    m_row &= i_split * per_split < tiles
+    first = number(p_probe, 4).to(tl.int64) * (PARTS * BLOCK_N)
+    p_key += i_kv.to(tl.int64) * stride_key_head + first * HEAD_DIM
+    p_value += i_kv.to(tl.int64) * stride_value_head + first * HEAD_DIM_V
 
     b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    tile_first = i_split * tiles_per_split
-    tile_end = tl.minimum(tile_first + tiles_per_split, tiles)
-    last_pos = tl.max(b_pos, 0)
-    tile_seen = tl.minimum(last_pos // (PARTS * BLOCK_N) + 1, tile_end)
+    tile_first = i_split * per_split
+    tile_end = tl.minimum(tile_first + per_split, tiles)
+    tile_seen = tl.minimum(tl.max(b_pos, 0) // (PARTS * BLOCK_N) + 1, tile_end)
     for i_tile in tl.range(tile_first, tile_seen):
         for i_part in tl.static_range(PARTS):
             key_first = (i_tile * PARTS + i_part) * BLOCK_N
@@ -182,51 +163,60 @@ def probe_kernel(
 
     m_seen = b_sum > 0
     b_sum = tl.where(m_seen, b_sum, 1.0)
-    b_index += i_split.to(tl.int64) * heads * probe_rows
-    tl.store(p_part_lse + b_index, tl.where(m_seen, b_max + tl.log2(b_sum), -float("inf")), mask=m_row)
+    b_index += i_split.to(tl.int64) * tl.num_programs(1) * GROUP * probe_rows
+    b_lse = tl.where(m_seen, b_max + tl.log2(b_sum), -float("inf"))
+    tl.store(address(p_probe, 8, tl.float32) + b_index, b_lse, mask=m_row)
+    b_acc /= b_sum[:, None]
     o_d = tl.arange(0, BLOCK_DV)
-    p_out = p_part + b_index[:, None] * HEAD_DIM_V + o_d[None, :]
-    tl.store(p_out, b_acc / b_sum[:, None], mask=m_row[:, None] & (o_d < HEAD_DIM_V)[None, :])
-
-
-@triton.jit(do_not_specialize=["splits"])
-def combine_kernel(
-    p_part,
-    p_part_lse,
-    p_signs,
-    p_out,
-    p_size,
-    p_lse,
-    p_projected,
-    value_scale,
-    splits,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """Joins the splits of one (head, probe row): ``p_out`` [H, P, Dv], its squared length ``p_size``, ``p_lse`` [H, P].
-
-    ``p_projected`` [H, P, CHANNELS]: the projected output.
-    """
-    i_row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    o_split = tl.arange(0, BLOCK_SPLITS)
-    b_lse = tl.load(p_part_lse + o_split * rows + i_row, mask=o_split < splits, other=-float("inf"))
-    top = tl.max(b_lse, 0)
-    lse = top + tl.log2(tl.sum(tl.exp2(b_lse - top), 0))
-    tl.store(p_lse + i_row, lse)
-    o_d, o_c = tl.arange(0, BLOCK_DV), tl.arange(0, CHANNELS_ALL)
     m_d = o_d < HEAD_DIM_V
+    p_out = address(p_probe, 7, tl.float32) + b_index[:, None] * HEAD_DIM_V + o_d[None, :]
+    tl.store(p_out, b_acc, mask=m_row[:, None] & m_d[None, :])
+    p_projected = address(p_probe, 9, tl.float32) + b_index * CHANNELS_HELD
+    for i_channel in tl.static_range(1, CHANNELS_HELD):
+        b_sign = tl.load(p_signs + o_d * CHANNELS_HELD + i_channel, mask=m_d, other=0.0).to(tl.float32)
+        tl.store(p_projected + i_channel, tl.sum(b_acc * b_sign[None, :], 1), mask=m_row)
+
+
+@triton.jit
+def join_splits(p_probe, b_index, m_row, rows, value_scale):
+    """Base-2 logarithm of the sum of some rows, and their projected output [rows, CHANNELS]."""
+    splits, o_c = number(p_probe, 12), tl.arange(0, CHANNELS_ALL)[None, :]
+    p_lse = address(p_probe, 8, tl.float32) + b_index
+    p_projected = address(p_probe, 9, tl.float32) + b_index[:, None] * CHANNELS_HELD + o_c
+    m_projected = m_row[:, None] & (o_c > 0) & (o_c < CHANNELS_HELD)
+    b_top = tl.full(b_index.shape, -float("inf"), tl.float32)
+    for i_split in tl.range(0, splits):
+        b_top = tl.maximum(b_top, tl.load(p_lse + i_split * rows, mask=m_row, other=0.0))
+    b_sum = tl.zeros(b_index.shape, tl.float32)
+    b_projected = tl.zeros([b_index.shape[0], CHANNELS_ALL], tl.float32)
+    for i_split in tl.range(0, splits):
+        b_share = tl.exp2(tl.load(p_lse + i_split * rows, mask=m_row, other=0.0) - b_top)
+        b_sum += b_share
+        b_part = tl.load(p_projected + i_split * rows * CHANNELS_HELD, mask=m_projected, other=0.0)
+        b_projected += b_share[:, None] * b_part
+    return b_top + tl.log2(b_sum), b_projected * (value_scale / b_sum)[:, None]
+
+
+@triton.jit
+def write_output(p_probe, i_index, head_first, rows, value_scale, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Output of one row, all its splits together, and its squared length."""
+    o_d, splits = tl.arange(0, BLOCK_DV), number(p_probe, 12)
+    m_d = o_d < HEAD_DIM_V
+    p_lse = address(p_probe, 8, tl.float32) + i_index
+    p_part = address(p_probe, 7, tl.float32) + i_index * HEAD_DIM_V + o_d
+    top = -float("inf")
+    for i_split in tl.range(0, splits):
+        top = tl.maximum(top, tl.load(p_lse + i_split * rows))
+    total = 0.0
     b_out = tl.zeros([BLOCK_DV], tl.float32)
     for i_split in tl.range(0, splits):
-        share = tl.exp2(tl.load(p_part_lse + i_split * rows + i_row) - lse)
-        b_out += share * tl.load(p_part + (i_split * rows + i_row) * HEAD_DIM_V + o_d, mask=m_d, other=0.0)
-    b_out *= value_scale
-    tl.store(p_out + i_row * HEAD_DIM_V + o_d, b_out, mask=m_d)
-    tl.store(p_size + i_row, tl.sum(b_out * b_out, 0))
-    p_sign = p_signs + o_d[:, None] * CHANNELS_ALL + o_c[None, :]
-    b_sign = tl.load(p_sign, mask=m_d[:, None], other=0.0).to(tl.float32)
-    b_projected = tl.sum(b_out[:, None] * b_sign, 0)
-    tl.store(p_projected + i_row * CHANNELS_ALL + o_c, b_projected)
+        share = tl.exp2(tl.load(p_lse + i_split * rows) - top)
+        total += share
+        b_out += share * tl.load(p_part + i_split * rows * HEAD_DIM_V, mask=m_d, other=0.0)
+    b_out *= value_scale / total
+    i_index += head_first * number(p_probe, 3)
+    tl.store(address(p_probe, 10, tl.float32) + i_index * HEAD_DIM_V + o_d, b_out, mask=m_d)
+    tl.store(address(p_probe, 11, tl.float32) + i_index, tl.sum(b_out * b_out, 0))
 
 
 @triton.jit
@@ -243,33 +233,14 @@ def as_deviations(b_held, b_projected):
     return tl.where(o_c == 0, b_held, b_held - column(b_held, 0)[:, None] * b_projected)
 
 
-@triton.jit(do_not_specialize=["probe_rows", "tiles", "arrived", "keys", "sink", "reach", "other_sink", "other_reach"])
-def held_kernel(
-    p_query,
-    p_key,
-    p_rows,
-    p_row_pos,
-    p_row_of,
-    p_key_pos,
-    p_arrival,
-    p_parts,
-    p_lse,
-    p_projected,
-    p_held,
-    p_other,
-    sink,
-    reach,
-    other_sink,
-    other_reach,
+@triton.jit
+def hold(
+    p_job,
+    rows_given,
+    keys_given,
+    i_split,
     scale_log2,
-    probe_rows,
-    tiles,
-    arrived,
-    keys,
-    stride_query_row,
-    stride_query_head,
-    stride_key_head,
-    GROUP: tl.constexpr,
+    rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -277,34 +248,20 @@ def held_kernel(
     PARTS: tl.constexpr,
     REGIONS: tl.constexpr,
 ):
-    """One block of rows of one KV head over one split of an order's key tiles.
-
-    ``p_arrival`` [tiles]: the order's tiles, the first ``arrived`` of which hold keys by now. ``p_parts``
-    [KV heads, keys, CHANNELS] by token position. ``p_held`` [HELD, H, P, tiles]: what each tile holds in the far region
-    of ``sink`` and ``reach``; ``p_other``: in another one.
-    """
-    i_kv, i_split = tl.program_id(1), tl.program_id(2)
-    b_head, b_probe, m_row = rows_of_group(tl.program_id(0), i_kv, probe_rows, GROUP, BLOCK_M)
-    b_row = tl.load(p_row_of + b_head * probe_rows + b_probe, mask=m_row, other=0)
-    b_batch_row = tl.load(p_rows + b_row, mask=m_row, other=0)
-    b_pos = tl.load(p_row_pos + b_row, mask=m_row, other=-1)[:, None]
-    heads = tl.num_programs(1) * GROUP
-    b_index = b_head * probe_rows + b_probe
-    b_lse = tl.load(p_lse + b_index, mask=m_row, other=0.0)[:, None]
-    o_d, o_c = tl.arange(0, BLOCK_D), tl.arange(0, CHANNELS_ALL)[None, :]
-    b_projected = tl.load(p_projected + b_index[:, None] * CHANNELS_ALL + o_c, mask=m_row[:, None], other=0.0)
-    p_q = p_query + (b_batch_row * stride_query_row + b_head * stride_query_head)[:, None] + o_d[None, :]
-    b_query = tl.load(p_q, mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-    p_key += i_kv.to(tl.int64) * stride_key_head
-    p_parts += i_kv.to(tl.int64) * keys * CHANNELS_ALL
-    channel = heads.to(tl.int64) * probe_rows * tiles
-    o_held = o_c * channel + b_index[:, None] * tiles
-    p_held += o_held
-    if REGIONS == 2:
-        p_other += o_held
+    """What the tiles of one split of an order hold of some rows in one region or two."""
+    b_index, m_row, b_query, b_pos, b_lse, b_projected = rows_given
+    p_key, p_key_pos, p_parts = keys_given
+    arrived, tiles, splits = number(p_job, 2), number(p_job, 3), number(p_job, 12)
+    o_c = tl.arange(0, CHANNELS_ALL)[None, :]
+    o_held = o_c * (rows * tiles) + b_index[:, None] * tiles
     m_held = m_row[:, None] & (o_c < CHANNELS_HELD)
-
-    per_split = tl.cdiv(arrived, tl.num_programs(2))
+    p_arrival, p_held = address(p_job, 1, tl.int32), address(p_job, 5, tl.float32) + o_held
+    p_other = p_held
+    sink, reach, other_sink, other_reach = number(p_job, 7), number(p_job, 8), 0, 0
+    if REGIONS == 2:
+        p_other = address(p_job, 6, tl.float32) + o_held
+        other_sink, other_reach = number(p_job, 9), number(p_job, 10)
+    per_split = tl.cdiv(arrived, splits)
     for i_entry in tl.range(i_split * per_split, tl.minimum((i_split + 1) * per_split, arrived)):
         i_tile = tl.load(p_arrival + i_entry).to(tl.int64)
         b_first = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
@@ -313,7 +270,7 @@ def held_kernel(
             key_first = (i_tile * PARTS + i_part) * BLOCK_N
             b_score = scores(b_query, p_key, key_first, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N)
             b_key_pos = tl.load(p_key_pos + key_first + tl.arange(0, BLOCK_N))
-            b_part = load_parts(p_parts, b_key_pos, b_key_pos < keys)
+            b_part = load_parts(p_parts, key_first, BLOCK_N)
             o_key = b_key_pos[None, :]
             b_weight = tl.where(o_key <= b_pos, tl.exp2(b_score - b_lse), 0.0)
             b_first = in_region(b_weight, b_part, b_first, sink, reach, o_key, b_pos)
@@ -323,7 +280,7 @@ def held_kernel(
         tl.store(p_held + i_tile, as_deviations(b_first, b_projected), mask=m_held)
         if REGIONS == 2:
             tl.store(p_other + i_tile, as_deviations(b_second, b_projected), mask=m_held)
-    per_split = tl.cdiv(tiles - arrived, tl.num_programs(2))
+    per_split = tl.cdiv(tiles - arrived, splits)
     first = arrived + i_split * per_split
     b_nothing = tl.zeros([BLOCK_M, CHANNELS_ALL], tl.float32)
     for i_entry in tl.range(first, tl.minimum(first + per_split, tiles)):
@@ -331,6 +288,64 @@ def held_kernel(
         tl.store(p_held + i_tile, b_nothing, mask=m_held)
         if REGIONS == 2:
             tl.store(p_other + i_tile, b_nothing, mask=m_held)
+
+
+@triton.jit(do_not_specialize=["head_first", "splits"])
+def held_kernel(
+    p_jobs,
+    p_probes,
+    p_query,
+    p_key,
+    p_key_pos,
+    p_parts,
+    scale_log2,
+    value_scale,
+    head_first,
+    splits,
+    stride_query_row,
+    stride_query_head,
+    stride_key_head,
+    stride_part_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One block of rows of one KV head over one split of the key tiles of an order, and the output of some of the rows.
+
+    ``splits``: most of an order. What tiles hold: [HELD, H, P, tiles] for the heads that are probed at a time.
+    """
+    i_kv, i_split = tl.program_id(1), tl.program_id(2) % splits
+    p_job = p_jobs + tl.program_id(2) // splits * FIELDS_ALL
+    p_probe = p_probes + number(p_job, 0) * FIELDS_ALL
+    of_group, own = GROUP * number(p_probe, 3), number(p_job, 12)
+    row_first = tl.program_id(0) * BLOCK_M
+    if (i_split >= own) | (row_first >= of_group):
+        return
+    rows = tl.num_programs(1).to(tl.int64) * of_group
+    if number(p_job, 13) != 0:
+        per_split = tl.cdiv(BLOCK_M, own)
+        last = tl.minimum(tl.minimum((i_split + 1) * per_split, BLOCK_M), of_group - row_first)
+        for i_row in tl.range(i_split * per_split, last):
+            i_index = i_kv.to(tl.int64) * of_group + row_first + i_row
+            write_output(p_probe, i_index, head_first, rows, value_scale, HEAD_DIM_V, BLOCK_DV)
+    b_index, m_row, b_query, b_pos = rows_of_group(
+        p_probe, p_query, head_first, stride_query_row, stride_query_head, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
+    b_lse, b_projected = join_splits(p_probe, b_index, m_row, rows, value_scale)
+    first = number(p_job, 4).to(tl.int64) * (PARTS * BLOCK_N)
+    p_key += i_kv.to(tl.int64) * stride_key_head + first * HEAD_DIM
+    p_parts += i_kv.to(tl.int64) * stride_part_head + first * CHANNELS_HELD
+    rows_given = b_index, m_row, b_query, b_pos[:, None], b_lse[:, None], b_projected
+    keys_given = p_key, p_key_pos + first, p_parts
+    if number(p_job, 11) == 2:
+        hold(p_job, rows_given, keys_given, i_split, scale_log2, rows, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PARTS, 2)
+    else:
+        hold(p_job, rows_given, keys_given, i_split, scale_log2, rows, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PARTS, 1)
 
 
 class ProbeLaunch(NamedTuple):
@@ -364,23 +379,20 @@ def held_launch(head_dim: int, element_size: int, tile_keys: int) -> ProbeLaunch
     return ProbeLaunch(32, min(16, tile_keys), 8, 2)
 
 
-def constants_for(launch: ProbeLaunch, tile_keys: int, *, group: int, head_dim: int) -> dict[str, int | bool]:
-    """Compile-time arguments that :func:`probe_kernel` and :func:`held_kernel` have in common."""
+def constants_for(
+    launch: ProbeLaunch, tile_keys: int, group: int, head_dim: int, head_dim_v: int
+) -> dict[str, int | bool]:
+    """Compile-time arguments of :func:`probe_kernel` and :func:`held_kernel`."""
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(head_dim_v)),
         "BLOCK_M": launch.rows,
         "BLOCK_N": launch.keys,
         "PARTS": tile_keys // launch.keys,
     }
-
-
-@cache
-def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """:func:`.probe.signs` in columns 1 to SKETCH of CHANNELS: [head_dim, CHANNELS]."""
-    padded = torch.nn.functional.pad(signs(head_dim, device), (1, CHANNELS - HELD))
-    return padded.to(dtype)
 
 
 class Source(NamedTuple):
@@ -396,128 +408,129 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Probed:
-    """Where a probe's results go; all heads that are probed at a time.
+    """Rows of a row group that are probed, and where the results go.
 
-    ``output`` fp32 [H, P, Dv]: the probe rows' dense output; ``size`` fp32 [H, P]: its squared length. ``held``: what
-    tiles hold by source, fp32 [HELD, H, P, n]: masses, which are shares of a row's softmax, then deviations.
+    ``output`` fp32 [H, P, Dv]: the probe rows' dense output; ``size`` fp32 [H, P]: its squared length. ``held``: by
+    source room for what tiles hold, fp32 [HELD, H', P, n] where H' heads are probed at a time: masses, which are shares
+    of a row's softmax, then deviations.
     """
 
+    keys: ProbeKeys
+    rows: ProbeRows
     output: torch.Tensor
     size: torch.Tensor
     held: Mapping[Source, torch.Tensor]
 
 
-def run(
-    operands: Operands, keys: ProbeKeys, rows: ProbeRows, probed: Probed, *, launch: ProbeLaunch | None = None
-) -> None:
-    """Probes a request; arguments as in :func:`.probe.run`. ``launch`` replaces those of both kernels."""
+class Probes:
+    """Tables and memory of the probes of a forward, for layers that ask the same."""
+
+    def __init__(
+        self,
+        probed: Sequence[Probed],
+        operands: Operands,
+        heads: int,
+        new: Callable[..., torch.Tensor],
+        launch: ProbeLaunch | None = None,
+    ) -> None:
+        """``operands``: of a layer like those that will come; ``heads``: that are probed at a time, whole GQA groups.
+
+        ``new``: makes room for fp32 of a shape. ``launch`` replaces those of both kernels.
+        """
+        self.probed = probed
+        query, head_dim_v = operands.query, operands.value_pool.shape[2]
+        self.all_keys, head_dim = probed[0].keys.sequence.all_keys, query.shape[2]
+        tile_keys, self._most_rows = self.all_keys.slots.shape[1], max(one.rows.per_head for one in probed)
+        wide = probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
+        self.launches = launch or wide, launch or held_launch(head_dim, query.element_size(), tile_keys)
+        blocks = [heads * one.rows.per_head for one in probed]
+        self._kept: list[torch.Tensor] = []
+        probes: list[list[int]] = []
+        jobs: list[list[int]] = []
+        orders = sum(len({source.cell for source in one.held}) for one in probed)
+        for one, rows in zip(probed, blocks, strict=True):
+            sequence, per_head = one.keys.sequence, one.rows.per_head
+            tiles = sequence.arrival.numel()
+            most = self._splits(rows, tiles, self.launches[0], len(probed))
+            per_split = triton.cdiv(tiles, most)
+            splits = triton.cdiv(tiles, per_split)
+            of_heads = one.rows.of(operands.heads, operands.group, operands.first).int()
+            row = [self._at(one.rows.rows), self._at(one.rows.positions), self._at(of_heads), per_head]
+            row += [sequence.tiles.start, tiles, per_split]
+            row += [self._at(new(splits, rows, *width)) for width in ((head_dim_v,), (), (HELD,))]
+            row += [self._at(one.output), self._at(one.size), splits]
+            for order in (sequence, one.keys.cell):
+                asked = [source for source in one.held if source.cell == (order is one.keys.cell)]
+                for first in range(0, len(asked), MAX_REGIONS):
+                    assert order is not None
+                    some = asked[first : first + MAX_REGIONS]
+                    tiles = order.arrival.numel()
+                    job = [len(probes), self._at(order.arrival), order.arrived, tiles, order.tiles.start]
+                    job += [self._at(one.held[some[0]]), self._at(one.held[some[-1]]), *some[0][1:], *some[-1][1:]]
+                    job += [len(some), self._splits(rows, tiles, self.launches[1], orders)]
+                    jobs.append([*job, int(not jobs or jobs[-1][0] != len(probes)), 0, 0])
+            probes.append(row + [0] * (FIELDS - len(row)))
+        self.splits = max(row[12] for row in probes), max(job[12] for job in jobs)
+        self.counts = len(probes), len(jobs)
+        table = on_device([x for row in probes + jobs for x in row], torch.int64, query.device)
+        self.probes, self.jobs = torch.split(table, [FIELDS * count for count in self.counts])
+
+    def blocks(self, launch: ProbeLaunch, group: int) -> int:
+        """Blocks of rows of a KV head."""
+        return -(-group * self._most_rows // launch.rows)
+
+    def _splits(self, rows: int, tiles: int, launch: ProbeLaunch, others: int) -> int:
+        """Programs among which the key tiles are split, for each block of rows; there are ``others`` like these."""
+        return max(1, min(PROGRAMS * launch.rows // (rows * others), tiles // MIN_TILES))
+
+    def _at(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor that is kept."""
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def run(operands: Operands, probes: Probes, first: int = 0) -> None:
+    """Probes for some heads, the ``first`` of which counts from those of the layer that the tables are for."""
     query = operands.query
-    key, value = operands.in_order(keys.sequence, query.dtype)
-    heads, head_dim = query.shape[1:]
-    kv_heads, _, head_dim_v = value.shape
-    tile_keys, tiles = keys.sequence.tile_keys, keys.sequence.slots.shape[0]
-    scale_log2 = operands.scale * operands.key_scale * LOG2_E
-    row_of, count = rows.of_heads(operands), rows.per_head
+    copies = operands.copies(probes.all_keys, query.dtype)
+    kv_heads, _, head_dim_v = copies.values.shape
+    for_probe, for_held = probes.launches
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=query.device)
-
-    def grid(launch: ProbeLaunch, tiles: int) -> tuple[int, int, int]:
-        """Blocks of rows, KV heads and splits of the key tiles."""
-        blocks = triton.cdiv(operands.group * count, launch.rows)
-        return blocks, kv_heads, max(1, min(PROGRAMS // (blocks * kv_heads), tiles // MIN_TILES))
+    def grid(launch: ProbeLaunch, programs: int) -> tuple[int, int, int]:
+        return probes.blocks(launch, operands.group), kv_heads, programs
 
     def options(launch: ProbeLaunch) -> dict[str, int | bool]:
-        constants = constants_for(launch, tile_keys, group=operands.group, head_dim=head_dim)
+        tile_keys = probes.all_keys.slots.shape[1]
+        constants = constants_for(launch, tile_keys, operands.group, query.shape[2], head_dim_v)
         return {**constants, **OPTIONS, "num_warps": launch.warps, "num_stages": launch.stages}
 
-    block_dv = max(16, triton.next_power_of_2(head_dim_v))
-    parts = empty(kv_heads, tiles * tile_keys, CHANNELS, dtype=query.dtype)
-    project = _signs(head_dim_v, query.dtype, query.device)
-    parts_kernel[triton.cdiv(tiles * tile_keys, PARTS_KEYS), kv_heads](
-        value,
-        project,
-        parts,
-        operands.value_scale,
-        tiles * tile_keys,
-        value.stride(0),
-        HEAD_DIM_V=head_dim_v,
-        BLOCK_DV=block_dv,
-        BLOCK_N=PARTS_KEYS,
-        **OPTIONS,
-    )
-    own = launch or probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
-    blocks, _, splits = grid(own, tiles)
-    per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, per_split)
-    part, part_lse = empty(splits, heads, count, head_dim_v), empty(splits, heads, count)
-    probe_kernel[blocks, kv_heads, splits](
+    scale_log2 = operands.scale * operands.key_scale * LOG2_E
+    strides = query.stride(0), query.stride(1), copies.keys.stride(0)
+    probe_kernel[grid(for_probe, probes.counts[0] * probes.splits[0])](
+        probes.probes,
         query,
-        key,
-        value,
-        rows.rows,
-        rows.positions,
-        row_of,
-        part,
-        part_lse,
+        copies.keys,
+        copies.values,
+        padded_signs(head_dim_v, query.dtype, query.device),
         scale_log2,
-        count,
-        tiles,
-        per_split,
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        value.stride(0),
-        HEAD_DIM_V=head_dim_v,
-        BLOCK_DV=block_dv,
-        **options(own),
+        first,
+        probes.splits[0],
+        *strides,
+        copies.values.stride(0),
+        **options(for_probe),
     )
-    lse, projected = empty(heads, count), empty(heads, count, CHANNELS)
-    combine_kernel[heads * count,](
-        part,
-        part_lse,
-        project,
-        probed.output,
-        probed.size,
-        lse,
-        projected,
+    held_kernel[grid(for_held, probes.counts[1] * probes.splits[1])](
+        probes.jobs,
+        probes.probes,
+        query,
+        copies.keys,
+        probes.all_keys.positions,
+        copies.parts,
+        scale_log2,
         operands.value_scale,
-        splits,
-        HEAD_DIM_V=head_dim_v,
-        BLOCK_DV=block_dv,
-        BLOCK_SPLITS=PROGRAMS,
-        **OPTIONS,
+        first,
+        probes.splits[1],
+        *strides,
+        copies.parts.stride(0),
+        **options(for_held),
     )
-    own = launch or held_launch(head_dim, query.element_size(), tile_keys)
-    for order in (keys.sequence, keys.cell):
-        asked = [source for source in probed.held if source.cell == (order is keys.cell)]
-        for first in range(0, len(asked), MAX_REGIONS):
-            both = asked[first : first + MAX_REGIONS]
-            assert order is not None
-            key, _ = operands.in_order(order, query.dtype)
-            held_kernel[grid(own, order.arrival.numel())](
-                query,
-                key,
-                rows.rows,
-                rows.positions,
-                row_of,
-                order.positions,
-                order.arrival,
-                parts,
-                lse,
-                projected,
-                probed.held[both[0]],
-                probed.held[both[-1]],
-                *both[0][1:],
-                *both[-1][1:],
-                scale_log2,
-                count,
-                order.arrival.numel(),
-                order.arrived,
-                parts.shape[1],
-                query.stride(0),
-                query.stride(1),
-                key.stride(0),
-                REGIONS=len(both),
-                **options(own),
-            )

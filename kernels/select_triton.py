@@ -25,8 +25,9 @@ import triton.language as tl
 
 from . import choice
 from . import levels as scale
+from .copy_triton import CHANNELS_ALL, CHANNELS_HELD
 from .levels import TINY
-from .probe_triton import CHANNELS_ALL, CHANNELS_HELD
+from .tables import address, number
 from .tiles import UNBOUNDED
 
 ALWAYS = tl.constexpr(scale.ALWAYS)
@@ -57,18 +58,6 @@ ORDER_WIDTH, REQUEST_WIDTH = tl.constexpr(ORDER_FIELDS), tl.constexpr(REQUEST_FI
 FIRST_OFFER = tl.constexpr(GROUP_FIELDS - 2 * OFFER_FIELDS)
 ON_TEXT = {"a_shape": 1, "dense": 2}
 """What becomes of text keys in the cell pass, 0 for others."""
-
-
-@triton.jit
-def number(p_row, FIELD: tl.constexpr):
-    """A number of a table's row."""
-    return tl.load(p_row + FIELD).to(tl.int32)
-
-
-@triton.jit
-def address(p_row, FIELD: tl.constexpr, DTYPE: tl.constexpr):
-    """An address of a table's row."""
-    return tl.load(p_row + FIELD).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit

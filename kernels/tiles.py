@@ -33,51 +33,56 @@ class Region(Enum):
 
 
 @dataclass(frozen=True)
-class KeyOrder:
-    """Keys of every sparse request of one forward in one token order, tile after tile, request after request.
+class ForwardKeys:
+    """Keys of every sparse request of one forward, tile after tile of one order and then of the other.
+
+    A layer copies all of them at once (:meth:`.operands.Operands.in_order`) into ``copies``.
 
     ``slots`` int64 [n, tile_keys]: rows of the KV pool. Tokens that are not there (yet) have that of one that is:
     they weigh 0, but 0 * NaN is no 0, and others' memory may hold anything.
     ``positions`` int32 [n, tile_keys]: token positions, :data:`ABSENT` where a tile is short.
-    ``tile_min``, ``tile_max`` int32 [n]: smallest and largest position in each key tile (a short tile's is ABSENT).
-    ``tile_indptr`` int32 [R + 1]: where a request's key tiles begin; ``widest``: most key tiles of any request.
-    ``arrival`` int32 [n]: its key tiles, the first ``arrived`` of which hold keys by now; no others are ever read.
-    ``part_of``: the order of which this is a part, and which tiles of it. ``copies``: keys and values in this order,
-    see :meth:`.operands.Operands.in_order`.
+    ``arrived`` int32 [a]: the tiles that hold keys by now; no others are ever read.
     """
 
     slots: torch.Tensor
     positions: torch.Tensor
+    arrived: torch.Tensor
+    copies: dict[Any, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class KeyOrder:
+    """Keys of every sparse request of one forward, or of one of them, in one token order, request after request.
+
+    ``all_keys``: the keys of the forward, of which these are ``tiles``, n of them.
+    ``tile_min``, ``tile_max`` int32 [n]: smallest and largest position in each key tile (a short tile's is ABSENT).
+    ``tile_indptr`` int32 [R + 1]: where a request's key tiles begin; ``widest``: most key tiles of any request.
+    ``arrival`` int32 [n]: its key tiles, the first ``arrived`` of which hold keys by now.
+    """
+
+    all_keys: ForwardKeys
+    tiles: slice
     tile_min: torch.Tensor
     tile_max: torch.Tensor
     tile_indptr: torch.Tensor
     widest: int
     arrival: torch.Tensor
     arrived: int
-    part_of: tuple[KeyOrder, slice] | None = None
-    copies: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Those of these tiles, see :class:`ForwardKeys`."""
+        return self.all_keys.slots[self.tiles]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Those of these tiles, see :class:`ForwardKeys`."""
+        return self.all_keys.positions[self.tiles]
 
     @property
     def tile_keys(self) -> int:
         """Keys of a tile."""
-        return self.slots.shape[1]
-
-    def of_request(self, tiles: slice, tile_indptr: torch.Tensor, arrival: torch.Tensor, arrived: int) -> KeyOrder:
-        """The part that is one request's, as an order of its own; ``tiles`` are the request's."""
-        count = tiles.stop - tiles.start
-        if count == self.slots.shape[0]:
-            return self
-        return KeyOrder(
-            slots=self.slots[tiles],
-            positions=self.positions[tiles],
-            tile_min=self.tile_min[tiles],
-            tile_max=self.tile_max[tiles],
-            tile_indptr=tile_indptr,
-            widest=count,
-            arrival=arrival,
-            arrived=arrived,
-            part_of=(self, tiles),
-        )
+        return self.all_keys.slots.shape[1]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import argparse
 import copy
 import enum
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,8 +25,7 @@ import problems
 from mminference_sgl.kernels import attend, probe, probe_triton, reference
 from mminference_sgl.kernels.launch_table import NATIVE_DESCRIPTORS, Launch, device_architecture
 from mminference_sgl.kernels.operands import Operands
-from mminference_sgl.kernels.probe import ProbeKeys, ProbeRows
-from mminference_sgl.kernels.probe_triton import Probed, Source
+from mminference_sgl.kernels.probe_triton import Probed, Probes, Source
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
@@ -146,19 +147,24 @@ def check_selection(setting: Setting, device: torch.device, seed: int) -> None:
     operands = replace(problem.operands, key_pool=problem.key_pool * 2)
     if setting.fp8:
         operands, _ = problems.in_fp8(operands, 0.75, 1.5)
+    probed = []
     for group in problem.plan.groups:
-        what = f"{group.modality} of request {group.request}, {setting}, seed {seed}"
         want = probe.run(operands, group.keys, group.probe_rows)
         sources = [Source(False, 0, 0), Source(False, 8, 17)]
         if group.view.cell is not None:
             sources += [Source(True, 8, 17), Source(True, 3, 40)]
         expected = {source: held_of(want, source) for source in sources}
         ours = Probed(
+            group.keys,
+            group.probe_rows,
             torch.empty_like(want.output),
             torch.empty(want.output.shape[:2], device=device),
             {source: torch.full_like(held, torch.nan) for source, held in expected.items()},
         )
-        probe_triton.run(operands, group.keys, group.probe_rows, ours)
+        probed.append((group, want, expected, ours))
+    probe_triton.run(operands, Probes([ours for *_, ours in probed], operands, operands.heads, empty_on(device)))
+    for group, want, expected, ours in probed:
+        what = f"{group.modality} of request {group.request}, {setting}, seed {seed}"
         eps, size = torch.finfo(setting.dtype).eps, float(want.output.abs().max())
         close(ours.output, want.output, 8 * eps, f"output, {what}")
         for source, held in expected.items():
@@ -176,6 +182,11 @@ def check_selection(setting: Setting, device: torch.device, seed: int) -> None:
     assert differing <= 0.02, f"{differing:.2%} of the listed tiles differ: {setting}, seed {seed}"
 
 
+def empty_on(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Makes room on a device."""
+    return partial(torch.empty, device=device)
+
+
 def held_of(probed: probe.WeightProbe, source: Source) -> torch.Tensor:
     """What tiles hold of the keys of a source, by the portable probe."""
     if source.cell:
@@ -183,13 +194,15 @@ def held_of(probed: probe.WeightProbe, source: Source) -> torch.Tensor:
     return probed.held - probed.near(source[1:]) if source.reach else probed.held
 
 
-def exactly(operands: Operands, keys: ProbeKeys, rows: ProbeRows, probed: Probed) -> None:
-    """The portable probe in place of that in Triton."""
-    want = probe.run(operands, keys, rows)
-    probed.output.copy_(want.output)
-    probed.size.copy_(want.output.square().sum(2))
-    for source, held in probed.held.items():
-        held.copy_(held_of(want, source))
+def exactly(operands: Operands, probes: Probes, first: int) -> None:
+    """The portable probe in place of that in Triton, for all heads at a time."""
+    assert first == 0
+    for probed in probes.probed:
+        want = probe.run(operands, probed.keys, probed.rows)
+        probed.output.copy_(want.output)
+        probed.size.copy_(want.output.square().sum(2))
+        for source, held in probed.held.items():
+            held.copy_(held_of(want, source).flatten())
 
 
 def entries(passes: prefill.Passes) -> set[tuple[int, int, int, bool]]:

@@ -116,7 +116,7 @@ def test_attend_beyond_two_to_the_31_elements(seed: int) -> None:
     for shift in (0, (1 << 31) // (4 * 128) + 1000):
         pools = (_behind(shift, pool) for pool in (problem.query, problem.key_pool, problem.value_pool))
         operands = Operands(*pools, problem.scale)
-        shifted_keys = replace(keys, slots=keys.slots + shift)
+        shifted_keys = replace(keys, all_keys=replace(keys.all_keys, slots=keys.all_keys.slots + shift))
         shifted = replace(tile_pass, keys=shifted_keys, rows=tile_pass.rows + shift)
         out = torch.full_like(operands.query, torch.nan)
         lse = torch.full(out.shape[:2], torch.nan, device=DEVICE)

@@ -15,7 +15,7 @@ import problems
 from mminference_sgl import _core
 from mminference_sgl.kernels import probe, probe_triton
 from mminference_sgl.kernels.launch_table import HEAD_DIMS
-from mminference_sgl.kernels.probe_triton import Probed, Source
+from mminference_sgl.kernels.probe_triton import Probed, Probes, Source
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
@@ -61,11 +61,13 @@ def test_masses_are_the_same_every_time(head_dim: int, fp8: bool, seed: int) -> 
 
     def masses() -> torch.Tensor:
         made = Probed(
+            group.keys,
+            group.probe_rows,
             torch.empty_like(want.output),
             torch.empty(want.output.shape[:2], device=DEVICE),
             {source: torch.full_like(want.held, torch.nan)},
         )
-        probe_triton.run(operands, group.keys, group.probe_rows, made)
+        probe_triton.run(operands, Probes([made], operands, operands.heads, checks.empty_on(DEVICE)))
         return made.held[source]
 
     first = masses()

@@ -29,10 +29,9 @@ TILE_KEYS = 64
 SELECTION = ("rows", "candidates", "curves", "decide", "lists", "order", "guard")
 """Kernels of :mod:`.select_triton`."""
 POINTERS = {
-    **dict.fromkeys(("p_rows", "p_slots", "p_row_of"), "i64"),
+    **dict.fromkeys(("p_rows", "p_slots", "p_probes", "p_jobs"), "i64"),
     **dict.fromkeys(("p_searches", "p_forms", "p_groups", "p_passes", "p_orders", "p_requests"), "i64"),
-    **dict.fromkeys(("p_held", "p_other", "p_part", "p_part_lse", "p_lse", "p_piece_lse"), "fp32"),
-    **dict.fromkeys(("p_out", "p_size", "p_projected"), "fp32"),
+    **dict.fromkeys(("p_held", "p_lse", "p_piece_lse", "p_out"), "fp32"),
     "p_levels": "i8",
 }
 """Element types of pointers that are not int32; query and pools aside."""
@@ -41,13 +40,12 @@ FLOATS = ("scale_log2", "value_scale")
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile; ``head_dim`` 0 where it has none; ``regions`` that are added up at a time."""
+    """One kernel to compile; ``head_dim`` 0 where it has none."""
 
     arch: int
     kernel: str
     dtype: str
     head_dim: int
-    regions: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,6 @@ class Compiled:
     kernel: str
     dtype: str
     head_dim: int
-    variant: str
     warps: int
     registers: int
     stack: int
@@ -82,11 +79,9 @@ def jobs() -> list[Job]:
     """Every kernel on every architecture, by head size where it has one."""
     result = []
     for arch in ARCHS:
-        for kernel in ("parts", "probe", "held", "join"):
+        for kernel in ("probe", "held", "join"):
             result += [Job(arch, kernel, "bf16", head_dim) for head_dim in HEADS]
-        result += [Job(arch, "held", "bf16", head_dim, regions=2) for head_dim in HEADS]
         result += [Job(arch, "copy", dtype, head) for dtype, head in (("bf16", 128), ("fp8", 80))]
-        result += [Job(arch, "combine", "fp32", 128)]
         result += [Job(arch, kernel, "fp32", 0) for kernel in SELECTION if kernel != "guard"]
         result += [Job(arch, "guard", "bf16", head_dim) for head_dim in HEADS]
     return result
@@ -94,7 +89,7 @@ def jobs() -> list[Job]:
 
 def compile_job(job: Job) -> Compiled:
     """Compiles a kernel as it would be launched for query tiles and bands of a long chunk."""
-    module = dict.fromkeys(("parts", "probe", "held", "combine"), probe_triton)
+    module = dict.fromkeys(("probe", "held"), probe_triton)
     module |= {"copy": copy_triton, "join": attend}
     kernel = getattr(module.get(job.kernel, select_triton), f"{job.kernel}_kernel")
     bits = job.dtype == "fp8" and job.arch < NATIVE_FP8
@@ -105,8 +100,7 @@ def compile_job(job: Job) -> Compiled:
     options, warps = {}, 8 if job.kernel in {"decide", "guard"} else 4
     if job.kernel in {"probe", "held"}:
         launch = getattr(probe_triton, f"{job.kernel}_launch")(job.head_dim, 2, TILE_KEYS)
-        constants = probe_triton.constants_for(launch, TILE_KEYS, group=7, head_dim=job.head_dim)
-        constants |= {"HEAD_DIM_V": job.head_dim, "BLOCK_DV": constants["BLOCK_D"], "REGIONS": job.regions}
+        constants = probe_triton.constants_for(launch, TILE_KEYS, 7, job.head_dim, job.head_dim)
         options, warps = {"num_warps": launch.warps, "num_stages": launch.stages}, launch.warps
     else:
         block_dv = triton.next_power_of_2(job.head_dim)
@@ -119,8 +113,6 @@ def compile_job(job: Job) -> Compiled:
             "SPLIT": attend.SPLIT,
             "HEAD_DIM_V": job.head_dim,
             "BLOCK_DV": max(128, block_dv) if job.kernel == "guard" else block_dv,
-            "BLOCK_SPLITS": probe_triton.PROGRAMS,
-            "BLOCK_N": probe_triton.PARTS_KEYS,
             "FP8_BITS": bits,
             "HEAD_DIM": job.head_dim,
             "BLOCK_D": block_dv,
@@ -150,10 +142,9 @@ def compile_job(job: Job) -> Compiled:
         options={**OPTIONS, **options},
     )
     usage = resources(compiled.asm["cubin"])
-    variant = f"{job.regions} regions" if job.regions > 1 else ""
     names = [name for name in kernel.arg_names if signature[name] != "constexpr"]
     return Compiled(
-        *(job.arch, job.kernel, job.dtype, job.head_dim, variant, warps),
+        *(job.arch, job.kernel, job.dtype, job.head_dim, warps),
         *(usage["REG"], usage["STACK"], compiled.metadata.shared),
         read_and_written(compiled.asm["ttir"], names),
         steps_of(compiled.asm["cubin"]),
@@ -170,23 +161,25 @@ def steps_of(cubin: bytes) -> list[list[int]]:
 def read_and_written(ttir: str, names: list[str]) -> tuple[str, ...]:
     """Which of a kernel's arguments it loads through and stores through, from what the front end made of it.
 
-    A value is derived from an argument if some value is that it is computed from; what is loaded is not.
+    A value is derived from an argument if some value is that it is computed from; what is loaded is not. Regions beside
+    one another use the same names for values of their own.
     """
     head, _, body = ttir.partition("tt.func public")[2].partition("{\n")
     derived = {value: {name} for value, name in zip(re.findall(r"(%\w+): ", head), names, strict=True)}
     loaded: set[str] = set()
     stored: set[str] = set()
     for line in body.splitlines():
-        results, _, operation = line.strip().rpartition(" = ") if re.match(r"\s*%[^=]* = ", line) else ("", "", line)
+        results, _, operation = line.strip().partition(" = ") if re.match(r"\s*%[^=]* = ", line) else ("", "", line)
         used = re.findall(r"%[\w#]+", operation)
         sources = set().union(*(derived.get(value.partition("#")[0], set()) for value in used))
         if "tt.load" in operation:
             loaded |= derived.get(used[0], set())
+            sources = set()
         elif "tt.store" in operation:
             stored |= derived.get(used[0], set())
-        else:
-            for result in re.findall(r"%\w+", results):
-                derived[result] = derived.get(result, set()) | sources
+        # What a loop carries has names in its first line.
+        for result in re.findall(r"%\w+", line if "scf." in line else results):
+            derived[result] = sources | (derived.get(result, set()) if "scf." in line else set())
     return tuple(sorted(name for name in loaded & stored if name.startswith("p_")))
 
 
@@ -197,13 +190,13 @@ def table(results: Iterable[Compiled]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
 
-    def key(result: Compiled) -> tuple[str, str, int, str]:
-        return result.kernel, result.variant, result.head_dim, result.dtype
+    def key(result: Compiled) -> tuple[str, int, str]:
+        return result.kernel, result.head_dim, result.dtype
 
-    for (kernel, variant, head_dim, dtype), found in groupby(sorted(results, key=key), key=key):
+    for (kernel, head_dim, dtype), found in groupby(sorted(results, key=key), key=key):
         group = list(found)
         registers, shared = [r.registers for r in group], [r.shared for r in group]
-        cells = f"{kernel} {variant}".strip(), head_dim or "", dtype if head_dim else "", group[0].warps
+        cells = kernel, head_dim or "", dtype if head_dim else "", group[0].warps
         ranges = f"{min(registers)}-{max(registers)}", max(r.stack for r in group), f"{min(shared):,}-{max(shared):,}"
         lines.append("| " + " | ".join(str(cell) for cell in (*cells, *ranges)) + " |")
     return lines

@@ -14,7 +14,7 @@ import torch
 import problems
 from interpret import BATCH, KEY_SCALE, TWO_VIDEOS, VALUE_SCALE, distance, strided
 from mminference_sgl.kernels import probe, probe_triton
-from mminference_sgl.kernels.probe_triton import Probed, ProbeLaunch, Source
+from mminference_sgl.kernels.probe_triton import Probed, ProbeLaunch, Probes, Source
 from mminference_sgl.method import probe_rows
 
 
@@ -44,7 +44,7 @@ CASES = (
 
 
 def main(dtype: torch.dtype, names: list[str]) -> None:
-    """Each row group of each case, against the portable probe in fp64."""
+    """All row groups of each case at once, against the portable probe."""
     for case in CASES:
         if not names or case.name in names:
             run(case, dtype)
@@ -66,6 +66,7 @@ def run(case: Case, dtype: torch.dtype) -> None:
     if case.fp8:
         stored, _ = problems.in_fp8(stored, KEY_SCALE, VALUE_SCALE)
     ours_of = replace(stored, query=strided(stored.query))
+    probed = []
     for group in problem.plan.groups:
         exact = probe.run(problems.cast(stored, torch.float32), group.keys, group.probe_rows)
         bounds = [(3, 9), (8, 31)]
@@ -73,11 +74,15 @@ def run(case: Case, dtype: torch.dtype) -> None:
         if group.keys.cell is not None and group.modality == "media":
             found |= {Source(True, *region): exact.far(region) for region in bounds}
         ours = Probed(
+            group.keys,
+            group.probe_rows,
             torch.empty_like(exact.output),
             torch.empty(exact.output.shape[:2]),
             {source: torch.empty_like(want) for source, want in found.items()},
         )
-        probe_triton.run(ours_of, group.keys, group.probe_rows, ours, launch=case.launch)
+        probed.append((group, exact, found, ours))
+    probe_triton.run(ours_of, Probes([ours for *_, ours in probed], ours_of, case.heads, torch.empty, case.launch))
+    for group, exact, found, ours in probed:
         held = {"output": (ours.output, exact.output), "size": (ours.size, exact.output.square().sum(2))}
         for source, expected in found.items():
             name, got = f"{'cell' if source.cell else 'sequence'} {source.reach}", ours.held[source]

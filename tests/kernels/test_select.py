@@ -12,6 +12,7 @@ import problems
 from mminference_sgl.kernels import choice as choices
 from mminference_sgl.kernels import probe, reference, search, select
 from mminference_sgl.kernels.levels import Curves
+from mminference_sgl.kernels.sketch import HELD, signs
 from mminference_sgl.kernels.stages import stages_of
 from mminference_sgl.kernels.tiles import Region, element_mask
 from mminference_sgl.method import prefill
@@ -236,7 +237,7 @@ def test_what_a_band_would_lose_counts_for_the_bands_beside_it() -> None:
     tiles = cell.tiles(4, 1)
     assert cell.num_bands > 8
     rows = (cell.band_of_row == 4).nonzero()[:, 0]
-    held = torch.zeros(probe.HELD, 1, len(group.probe_rows.rows), tiles.visible.shape[1])
+    held = torch.zeros(HELD, 1, len(group.probe_rows.rows), tiles.visible.shape[1])
     # As much in every tile that is not read anyhow: no line stands out, but all of them together.
     held[:2, 0, rows] = 0.5 / tiles.visible.shape[1] * ~cell.own_at_rows[rows]
     size = torch.ones(held.shape[1:3])
@@ -264,7 +265,7 @@ def test_neighbouring_cells_are_read_where_heads_look_there() -> None:
 
 def test_curves_are_what_is_lost_below_each_threshold() -> None:
     """Deviations add up with their signs, over the mass that is left; rows count alike."""
-    held = torch.zeros(probe.HELD, 1, 2, 4)
+    held = torch.zeros(HELD, 1, 2, 4)
     held[0, 0] = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
     held[1, 0] = torch.tensor([[1.0, -1.0, 2.0, -2.0], [0.5, 0.5, 0.5, -1.5]])
     levels = torch.tensor([[[10, 20, 30, search.ALWAYS]]], dtype=torch.int8)
@@ -279,7 +280,7 @@ def test_curves_are_what_is_lost_below_each_threshold() -> None:
 
 def test_a_row_that_reads_one_tile_loses_all_without_it() -> None:
     """Its deviation is nothing, since its output is what the tile holds."""
-    held = torch.zeros(probe.HELD, 1, 1, 2)
+    held = torch.zeros(HELD, 1, 1, 2)
     held[0] = torch.tensor([1.0, 0.0])
     loss = search._loss(held, torch.full((1, 1), 7.0))
     torch.testing.assert_close(loss, torch.tensor([[[7.0, 0.0]]]))
@@ -296,7 +297,7 @@ def test_levels_are_energies_per_tile() -> None:
 def test_projections_keep_lengths() -> None:
     """On average over directions, and any one by no more than so many projections can tell."""
     vectors = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
-    lengths = (vectors @ probe.signs(64, torch.device("cpu"))).square().sum(1) / vectors.square().sum(1)
+    lengths = (vectors @ signs(64, torch.device("cpu"))).square().sum(1) / vectors.square().sum(1)
     assert float(lengths.mean()) == pytest.approx(1.0, abs=0.05)
     assert float(lengths.std()) == pytest.approx((2 / probe.SKETCH) ** 0.5, rel=0.2)
 

@@ -113,17 +113,12 @@ def test_kernels_compile_without_spills(capsys: pytest.CaptureFixture[str]) -> N
 AUTO = HeadSpec()
 BOUNDARY = HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")
 GRID = HeadSpec("dense", "dense", "grid", "grid")
-LAUNCHES = 14
-"""Of a layer, whatever its requests: copies, search, decision, lists, attention, guard."""
-LAUNCHES_OF_GROUP = 5
-"""Those of the probe of one request's rows of a modality."""
-PROBED = frozenset({"p_query", "p_parts", "p_part", "p_part_lse", "p_lse", "p_projected"})
+LAUNCHES = 15
+"""Of a layer, whatever its requests: copies, probe, search, decision, lists, attention, guard."""
 OF_A_LAYER = {
     "copy": {"p_key", "p_value"},
-    "parts": PROBED,
-    "probe": PROBED,
-    "combine": PROBED,
-    "held": PROBED,
+    "probe": {"p_query"},
+    "held": {"p_query"},
     "rows": set(),
     "candidates": set(),
     "curves": set(),
@@ -185,9 +180,8 @@ def test_a_layer_is_a_few_launches_and_nothing_else(specs: list[HeadSpec], monke
         (*_, last), operators = launched(monkeypatch, requests, specs)
         assert not operators
         counts.append(len(last))
-    modalities = 1 if all(spec.of("text") == ("dense", "dense") for spec in specs) else 2
-    assert counts[0] <= LAUNCHES + LAUNCHES_OF_GROUP * modalities, [kernel.__name__ for kernel, _, _ in last]
-    assert counts[1] - counts[0] <= LAUNCHES_OF_GROUP * modalities
+    assert counts[0] <= LAUNCHES, [kernel.__name__ for kernel, _, _ in last]
+    assert counts[1] == counts[0], "all requests are launched together"
 
 
 def test_requests_of_a_batch_are_launched_alike(monkeypatch: pytest.MonkeyPatch) -> None:

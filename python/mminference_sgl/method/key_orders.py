@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mminference_sgl.kernels.tiles import ABSENT, KeyOrder
+from mminference_sgl.kernels.tiles import ABSENT, ForwardKeys, KeyOrder
 from mminference_sgl.method.upload import Packer, Uploaded
 
 
@@ -60,28 +60,36 @@ def no_keys(slots: torch.Tensor, tile_keys: int) -> Part:
     return Part(*_tiled(slots[:0], nothing, tile_keys), nothing, 0)
 
 
-def key_orders(parts: Sequence[Part], starts: Starts, uploaded: Uploaded) -> tuple[KeyOrder, list[KeyOrder]]:
-    """The order of all requests, and its part that is each one's."""
-    slots, positions = (torch.cat([getattr(part, name) for part in parts]) for name in ("slots", "positions"))
-    first = np.cumsum([0, *(part.count for part in parts)])[:-1].tolist()
-    held, later = [], []
-    for part, tile in zip(parts, first, strict=True):
-        held.append(part.arrival[: part.arrived] + tile)
-        later.append(part.arrival[part.arrived :] + tile)
-    order = KeyOrder(
-        slots=slots,
-        positions=positions,
-        tile_min=positions.amin(1),
-        tile_max=positions.amax(1),
-        tile_indptr=uploaded.int32[starts.all],
-        widest=max(part.count for part in parts),
-        arrival=torch.cat(held + later),
-        arrived=sum(part.arrived for part in parts),
-    )
-    return order, [
-        order.of_request(slice(tile, tile + part.count), uploaded.int32[own], part.arrival, part.arrived)
-        for part, tile, own in zip(parts, first, starts.own, strict=True)
-    ]
+Orders = tuple[KeyOrder, list[KeyOrder]]
+"""The order of all requests, and its part that is each one's."""
+
+
+def key_orders(orders: Sequence[tuple[Sequence[Part], Starts]], uploaded: Uploaded) -> list[Orders]:
+    """Orders that are copied together, from the requests' parts of each."""
+    every = [part for parts, _ in orders for part in parts]
+    slots, positions = (torch.cat([getattr(part, name) for part in every]) for name in ("slots", "positions"))
+    first = np.cumsum([0, *(part.count for part in every)]).tolist()
+    here = [part.arrival[: part.arrived] + tile for part, tile in zip(every, first, strict=False)]
+    all_keys = ForwardKeys(slots, positions, torch.cat(here))
+    low, high = positions.amin(1), positions.amax(1)
+
+    def order(tiles: slice, starts: slice, widest: int, arrival: torch.Tensor, arrived: int) -> KeyOrder:
+        return KeyOrder(all_keys, tiles, low[tiles], high[tiles], uploaded.int32[starts], widest, arrival, arrived)
+
+    found, at = [], 0
+    for parts, starts in orders:
+        begin, held, later, own = first[at], [], [], []
+        for index, part in enumerate(parts):
+            tile = first[at + index]
+            held.append(part.arrival[: part.arrived] + (tile - begin))
+            later.append(part.arrival[part.arrived :] + (tile - begin))
+            tiles = slice(tile, tile + part.count)
+            own.append(order(tiles, starts.own[index], part.count, part.arrival, part.arrived))
+        at += len(parts)
+        arrival, arrived = torch.cat(held + later), sum(part.arrived for part in parts)
+        widest = max(part.count for part in parts)
+        found.append((order(slice(begin, first[at]), starts.all, widest, arrival, arrived), own))
+    return found
 
 
 def _tiled(slots: torch.Tensor, positions: torch.Tensor, tile_keys: int) -> tuple[torch.Tensor, torch.Tensor]:

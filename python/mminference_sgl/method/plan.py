@@ -402,11 +402,12 @@ def _keys(
 ) -> tuple[KeyOrder, KeyOrder | None, list[ProbeKeys]]:
     """The two passes' keys, and each request's; ``far_starts`` is None without a cell pass."""
     slots = [req_to_token[request.pool_row][0, : request.num_keys].long() for request in requests]
-    near, own = key_orders([in_sequence(held, tile_keys) for held in slots], near_starts, uploaded)
+    sequence = [in_sequence(held, tile_keys) for held in slots], near_starts
     if far_starts is None:
+        ((near, own),) = key_orders([sequence], uploaded)
         return near, None, [ProbeKeys(keys, None) for keys in own]
-    parts = [_in_cells(request, held, tile_keys) for request, held in zip(requests, slots, strict=True)]
-    far, own_cells = key_orders(parts, far_starts, uploaded)
+    cells = [_in_cells(request, held, tile_keys) for request, held in zip(requests, slots, strict=True)], far_starts
+    (near, own), (far, own_cells) = key_orders([sequence, cells], uploaded)
     of_requests = zip(requests, own, own_cells, strict=True)
     return near, far, [ProbeKeys(keys, cells if r.layout.has_media else None) for r, keys, cells in of_requests]
 

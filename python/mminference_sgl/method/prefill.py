@@ -16,6 +16,7 @@ from mminference_sgl.kernels import ops, probe
 from mminference_sgl.kernels.choice import Budget, Choice, Proposal
 from mminference_sgl.kernels.operands import COPIED_BYTES, Operands
 from mminference_sgl.kernels.select import Far, Form, FormsOffer, Near, Selection, Slash, Task
+from mminference_sgl.kernels.sketch import HELD
 from mminference_sgl.kernels.stages import Stages, ease_on, stages_of
 from mminference_sgl.kernels.tiles import UNBOUNDED, TileLists, TilePass, dense_lists, lists_from_map
 from mminference_sgl.method.catalog import HeadSpec
@@ -378,7 +379,7 @@ class _Layer:
         if found is None:
             assert self.stages.prepare is not None
             tasks = [self._task(group, index) for index, group in enumerate(self.plan.groups)]
-            probed = min(self._probed_at_a_time(group, probe.HELD) for group in self.plan.groups)
+            probed = min(self._probed_at_a_time(group, HELD) for group in self.plan.groups)
             passes = [tiling.passes for tiling in self.tilings]
             found = self.stages.prepare(tasks, passes, self.operands, probed, self.plan.memory)
             self.plan.prepared[key] = found
@@ -430,7 +431,7 @@ def head_blocks(plan: ForwardPlan, operands: Operands) -> list[slice]:
     passes = [one for tiling in plan.tilings for one in tiling.passes]
     tiles = max(-(-tile_pass.num_tiles * tile_pass.keys.widest // tile_pass.sharing) for tile_pass in passes)
     heads, group = operands.heads, operands.group
-    copied = max(operands.copy_bytes(tile_pass.keys) for tile_pass in passes) // operands.kv_heads
+    copied = operands.copy_bytes(plan.near.keys.all_keys) // operands.kv_heads
     step = min(heads, max(1, MAP_TILES // tiles), max(1, COPIED_BYTES // copied) * group)
     step = step // group * group or max(size for size in range(1, step + 1) if group % size == 0)
     return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
