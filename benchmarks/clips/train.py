@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from benchmarks.clips import model as shape
 from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, SIGNS, TASKS, Form, Prompt
+from benchmarks.real.weights import cache
 from benchmarks.toy.scenes import COLOURS, INK, KEYS, NOISE, PALETTE, TEXTURES, TILE
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = cache() / "clips"
 STEPS, SEED = 1600, 7
 VISION_STEPS, VISION_BATCH = 500, 192
 VARIANTS = 48
