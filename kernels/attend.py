@@ -26,16 +26,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_table import OPTIONS, Launch, device_architecture, fitted, lookup
 from .operands import Operands
-from .tiles import Region, TileLists, TilePass, Work
+from .tables import address, number, on_device
+from .tiles import Region, Started, TileLists, TilePass, Work
 
 SPLIT = 2048
 """Key tiles of a list that one program reads at most, where others can be had for the rest: 2 ms on a processor."""
 SPLIT_PIECES = 512
 """Most programs for such rests; their output is held at a time."""
-JOINED = 16
+JOINED = 8
 """Lanes of which a program joins the pieces."""
 NEIGHBOURS = 16
 """Query tiles whose lists start by length, before those of the next ones."""
+WORK_FIELDS = 20
+"""Of a pass's row in the table that a launch reads, see :func:`work_row`."""
+WORK_WIDTH = tl.constexpr(WORK_FIELDS)
 
 
 @triton.jit
@@ -152,45 +156,32 @@ def store_rows(p_rows, b_block, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr,
 
 
 @triton.jit
-def lanes_of(i_list, lane_first, p_row_indptr, p_rows, query_tiles, SHARING: tl.constexpr, BLOCK_M: tl.constexpr):
+def lanes_of(p_pass, i_list, lane_first, BLOCK_M: tl.constexpr):
     """Some lanes of a list: their place among the pass's rows, batch row, head, and whether they have a row."""
-    i_tile = i_list % query_tiles
+    query_tiles, sharing = number(p_pass, 14), number(p_pass, 15)
+    p_row_indptr = address(p_pass, 2, tl.int32) + i_list % query_tiles
     o_lane = lane_first + tl.arange(0, BLOCK_M)
-    o_row = tl.load(p_row_indptr + i_tile) + o_lane // SHARING
-    m_row = o_row < tl.load(p_row_indptr + i_tile + 1)
-    b_row = tl.load(p_rows + o_row, mask=m_row, other=0).to(tl.int64)
-    b_head = (i_list // query_tiles).to(tl.int64) * SHARING + o_lane % SHARING
+    o_row = tl.load(p_row_indptr) + o_lane // sharing
+    m_row = o_row < tl.load(p_row_indptr + 1)
+    b_row = tl.load(address(p_pass, 0, tl.int64) + o_row, mask=m_row, other=0)
+    b_head = (i_list // query_tiles * sharing + o_lane % sharing).to(tl.int64)
     return o_row, b_row, b_head, m_row
 
 
-@triton.jit(do_not_specialize=["query_tiles", "pieces", "keys"])
+@triton.jit(do_not_specialize=["keys"])
 def attend_kernel(
     p_query,
     p_key,
     p_value,
     p_out,
     p_lse,
-    p_rows,
-    p_row_pos,
-    p_row_indptr,
-    p_request,
+    p_passes,
     p_key_pos,
     p_tile_indptr,
-    p_order,
-    p_first,
-    p_until,
-    p_begin,
-    p_count,
-    p_full,
-    p_tiles,
-    p_sink,
-    p_reach,
     p_piece_out,
     p_piece_lse,
     scale_log2,
     value_scale,
-    query_tiles,
-    pieces,
     keys,
     stride_query_row,
     stride_query_head,
@@ -198,7 +189,6 @@ def attend_kernel(
     stride_out_head,
     stride_lse_row,
     GROUP: tl.constexpr,
-    SHARING: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -216,27 +206,33 @@ def attend_kernel(
 ):
     """A list, or with ``IN_PIECES`` a part of one, and one sub-tile of its lanes.
 
-    The names of arguments are those of the pass, the lists and the work. Head sizes that are no power of two come in
+    ``p_passes``: a row of :func:`work_row` for each pass; where there are several, what has no tiles is another one's
+    to write. Head sizes that are no power of two come in
     two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded. ``keys``: from a head's first one in ``p_key`` and
     ``p_value`` to the next one's; these are pointers or those of :func:`describe`.
     """
     # Sub-tiles of a list start together, so that what they read twice comes from L2.
     i_work = tl.program_id(0) // SUB_TILES
-    i_list = tl.load(p_order + i_work)
-    first, until = 0, tl.load(p_count + i_list)
+    p_pass = p_passes + tl.program_id(1) * WORK_WIDTH
+    query_tiles, pieces = number(p_pass, 14), number(p_pass, 17)
+    if i_work >= number(p_pass, 16) + pieces:
+        return
+    i_list = tl.load(address(p_pass, 4, tl.int32) + i_work)
+    first, until = 0, tl.load(address(p_pass, 8, tl.int32) + i_list)
     is_piece = False
     if IN_PIECES:
-        first, until = tl.load(p_first + i_work), tl.load(p_until + i_work)
+        first = tl.load(address(p_pass, 5, tl.int32) + i_work)
+        until = tl.load(address(p_pass, 6, tl.int32) + i_work)
         is_piece = i_work < pieces
     lane_first = tl.program_id(0) % SUB_TILES * BLOCK_M
-    o_row, b_row, b_head, m_row = lanes_of(i_list, lane_first, p_row_indptr, p_rows, query_tiles, SHARING, BLOCK_M)
-    if (MERGE or is_piece) and first == until:
+    o_row, b_row, b_head, m_row = lanes_of(p_pass, i_list, lane_first, BLOCK_M)
+    if (MERGE or is_piece or tl.num_programs(1) > 1) and first == until:
         return
     if tl.sum(m_row.to(tl.int32), 0) == 0:
         return
 
     # A lane without a row stands before every key, so it sees none.
-    b_pos = tl.load(p_row_pos + o_row, mask=m_row, other=-1)
+    b_pos = tl.load(address(p_pass, 1, tl.int32) + o_row, mask=m_row, other=-1)
     # lanes x head size
     p_query += b_row * stride_query_row + b_head * stride_query_head
     b_query = load_rows(p_query, m_row, 0, BLOCK_D, HEAD_DIM)
@@ -244,18 +240,18 @@ def attend_kernel(
     if REST_D > 0:
         b_query_rest = load_rows(p_query, m_row, BLOCK_D, REST_D, HEAD_DIM)
 
-    i_kv = i_list // query_tiles * SHARING // GROUP
+    i_kv = i_list // query_tiles * number(p_pass, 15) // GROUP
     head_first = 0
     if DESCRIPTORS:
         head_first = i_kv * keys
     else:
         p_key += i_kv.to(tl.int64) * keys * HEAD_DIM
         p_value += i_kv.to(tl.int64) * keys * HEAD_DIM_V
-    tile_first = tl.load(p_tile_indptr + tl.load(p_request + i_list % query_tiles))
-    p_tiles += tl.load(p_begin + i_list)
-    full = tl.minimum(tl.maximum(tl.load(p_full + i_list), first), until)
-    sink = tl.load(p_sink + i_list)
-    reach = tl.load(p_reach + i_list)
+    tile_first = tl.load(p_tile_indptr + tl.load(address(p_pass, 3, tl.int32) + i_list % query_tiles))
+    p_tiles = address(p_pass, 10, tl.int32) + tl.load(address(p_pass, 7, tl.int32) + i_list)
+    full = tl.minimum(tl.maximum(tl.load(address(p_pass, 9, tl.int32) + i_list), first), until)
+    sink = tl.load(address(p_pass, 11, tl.int32) + i_list)
+    reach = tl.load(address(p_pass, 12, tl.int32) + i_list)
 
     p_out += b_row * stride_out_row + b_head * stride_out_head
     p_lse += b_row * stride_lse_row + b_head
@@ -316,7 +312,7 @@ def attend_kernel(
     # Natural logarithm: ln(2) = 0.693...
     b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) * 0.6931471805599453, -float("inf"))
     if is_piece:
-        lane_first += i_work * SUB_TILES * BLOCK_M
+        lane_first += (number(p_pass, 18) + i_work) * SUB_TILES * BLOCK_M
         o_lane = lane_first.to(tl.int64) + tl.arange(0, BLOCK_M)
         p_out = p_piece_out + o_lane * HEAD_DIM_V
         p_lse = p_piece_lse + o_lane
@@ -332,22 +328,16 @@ def attend_kernel(
         tl.store(p_lse, b_lse, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["query_tiles"])
+@triton.jit
 def join_kernel(
     p_out,
     p_lse,
-    p_rows,
-    p_row_indptr,
-    p_order,
-    p_first,
-    p_count,
+    p_passes,
     p_piece_out,
     p_piece_lse,
-    query_tiles,
     stride_out_row,
     stride_out_head,
     stride_lse_row,
-    SHARING: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -355,18 +345,21 @@ def join_kernel(
     SPLIT_TILES: tl.constexpr,
 ):
     """All pieces of one list into what its first part left, for some of its lanes."""
-    i_piece = tl.program_id(0)
-    if tl.load(p_first + i_piece) != SPLIT_TILES:
+    i_piece, p_pass = tl.program_id(0), p_passes + tl.program_id(2) * WORK_WIDTH
+    if i_piece >= number(p_pass, 17):
         return
-    i_list = tl.load(p_order + i_piece)
+    if tl.load(address(p_pass, 5, tl.int32) + i_piece) != SPLIT_TILES:
+        return
+    i_list = tl.load(address(p_pass, 4, tl.int32) + i_piece)
     lane_first = tl.program_id(1) * BLOCK_M
-    _, b_row, b_head, m_row = lanes_of(i_list, lane_first, p_row_indptr, p_rows, query_tiles, SHARING, BLOCK_M)
+    _, b_row, b_head, m_row = lanes_of(p_pass, i_list, lane_first, BLOCK_M)
     p_out += b_row * stride_out_row + b_head * stride_out_head
     p_lse += b_row * stride_lse_row + b_head
     b_out = load_rows(p_out, m_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32)
     b_lse = tl.load(p_lse, mask=m_row, other=-float("inf"))
-    o_lane = i_piece.to(tl.int64) * LANES + lane_first + tl.arange(0, BLOCK_M)
-    for _ in tl.range(1, tl.cdiv(tl.load(p_count + i_list), SPLIT_TILES)):
+    o_lane = (number(p_pass, 18) + i_piece).to(tl.int64) * LANES + lane_first + tl.arange(0, BLOCK_M)
+    count = tl.load(address(p_pass, 8, tl.int32) + i_list)
+    for _ in tl.range(1, tl.cdiv(count, SPLIT_TILES)):
         b_part = load_rows(p_piece_out + o_lane * HEAD_DIM_V, m_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32)
         b_part_lse = tl.load(p_piece_lse + o_lane, mask=m_row, other=-float("inf"))
         b_top = tl.maximum(b_lse, b_part_lse)
@@ -402,6 +395,19 @@ def work_of(lists: TileLists, widest: int, lists_per_head: int) -> Work:
         torch.cat([until, torch.where(own > 0, SPLIT, count)]).int(),
         pieces,
     )
+
+
+def work_row(tile_pass: TilePass, lists: TileLists, work: Work, piece_first: int = 0, done: int = 0) -> list[int]:
+    """What kernels read of a pass, its lists and how they start; all of it must be kept.
+
+    ``piece_first``: where its pieces lie among those of a launch; ``done``: address of a count of lists.
+    """
+    given = [tile_pass.rows, tile_pass.positions, tile_pass.indptr, tile_pass.request]
+    given += [work.order, work.first, work.until]
+    given += [lists.begin, lists.count, lists.full, lists.tiles, lists.sink, lists.reach]
+    row = [x.data_ptr() for x in given] + [0 if work.given is None else work.given.data_ptr()]
+    row += [tile_pass.num_tiles, tile_pass.sharing, lists.count.numel(), work.pieces, piece_first, done]
+    return row
 
 
 def pieces_of(lists: int, widest: int) -> int:
@@ -440,7 +446,9 @@ def attend(
     merge: bool,
     launch: Launch | None = None,
 ) -> None:
-    """Attention of one pass; see :class:`.ops.Attend`. ``launch`` replaces the table's entry.
+    """Attention of one pass; see :class:`.ops.Attend`. ``launch`` replaces the launch table's entry.
+
+    Passes that are :class:`.tiles.Started` together are attended to with the first of them.
 
     Raises:
         ValueError: ``launch`` asks for descriptors where there can be none.
@@ -452,53 +460,45 @@ def attend(
         launch = choose(device_architecture(query.device), head_dim, head_dim_v, query.element_size())
     elif launch.descriptors and not describable(launch, head_dim, head_dim_v):
         raise ValueError(f"{launch} asks for descriptors, but heads of {head_dim} and {head_dim_v} are not one box")
-    launch = fitted(launch, tile_pass.lanes, keys.tile_keys)
     work = lists.work or work_of(lists, keys.widest, operands.group // tile_pass.sharing)
+    started = work.started
+    if started is None:
+        row = work_row(tile_pass, lists, work)
+        started = Started(on_device(row, torch.int64, query.device), work.order.numel(), work.pieces, tile_pass.lanes)
+    passes = started.table.numel() // WORK_FIELDS
+    if passes == 0:
+        return
+    launch = fitted(launch, started.lanes, keys.tile_keys)
     constants = constants_for(
         launch,
-        tile_pass.lanes,
+        started.lanes,
         keys.tile_keys,
         group=operands.group,
-        sharing=tile_pass.sharing,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         far=tile_pass.region is Region.FAR,
         merge=merge,
-        in_pieces=work.pieces > 0,
+        in_pieces=started.pieces > 0,
     )
     blocks = [key, value]
     if launch.descriptors:
         widths = constants["BLOCK_D"], constants["BLOCK_DV"]
         blocks = [describe(block, launch.keys, width) for block, width in zip(blocks, widths, strict=True)]
     lanes = constants["SUB_TILES"] * launch.rows
-    piece_out = out.new_empty(work.pieces, lanes, head_dim_v)
-    piece_lse = lse.new_empty(work.pieces, lanes)
-    attend_kernel[(work.order.numel() * constants["SUB_TILES"],)](
+    piece_out = out.new_empty(started.pieces, lanes, head_dim_v)
+    piece_lse = lse.new_empty(started.pieces, lanes)
+    attend_kernel[started.programs * constants["SUB_TILES"], passes](
         query,
         *blocks,
         out,
         lse,
-        tile_pass.rows,
-        tile_pass.positions,
-        tile_pass.indptr,
-        tile_pass.request,
+        started.table,
         keys.positions,
         keys.tile_indptr,
-        work.order,
-        work.first,
-        work.until,
-        lists.begin,
-        lists.count,
-        lists.full,
-        lists.tiles,
-        lists.sink,
-        lists.reach,
         piece_out,
         piece_lse,
         operands.scale * operands.key_scale * math.log2(math.e),
         operands.value_scale,
-        tile_pass.num_tiles,
-        work.pieces,
         key.stride(0) // head_dim,
         query.stride(0),
         query.stride(1),
@@ -510,22 +510,16 @@ def attend(
         num_stages=launch.stages,
         **OPTIONS,
     )
-    if work.pieces:
-        join_kernel[work.pieces, lanes // JOINED](
+    if started.pieces:
+        join_kernel[started.pieces, lanes // JOINED, passes](
             out,
             lse,
-            tile_pass.rows,
-            tile_pass.indptr,
-            work.order,
-            work.first,
-            lists.count,
+            started.table,
             piece_out,
             piece_lse,
-            tile_pass.num_tiles,
             out.stride(0),
             out.stride(1),
             lse.stride(0),
-            SHARING=tile_pass.sharing,
             HEAD_DIM_V=head_dim_v,
             BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
             BLOCK_M=JOINED,
@@ -568,7 +562,6 @@ def constants_for(
     tile_keys: int,
     *,
     group: int,
-    sharing: int = 1,
     head_dim: int,
     head_dim_v: int,
     far: bool,
@@ -580,7 +573,6 @@ def constants_for(
     block_dv, rest_dv = head_blocks(head_dim_v, split=launch.split)
     return {
         "GROUP": group,
-        "SHARING": sharing,
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
         "BLOCK_D": block_d,

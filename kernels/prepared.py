@@ -21,7 +21,7 @@ import triton
 
 from . import choice, probe_triton
 from . import levels as scale
-from .attend import SPLIT, pieces_of, places
+from .attend import SPLIT, WORK_FIELDS, pieces_of, places, work_row
 from .launch_table import OPTIONS
 from .operands import Operands
 from .probe_triton import Probed, Probes, Source
@@ -42,12 +42,11 @@ from .select_triton import (
     decide_kernel,
     guard_kernel,
     lists_kernel,
-    order_kernel,
     rows_kernel,
 )
 from .sketch import HELD
 from .tables import on_device
-from .tiles import Region, TileLists, TilePass, Work, dense_lists
+from .tiles import Region, Started, TileLists, TilePass, Work, dense_lists
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,13 @@ class Prepared:
         self._heads, self._group, self._first = operands.heads, operands.group, operands.first
         self._head_dim_v, self._device = operands.value_pool.shape[2], operands.query.device
         self._kept: list[torch.Tensor] = []
+        self._pass_rows: dict[int, int] = {}
         self._searches: list[list[int]] = []
         self._forms: list[list[int]] = []
         self._most = {"rows": 0, "tiles": 0, "programs": 0, "lists": 0, "decided": 1, "bands": 0}
-        self.passes = [(one, self._lists(one)) for own in passes for one in own]
         near = passes[0][0]
-        self.repair = near, self._repair(near)
+        self.repair = self._started([(near, self._repair(near))])[0]
+        self.passes = self._started([(one, self._lists(one)) for own in passes for one in own])
         self._everything = dense_lists(near, torch.ones(1, near.num_tiles, dtype=torch.bool, device=self._device))
         self._made = [self._group_of(task) for task in tasks]
         groups = [self._group_row(task, made) for task, made in zip(tasks, self._made, strict=True)]
@@ -108,7 +108,6 @@ class Prepared:
             if made.forms and made.selected.output is not None
         ]
         self._probes = Probes(probed_groups, operands, probed, self._new) if probed_groups else None
-        orders = [self._order_row(lists) for _, lists in self.passes]
         numbers = [task.request for task in tasks]
         self._requests = list(dict.fromkeys(numbers))
         requests = [[numbers.count(request), numbers.index(request)] for request in self._requests]
@@ -118,15 +117,13 @@ class Prepared:
             self._forms or [[0] * FORM_FIELDS],
             groups,
             segments,
-            orders,
             requests,
         )
         tables = torch.split(
             on_device([x for rows in every for row in rows for x in row], torch.int64, self._device),
             [sum(map(len, rows)) for rows in every],
         )
-        self._search_table, self._form_table, self._group_table, self._pass_table = tables[:4]
-        self._order_table, self._request_table = tables[4:]
+        self._search_table, self._form_table, self._group_table, self._pass_table, self._request_table = tables
         self._levels = self._new(self._most["programs"] * max(1, len(self._forms)) * BLOCK, dtype=torch.int8)
         self._programs = len(self._searches), len(self._forms), len(groups), len(segments)
 
@@ -150,9 +147,14 @@ class Prepared:
                 **OPTIONS,
             )
         lists_kernel[self._most["lists"], segments](
-            self._pass_table, self._form_table, self._search_table, BLOCK=BLOCK, **OPTIONS
+            self._pass_table,
+            self._form_table,
+            self._search_table,
+            SPLIT=SPLIT,
+            BLOCK=BLOCK,
+            BLOCK_ORDERED=BLOCK_ORDERED,
+            **OPTIONS,
         )
-        order_kernel[len(self.passes),](self._order_table, SPLIT=SPLIT, BLOCK=BLOCK_ORDERED, **OPTIONS)
 
     def guard(self, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """Compares ``out`` with dense attention, empties heads in ``lse`` that must go dense, fills :attr:`repair`.
@@ -239,6 +241,26 @@ class Prepared:
             self._memory[key] = torch.empty(size[1], dtype=dtype, device=self._device)
         return self._memory[key].view(shape)
 
+    def _started(self, passes: Sequence[tuple[TilePass, TileLists]]) -> list[tuple[TilePass, TileLists]]:
+        """The same with one launch for all passes over the same keys, which is that of the first."""
+        started: dict[int, Started] = {}
+        for region in Region:
+            own = [index for index, (one, _) in enumerate(passes) if one.region is region]
+            rows, pieces, programs, lanes = [], 0, 0, 0
+            for index in own:
+                tile_pass, lists = passes[index]
+                assert lists.work is not None
+                done = self._at(torch.zeros(1, dtype=torch.int32, device=self._device))
+                rows += work_row(tile_pass, lists, lists.work, pieces, done)
+                pieces += lists.work.pieces
+                programs, lanes = max(programs, lists.work.order.numel()), max(lanes, tile_pass.lanes)
+            table = on_device(rows, torch.int64, self._device)
+            for number, index in enumerate(own):
+                self._pass_rows[id(passes[index][0])] = self._at(table[number * WORK_FIELDS :])
+                started[index] = Started(table[:0], 0, 0, 0) if number else Started(table, programs, pieces, lanes)
+        works = [replace(lists.work, started=started[index]) for index, (_, lists) in enumerate(passes) if lists.work]
+        return [(one, replace(lists, work=work)) for (one, lists), work in zip(passes, works, strict=True)]
+
     def _lists(self, tile_pass: TilePass) -> TileLists:
         """Room for the lists of a pass and the order that they start in."""
         lists = self._heads // tile_pass.sharing
@@ -317,13 +339,6 @@ class Prepared:
         self._most["decided"] = max(self._most["decided"], decided)
         self._most["rows"] = max(self._most["rows"], made.rows)
         return row + [0] * (GROUP_FIELDS - len(row))
-
-    def _order_row(self, lists: TileLists) -> list[int]:
-        work = lists.work
-        assert work is not None
-        assert work.given is not None
-        row = [self._at(x) for x in (lists.count, work.given, work.order, work.first, work.until)]
-        return [*row, lists.count.numel(), work.pieces, 0]
 
     def _host(self, values: Iterable[int]) -> int:
         """Integers of the host on the device."""
@@ -417,7 +432,7 @@ class Prepared:
     def _segments(self, task: Task, made: _Made) -> list[list[int]]:
         """The rows of a row group's lists in all passes."""
         rows = []
-        for tile_pass, lists in self.passes:
+        for tile_pass, _ in self.passes:
             tiles = task.tiles[tile_pass.sharing]
             is_far = tile_pass.region is Region.FAR
             own, keys = (tiles.far, task.keys.cell) if is_far else (tiles.near, task.keys.sequence)
@@ -428,13 +443,12 @@ class Prepared:
             offered = made.offers.get(tile_pass.sharing)
             row = [0, 0] if offered is None else [self._at(offered.pick), self._at(offered.threshold)]
             row += [int(is_far), *((0, 0) if offered is None else (offered.first, offered.forms))]
-            row += [own.start, count, tile_pass.num_tiles, tile_pass.keys.widest]
+            row += [own.start, count, tile_pass.keys.widest]
             row += [self._ints(x[own]) for x in (tile_pass.min_pos, tile_pass.max_pos)]
             row += [self._at(keys.tile_min), self._at(keys.tile_max), keys.tile_min.numel()]
-            row += [self._at(x) for x in (lists.begin, lists.count, lists.full, lists.tiles, lists.sink, lists.reach)]
             # Without forms, lists of single heads are dense, others empty.
             row += [0 if tile_pass.sharing == 1 and not made.offers else -1]
-            row += [self._heads // tile_pass.sharing, 0, 0]
+            row += [self._heads // tile_pass.sharing, self._pass_rows[id(tile_pass)]]
             self._most["lists"] = max(self._most["lists"], count * (self._heads // tile_pass.sharing))
             rows.append(row)
         return rows

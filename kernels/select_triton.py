@@ -6,7 +6,7 @@ What :mod:`.select` and :mod:`.choice` do with tile maps is done here by tile, f
   holds, and so the levels of a list's candidates;
 - :func:`curves_kernel` sums what each row loses below every threshold, and counts tiles by level;
 - :func:`decide_kernel` picks a tiling, a form and a threshold for every list, within the budget of a row group;
-- :func:`lists_kernel` writes the lists of all passes.
+- :func:`lists_kernel` writes the lists of all passes, and the order in which they start.
 
 A tile's level is computed where it is needed, so no map is in memory. What is asked of which memory stands in tables,
 made once per forward and set of patterns (:mod:`.prepared`): a row of 64-bit numbers and addresses for each search,
@@ -45,16 +45,15 @@ BLOCK_BANDS = 512
 """Bands and the neighbours, at most one more than probe rows, whose default is 256."""
 BLOCK_HELD = 64
 """Key tiles at a time whose losses are summed by level."""
-BLOCK_ORDERED = 1024
+BLOCK_ORDERED = 128
 """Lists at a time that are put in order."""
 ROWS = 4
 """Probe rows of a head that a program sums over."""
 ROW_BLOCK = tl.constexpr(ROWS)
-SEARCH_FIELDS, FORM_FIELDS, GROUP_FIELDS, OFFER_FIELDS, PASS_FIELDS = 24, 40, 48, 8, 24
+SEARCH_FIELDS, FORM_FIELDS, GROUP_FIELDS, OFFER_FIELDS, PASS_FIELDS = 24, 40, 48, 8, 16
 SEARCH_WIDTH, FORM_WIDTH, GROUP_WIDTH = (tl.constexpr(size) for size in (SEARCH_FIELDS, FORM_FIELDS, GROUP_FIELDS))
 OFFER_WIDTH, PASS_WIDTH = tl.constexpr(OFFER_FIELDS), tl.constexpr(PASS_FIELDS)
-ORDER_FIELDS, REQUEST_FIELDS = 8, 2
-ORDER_WIDTH, REQUEST_WIDTH = tl.constexpr(ORDER_FIELDS), tl.constexpr(REQUEST_FIELDS)
+REQUEST_WIDTH = tl.constexpr(2)
 FIRST_OFFER = tl.constexpr(GROUP_FIELDS - 2 * OFFER_FIELDS)
 ON_TEXT = {"a_shape": 1, "dense": 2}
 """What becomes of text keys in the cell pass, 0 for others."""
@@ -743,58 +742,15 @@ def write_list(p_tiles, given, query, keys, threshold, is_dense, FAR: tl.constex
 
 
 @triton.jit
-def lists_kernel(p_passes, p_forms, p_searches, BLOCK: tl.constexpr):
-    """One list of a row group in one pass of a tiling: its full tiles, then the others, both ascending."""
-    p_pass, i_program = p_passes + tl.program_id(1) * PASS_WIDTH, tl.program_id(0)
-    query_tiles, is_far = number(p_pass, 6), number(p_pass, 2) != 0
-    if i_program >= query_tiles * number(p_pass, 21):
-        return
-    i_list, i_tile = i_program // query_tiles, i_program % query_tiles
-    i_out = i_list * number(p_pass, 7) + number(p_pass, 5) + i_tile
-    forms, pick, threshold = number(p_pass, 4), number(p_pass, 20), 0
-    if forms > 0:
-        pick = tl.load(address(p_pass, 0, tl.int32) + i_list)
-        threshold = tl.load(address(p_pass, 1, tl.int32) + i_list)
-    p_form = p_forms + (number(p_pass, 3) + tl.where((pick >= 0) & (pick < forms), pick, 0)) * FORM_WIDTH
-    query_min = tl.load(address(p_pass, 9, tl.int32) + i_tile)
-    query_max = tl.load(address(p_pass, 10, tl.int32) + i_tile)
-    tiles, sink, reach = number(p_pass, 13), 0, UNBOUNDED_REACH
-    is_dense, reads = pick == forms, pick >= 0
-    if reads & (is_dense == 0):
-        sink, reach = number(p_form, 9), number(p_form, 10)
-        if is_far:
-            reads = number(p_form, 6) != 0
-    elif is_far:
-        reads = pick < -1
-    begin = i_out.to(tl.int64) * number(p_pass, 8)
-    p_tiles = address(p_pass, 17, tl.int32) + begin
-    full, count = 0, 0
-    if reads:
-        given = p_form, p_searches, i_list, i_tile
-        query = query_min, query_max, sink, reach
-        keys = tiles, address(p_pass, 11, tl.int32), address(p_pass, 12, tl.int32)
-        if is_far:
-            full, count = write_list(p_tiles, given, query, keys, threshold, False, True, BLOCK)
-        else:
-            full, count = write_list(p_tiles, given, query, keys, threshold, is_dense, False, BLOCK)
-    tl.store(address(p_pass, 14, tl.int32) + i_out, begin.to(tl.int32))
-    tl.store(address(p_pass, 15, tl.int32) + i_out, count)
-    tl.store(address(p_pass, 16, tl.int32) + i_out, full)
-    tl.store(address(p_pass, 18, tl.int32) + i_out, sink)
-    tl.store(address(p_pass, 19, tl.int32) + i_out, reach)
-
-
-@triton.jit
-def order_kernel(p_orders, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """The order in which the lists of one pass start; see :class:`.attend.Work`.
+def put_in_order(p_work, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The order in which the lists of one pass start; see :class:`.tiles.Work`.
 
     First those of more than twice the mean length, so that none of them is what all others wait for, then the others:
     both as in the order of memory that is given. The rests of lists of more than ``SPLIT`` tiles come before all.
     """
-    p_pass = p_orders + tl.program_id(0) * ORDER_WIDTH
-    p_count, p_given = address(p_pass, 0, tl.int32), address(p_pass, 1, tl.int32)
-    p_order, p_first, p_until = address(p_pass, 2, tl.int32), address(p_pass, 3, tl.int32), address(p_pass, 4, tl.int32)
-    lists, pieces = number(p_pass, 5), number(p_pass, 6)
+    p_count, p_given = address(p_work, 8, tl.int32), address(p_work, 13, tl.int32)
+    p_order, p_first, p_until = address(p_work, 4, tl.int32), address(p_work, 5, tl.int32), address(p_work, 6, tl.int32)
+    lists, pieces = number(p_work, 16), number(p_work, 17)
     total, longer = 0.0, 0
     for first in tl.range(0, lists, BLOCK):
         o_list = first + tl.arange(0, BLOCK)
@@ -835,6 +791,58 @@ def order_kernel(p_orders, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
         at_long += tl.sum(b_long, 0)
         at_other += tl.sum(b_other, 0)
         at_piece = tl.max(tl.where(b_rests > 0, o_piece + b_rests, at_piece), 0)
+
+
+@triton.jit
+def lists_kernel(p_passes, p_forms, p_searches, SPLIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ORDERED: tl.constexpr):
+    """One list of a row group in one pass of a tiling: its full tiles, then the others, both ascending.
+
+    The program that is the last one done of a pass puts its lists in order.
+    """
+    p_pass, i_program = p_passes + tl.program_id(1) * PASS_WIDTH, tl.program_id(0)
+    query_tiles, is_far = number(p_pass, 6), number(p_pass, 2) != 0
+    if i_program >= query_tiles * number(p_pass, 14):
+        return
+    p_work = address(p_pass, 15, tl.int64)
+    i_list, i_tile = i_program // query_tiles, i_program % query_tiles
+    i_out = i_list * number(p_work, 14) + number(p_pass, 5) + i_tile
+    forms, pick, threshold = number(p_pass, 4), number(p_pass, 13), 0
+    if forms > 0:
+        pick = tl.load(address(p_pass, 0, tl.int32) + i_list)
+        threshold = tl.load(address(p_pass, 1, tl.int32) + i_list)
+    p_form = p_forms + (number(p_pass, 3) + tl.where((pick >= 0) & (pick < forms), pick, 0)) * FORM_WIDTH
+    query_min = tl.load(address(p_pass, 8, tl.int32) + i_tile)
+    query_max = tl.load(address(p_pass, 9, tl.int32) + i_tile)
+    tiles, sink, reach = number(p_pass, 12), 0, UNBOUNDED_REACH
+    is_dense, reads = pick == forms, pick >= 0
+    if reads & (is_dense == 0):
+        sink, reach = number(p_form, 9), number(p_form, 10)
+        if is_far:
+            reads = number(p_form, 6) != 0
+    elif is_far:
+        reads = pick < -1
+    begin = i_out.to(tl.int64) * number(p_pass, 7)
+    p_tiles = address(p_work, 10, tl.int32) + begin
+    full, count = 0, 0
+    if reads:
+        given = p_form, p_searches, i_list, i_tile
+        query = query_min, query_max, sink, reach
+        keys = tiles, address(p_pass, 10, tl.int32), address(p_pass, 11, tl.int32)
+        if is_far:
+            full, count = write_list(p_tiles, given, query, keys, threshold, False, True, BLOCK)
+        else:
+            full, count = write_list(p_tiles, given, query, keys, threshold, is_dense, False, BLOCK)
+    tl.store(address(p_work, 7, tl.int32) + i_out, begin.to(tl.int32))
+    tl.store(address(p_work, 8, tl.int32) + i_out, count)
+    tl.store(address(p_work, 9, tl.int32) + i_out, full)
+    tl.store(address(p_work, 11, tl.int32) + i_out, sink)
+    tl.store(address(p_work, 12, tl.int32) + i_out, reach)
+    # What all threads stored is there before the list counts as done.
+    tl.debug_barrier()
+    p_done = address(p_work, 19, tl.int32)
+    if tl.atomic_add(p_done, 1, sem="acq_rel") == number(p_work, 16) - 1:
+        tl.store(p_done, 0)
+        put_in_order(p_work, SPLIT, BLOCK_ORDERED)
 
 
 @triton.jit(do_not_specialize=["stride_out_row", "stride_out_head", "stride_lse_row"])

@@ -118,12 +118,30 @@ class TilePass:
 
 
 @dataclass(frozen=True)
+class Started:
+    """A launch over the lists of some passes over the same keys.
+
+    Of each row and head, one of the passes at most has tiles; in a launch that does not merge, one of several has.
+
+    ``table`` int64: the passes one after another, see :func:`.attend.work_row`; none where this is done by the launch
+    of another pass. ``programs``: most lists and rests of lists of a pass; ``pieces``: rests of all passes;
+    ``lanes``: most lanes of a query tile.
+    """
+
+    table: torch.Tensor
+    programs: int
+    pieces: int
+    lanes: int
+
+
+@dataclass(frozen=True)
 class Work:
     """What the programs of a launch over lists do, W of them; all on the device.
 
     ``order`` int32 [W]: a program's list. Where lists are split, ``first`` and ``until`` int32 [W]: the entries of it
     that the program reads, none for those that are left over. The first ``pieces`` of the programs have rests of
     lists, each list's one after another. ``given`` int32 [G * T]: the order of lists of about the same length.
+    ``started``: the launch, if that is known.
     """
 
     order: torch.Tensor
@@ -131,6 +149,7 @@ class Work:
     until: torch.Tensor
     pieces: int = 0
     given: torch.Tensor | None = None
+    started: Started | None = None
 
 
 @dataclass(frozen=True)

@@ -52,23 +52,21 @@ class Variant:
 
     far: bool
     merge: bool
-    shared: bool = False
     in_pieces: bool = False
 
     def __str__(self) -> str:
-        """Region, epilogue, whether the heads of a KV group share lists and whether these are split."""
+        """Region, epilogue and whether lists are split."""
         words = ["far" if self.far else "near", "merge" if self.merge else "write"]
-        return "-".join(words + ["shared"] * self.shared + ["in-pieces"] * self.in_pieces)
+        return "-".join(words + ["in-pieces"] * self.in_pieces)
 
 
 SERVED = (
     Variant(False, False),
     Variant(True, True),
-    Variant(True, True, shared=True),
     Variant(False, True, in_pieces=True),
 )
-"""A sequence pass that writes, a cell pass that merges, one of shared lists, and long lists that the guard wants."""
-EVERY = tuple(itertools.starmap(Variant, itertools.product((False, True), repeat=4)))
+"""A sequence pass that writes, a cell pass that merges, and long lists that the guard wants."""
+EVERY = tuple(itertools.starmap(Variant, itertools.product((False, True), repeat=3)))
 
 
 @dataclass(frozen=True)
@@ -138,10 +136,10 @@ def table_jobs() -> list[Job]:
     for arch in (arch for arch in ARCHITECTURES if arch != 89):
         for head_dim in HEAD_DIMS:
             every = head_dim == 128 and arch in {80, 90}
-            result += jobs(arch, head_dim, "bf16", EVERY if every else SERVED[1:3] if arch == 86 else SERVED)
+            result += jobs(arch, head_dim, "bf16", EVERY if every else SERVED[1:2] if arch == 86 else SERVED)
     for arch in (80, 90, 100):
         result += jobs(arch, 128, "fp16", SERVED[1:2])
-        result += jobs(arch, 128, "bf16", SERVED[1:3], rows=64)
+        result += jobs(arch, 128, "bf16", SERVED[1:2], rows=64)
     result += jobs(90, 128, "fp32", SERVED[1:2])
     return result
 
@@ -151,10 +149,9 @@ def compile_job(job: Job) -> Compiled:
     kernel = attend.attend_kernel
     constants = attend.constants_for(
         job.launch,
-        TILE_QUERIES // GROUP * GROUP if job.variant.shared else TILE_QUERIES,
+        TILE_QUERIES,
         TILE_KEYS,
         group=GROUP,
-        sharing=GROUP if job.variant.shared else 1,
         head_dim=job.head_dim,
         head_dim_v=job.head_dim,
         far=job.variant.far,
@@ -164,7 +161,7 @@ def compile_job(job: Job) -> Compiled:
     pointers = {
         **dict.fromkeys(("p_query", "p_out", "p_key", "p_value", "p_piece_out"), job.dtype),
         **dict.fromkeys(("p_lse", "p_piece_lse"), "fp32"),
-        "p_rows": "i64",
+        "p_passes": "i64",
     }
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):

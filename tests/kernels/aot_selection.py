@@ -26,11 +26,11 @@ ARCHS = (80, 90, 100, 120)
 """sm_86 and sm_89 run sm_80's code but for fp8, and have as much shared memory as sm_120."""
 HEADS = (64, 80, 128, 256)
 TILE_KEYS = 64
-SELECTION = ("rows", "candidates", "curves", "decide", "lists", "order", "guard")
+SELECTION = ("rows", "candidates", "curves", "decide", "lists", "guard")
 """Kernels of :mod:`.select_triton`."""
 POINTERS = {
     **dict.fromkeys(("p_rows", "p_slots", "p_probes", "p_jobs"), "i64"),
-    **dict.fromkeys(("p_searches", "p_forms", "p_groups", "p_passes", "p_orders", "p_requests"), "i64"),
+    **dict.fromkeys(("p_searches", "p_forms", "p_groups", "p_passes", "p_requests"), "i64"),
     **dict.fromkeys(("p_held", "p_lse", "p_piece_lse", "p_out"), "fp32"),
     "p_levels": "i8",
 }
@@ -111,13 +111,13 @@ def compile_job(job: Job) -> Compiled:
             "BLOCK_H": 32,
             "BLOCK_L": 32,
             "SPLIT": attend.SPLIT,
+            "BLOCK_ORDERED": select_triton.BLOCK_ORDERED,
             "HEAD_DIM_V": job.head_dim,
             "BLOCK_DV": max(128, block_dv) if job.kernel == "guard" else block_dv,
             "FP8_BITS": bits,
             "HEAD_DIM": job.head_dim,
             "BLOCK_D": block_dv,
             "TILE_KEYS": TILE_KEYS,
-            "SHARING": 7,
             "BLOCK_M": attend.JOINED,
             "LANES": 128,
             "SPLIT_TILES": attend.SPLIT,

@@ -113,7 +113,7 @@ def test_kernels_compile_without_spills(capsys: pytest.CaptureFixture[str]) -> N
 AUTO = HeadSpec()
 BOUNDARY = HeadSpec("a_shape", "vertical_slash", "vertical_slash", "grid")
 GRID = HeadSpec("dense", "dense", "grid", "grid")
-LAUNCHES = 15
+LAUNCHES = 12
 """Of a layer, whatever its requests: copies, probe, search, decision, lists, attention, guard."""
 OF_A_LAYER = {
     "copy": {"p_key", "p_value"},
@@ -124,7 +124,6 @@ OF_A_LAYER = {
     "curves": set(),
     "decide": {"layer"},
     "lists": set(),
-    "order": set(),
     "attend": {"p_query", "p_out", "p_lse", "p_piece_out", "p_piece_lse"},
     "guard": {"p_out", "p_lse", "p_report"},
 }
