@@ -4,12 +4,12 @@ Clips are the toy's grids of changing colours with needles in them (:mod:`benchm
 *sign*, one of eight words, and behind it *memos*, texts that give a colour to a key. A question names a key:
 
 - ``find`` asks for the needle's colour, ``left`` and ``up`` for the colours beside it in the same frame, ``prev`` and
-  ``past`` for those at its place one and four temporal patches before: visual tokens have to look at their neighbours
-  in three directions first.
+  ``past`` for those at its place one and 24 temporal patches before: visual tokens have to look at their neighbours in
+  three directions first, and farther back than a local window of few tiles goes.
 - ``sign`` asks for the sign before the needle's clip: visual tokens have to read the text before their own clip, the
   first tokens of the prompt among it, which is what a sink is.
 - ``memo`` asks for the colour in the memo of that key: text finds text, behind any number of visual tokens.
-- ``count`` asks how many needles there are in all.
+- ``count`` asks how many clips and pictures there are.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from benchmarks.toy.scenes import COLOURS, KEYS, Needle, Scene, changing
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-OFFSETS = {"find": (0, 0, 0), "prev": (1, 0, 0), "past": (4, 0, 0), "left": (0, 0, 1), "up": (0, 1, 0)}
+OFFSETS = {"find": (0, 0, 0), "prev": (1, 0, 0), "past": (24, 0, 0), "left": (0, 0, 1), "up": (0, 1, 0)}
 """Task -> how far before the needle the asked tile is: temporal patches, rows, columns."""
 TASKS = (*OFFSETS, "sign", "memo", "count")
 SIGNS = ("alpha", "beta", "gamma", "delta", "kappa", "sigma", "theta", "omega")
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+NUMBERS = ("one", "two", "three", "four")
 ANY = "all"
 """What stands in a question for the key where none is asked for."""
 MOST_NEEDLES = len(KEYS)
@@ -59,7 +59,7 @@ class Memo:
     @property
     def text(self) -> str:
         """As it stands in the prompt."""
-        return f"memo {self.colour} {self.key}"
+        return f"memo {self.key}" + written("memo", self.colour)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Prompt:
         """All that have an answer, needle by needle."""
         found = [question for part in self.parts for needle in part.scene.needles for question in _about(part, needle)]
         found += [Question("memo", m.key, written("memo", m.colour)) for part in self.parts for m in part.memos]
-        return [*found, Question("count", ANY, NUMBERS[sum(len(part.scene.needles) for part in self.parts) - 1])]
+        return [*found, Question("count", ANY, NUMBERS[len(self.parts) - 1])]
 
 
 def _about(part: Part, needle: Needle) -> Iterator[Question]:

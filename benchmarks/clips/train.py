@@ -27,17 +27,17 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.clips import model as shape
-from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, SIGNS, TASKS, Form, Prompt
+from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, SIGNS, TASKS, Form, Prompt, Question
 from benchmarks.real.weights import cache
 from benchmarks.toy.scenes import COLOURS, INK, KEYS, NOISE, PALETTE, TEXTURES, TILE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
 CHECKPOINT = cache() / "clips"
-STEPS, SEED = 1600, 7
+STEPS, SEED = 2400, 7
 VISION_STEPS, VISION_BATCH = 500, 192
 VARIANTS = 48
 """Embeddings of each tile in the bank."""
@@ -47,7 +47,8 @@ LEARNING_RATE, WARM_UP = 1e-3, 80
 LOOKED_UP = tuple(task for task, offset in OFFSETS.items() if any(offset))
 """What visual tokens tell of their neighbours, in the order of the auxiliary heads."""
 IGNORED = -100
-CHANGES = (0.05, 0.2, 0.5)
+CHANGES = (0.3, 0.5, 0.8)
+"""So often that an earlier colour cannot be guessed from the one that is there."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.16, 1, 128, 1536, 8, ((2, 4), (4, 4)), 24, 1.0),
-    Stage(0.20, 3, 384, 1792, 12, ((4, 4), (4, 8), (6, 6)), 80, 0.6),
-    Stage(0.32, 3, 1100, 1800, 24, ((4, 8), (6, 6), (8, 8)), 300, 0.0),
+    Stage(0.16, 1, 256, 1536, 32, ((2, 4), (4, 4)), 24, 1.0),
+    Stage(0.20, 3, 512, 1792, 40, ((2, 4), (4, 4), (4, 8), (6, 6)), 80, 0.6),
+    Stage(0.32, 3, 1100, 1800, 40, ((4, 8), (6, 6), (8, 8)), 300, 0.0),
     Stage(0.32, 3, 2100, 2100, 40, ((4, 8), (6, 8), (8, 8), (8, 12), (8, 16)), 640, 0.0),
 )
 REPLAY = 0.12
@@ -113,18 +114,20 @@ class Lessons:
     def batch(self, prompts: Sequence[Prompt], gap: int | None, questions: int = QUESTIONS) -> Batch:
         """Prompts of one form; ``gap`` None counts positions as SGLang does, without jumps."""
         rows = [self._prompt(prompt) for prompt in prompts]
-        positions = self._positions(prompts[0], gap)
-        asked = [self._questions(prompt, questions) for prompt in prompts]
+        positions, start, times = self._positions(prompts[0], gap)
+        asked = [self._questions(prompt, questions, times) for prompt in prompts]
         length = len(asked[0][0][0])
-        behind = torch.arange(length) + positions[1]
+        behind = torch.arange(length) + start
         width = len(asked[0][0])
         return Batch(
             torch.stack([tokens for tokens, _ in rows]),
             torch.stack([visual for _, visual in rows]),
-            torch.cat([positions[0], behind.repeat(width).expand(3, -1)], 1),
+            torch.cat([positions, behind.repeat(width).expand(3, -1)], 1),
             torch.tensor([suffixes for suffixes, _ in asked]),
             torch.tensor([tasks for _, tasks in asked]),
-            torch.stack([_neighbours(prompt, tokens) for prompt, (tokens, _) in zip(prompts, rows, strict=True)]),
+            torch.stack(
+                [_neighbours(prompt, tokens, times) for prompt, (tokens, _) in zip(prompts, rows, strict=True)]
+            ),
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -145,9 +148,9 @@ class Lessons:
             visual += [[0, 0]] * len(after)
         return torch.tensor(tokens), torch.tensor(visual)
 
-    def _positions(self, prompt: Prompt, gap: int | None) -> tuple[torch.Tensor, int]:
-        """Of the prompt, int64 [3, N], and where questions start."""
-        rng = self.rng
+    def _positions(self, prompt: Prompt, gap: int | None) -> tuple[torch.Tensor, int, list[torch.Tensor]]:
+        """Of the prompt, int64 [3, N]; where questions start; and the temporal positions of each part's patches."""
+        rng, of_parts = self.rng, []
         parts = [torch.arange(len(self._encode("<|im_start|>user\n"))).expand(3, -1)]
         start = parts[0].shape[1]
 
@@ -163,16 +166,24 @@ class Lessons:
             times = torch.arange(patches)
             if gap is not None and patches >= 10 and rng.random() < 0.35:
                 times[int(rng.integers(5, patches)) :] += int(rng.integers(1, gap // 2 + 1))
+            of_parts.append(times)
             grid = torch.stack(torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij"))
             parts.append(grid.reshape(3, -1) + start)
             least, convention = max(rows, columns), int(parts[-1].max()) + 1
             jumps = gap is not None and rng.random() < 0.45
             start = start + int(rng.integers(least, max(gap or 0, least) + 1)) if jumps else convention
             text("<|vision_end|>" + "".join(memo.text for memo in part.memos))
-        return torch.cat(parts, 1), start
+        return torch.cat(parts, 1), start, of_parts
 
-    def _questions(self, prompt: Prompt, count: int) -> tuple[list[list[int]], list[int]]:
-        found = prompt.questions()
+    def _questions(
+        self, prompt: Prompt, count: int, times: Sequence[torch.Tensor]
+    ) -> tuple[list[list[int]], list[int]]:
+        patches = {
+            needle.key: (needle.patch, of_part)
+            for part, of_part in zip(prompt.parts, times, strict=True)
+            for needle in part.scene.needles
+        }
+        found = [each for each in prompt.questions() if not _jumps(each, patches)]
         # Each task as often as the others, however many needles there are.
         weights = 1 / np.array([sum(other.task == each.task for other in found) for each in found])
         chosen = self.rng.choice(len(found), count, p=weights / weights.sum(), replace=len(found) < count)
@@ -201,10 +212,19 @@ def _form(rng: np.random.Generator, stage: Stage) -> Form:
     return Form(tuple(shapes), tuple(needles.tolist()), tuple(memos.tolist()))
 
 
-def _neighbours(prompt: Prompt, tokens: torch.Tensor) -> torch.Tensor:
+def _jumps(question: Question, patches: Mapping[str, tuple[int, torch.Tensor]]) -> bool:
+    """Whether positions jump between a question's needle and what is asked."""
+    back = OFFSETS[question.task][0] if question.task in OFFSETS else 0
+    if not back:
+        return False
+    patch, times = patches[question.key]
+    return int(times[patch] - times[patch - back]) != back
+
+
+def _neighbours(prompt: Prompt, tokens: torch.Tensor, times: Sequence[torch.Tensor]) -> torch.Tensor:
     rows = torch.full((len(LOOKED_UP) + 1, len(tokens)), IGNORED)
     filled = 0
-    for part in prompt.parts:
+    for part, of_part in zip(prompt.parts, times, strict=True):
         colours = torch.from_numpy(part.scene.colours)
         found = torch.full((len(LOOKED_UP) + 1, *colours.shape), IGNORED)
         for index, task in enumerate(LOOKED_UP):
@@ -212,6 +232,7 @@ def _neighbours(prompt: Prompt, tokens: torch.Tensor) -> torch.Tensor:
             patches, height, width = colours.shape
             if patches > t and height > y and width > x:
                 found[index, t:, y:, x:] = colours[: patches - t, : height - y, : width - x]
+                found[index, t:][of_part[t:] - of_part[: patches - t] != t] = IGNORED
         found[-1] = SIGNS.index(part.sign)
         places = (tokens == -1).nonzero()[filled : filled + colours.numel(), 0]
         rows[:, places] = found.flatten(1)
