@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 .PHONY: help venv demo demo-search test test-python test-rust test-faults test-oldest fuzz-python lint format docs wheel doctor bench-planner bench-long bench-serving soak bench-toy bench-accuracy bench-million bench-real bench-summaries \
-	bench-method pictures \
+	bench-method pictures figures \
 	tune test-gpu bench-gpu bench-gpu-serving gpu-report fuzz miri clean
 
 # Without an advertisement of its makers.
@@ -98,6 +98,9 @@ bench-real: venv ## likelihood of real documents under a real language model, de
 
 pictures: venv ## draw the pictures of docs/patterns-in-pictures.md
 	$(BIN)/python -m benchmarks.pictures $(BENCH_ARGS)
+
+figures: venv ## write the tables and plots that are made of benchmarks/results
+	$(BIN)/python -m benchmarks.figures $(BENCH_ARGS)
 
 test-gpu: venv ## tests of the kernels on this machine's GPU, compute-sanitizer among them
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)

@@ -19,6 +19,7 @@ RUN_BY = {
     "make bench-serving": "tests/benchmarks/test_serving.py",
     "make soak": "tests/benchmarks/test_serving.py",
     "curl -s http://127.0.0.1:30000/metrics": "tests/server/test_metrics.py",
+    "make figures": "tests/benchmarks/test_figures.py",
     "make docs": "tests/package/test_documentation.py",
     "mminference doctor": "tests/package/test_cli.py",
     "mminference bench": "tests/package/test_bench.py",
