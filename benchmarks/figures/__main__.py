@@ -103,6 +103,7 @@ def draw() -> None:
     figure.savefig(PICTURES / "speed.svg", metadata={"Date": None})
 
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    tasks = ("prev", "past")
     rows = [row for row in read("toy-cpu.json")["rows"] if row["chunk"] == -1]
     for name, label in (
         ("dense", "dense"),
@@ -117,10 +118,13 @@ def draw() -> None:
         ]
         style = {"linestyle": "--"} if name == "dense" else {}
         axes.plot([row["tokens"] for row in own], share, marker="o", label=label, **style)
+        above = 6 if name == "mminference" else -11
         for row, value in zip(own, share, strict=True):
             if name != "dense":
-                axes.annotate(f"{row['density']:.2f}", (row["tokens"], value), (0, 6 if name == "mminference" else -11), textcoords="offset points",
-                              ha="center", fontsize=7)  # fmt: skip
+                place = row["tokens"], value
+                axes.annotate(
+                    f"{row['density']:.2f}", place, (0, above), textcoords="offset points", ha="center", fontsize=7
+                )
     axes.set(xscale="log", xlabel="video tokens", ylabel="right: same place, earlier frames", ylim=(-0.1, 1.12))
     axes.set_xticks(ticks := sorted({row["tokens"] for row in rows}), [_count(tick) for tick in ticks], minor=False)
     axes.minorticks_off()
