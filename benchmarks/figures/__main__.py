@@ -112,10 +112,8 @@ def draw() -> None:
         ("control", "control: sink and window"),
     ):
         own = [row for row in rows if row["name"] == name]
-        share = [
-            sum(row["right"][t] for t in ("prev", "past")) / sum(row["asked"][t] for t in ("prev", "past"))
-            for row in own
-        ]
+        right, asked = ([sum(row[kind][task] for task in tasks) for row in own] for kind in ("right", "asked"))
+        share = [r / n for r, n in zip(right, asked, strict=True)]
         style = {"linestyle": "--"} if name == "dense" else {}
         axes.plot([row["tokens"] for row in own], share, marker="o", label=label, **style)
         above = 6 if name == "mminference" else -11
