@@ -66,7 +66,9 @@ def unknown_options(command: str | Command) -> list[str]:
         return _unknown_to_make(words[1:])
     if words[0] == "mminference":
         return sorted(given - _options_of_mminference(words[1:]))
-    if words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("benchmarks", "examples", "sglang"):
+    if words[:2] == ["python", "-m"]:
+        if words[2].partition(".")[0] not in ("benchmarks", "examples", "mminference_sgl", "sglang"):
+            return []
         known = _options_of_module(words[2])
         # argparse takes beginnings, such as --tp.
         return sorted(option for option in given if not any(name.startswith(option) for name in known))
