@@ -83,7 +83,7 @@ TABLE: dict[tuple[int, int], Launch] = {
     (90, 80): Launch(128, 64, 8, 5),
     (90, 96): Launch(128, 64, 8, 5),
     (90, 128): Launch(128, 64, 8, 5, descriptors=True),
-    (90, 256): Launch(128, 64, 8, 3, split=True, descriptors=True),
+    (90, 256): Launch(128, 32, 8, 5, split=True, descriptors=True),
     (100, 64): Launch(128, 64, 8, 3, descriptors=True),
     (100, 80): Launch(128, 64, 8, 5),
     (100, 96): Launch(128, 64, 8, 5),
