@@ -100,9 +100,9 @@ def test_cell_order_gathers_a_grid_head(captured: Capture) -> None:
 
 def test_pictures_of_the_documentation_are_small_and_used() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    text = (docs / "patterns-in-pictures.md").read_text()
+    text = "".join(page.read_text() for page in (docs.parent / "README.md", *docs.glob("*.md")))
     names = {path.name for path in (docs / "pictures").iterdir()}
-    assert names == set(re.findall(r"\(pictures/([\w-]+\.png)\)", text))
+    assert names == set(re.findall(r"\((?:docs/)?pictures/([\w-]+\.(?:png|svg))\)", text))
     assert max(path.stat().st_size for path in (docs / "pictures").iterdir()) < 150_000
 
 
