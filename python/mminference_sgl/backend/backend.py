@@ -407,19 +407,7 @@ class MMInferenceAttnBackend(AttentionBackend):
 def _log(chunks: list[ChunkFigures], seconds: float) -> None:
     """One line per sparse request of a forward."""
     for index, chunk in enumerate(chunks):
-        logger.debug(
-            "mminference prefill request=%d prefix=%d chunk=%d layers=%d density=%.4f coverage=%.4f error=%.4f "
-            "guarded_heads=%d milliseconds=%.1f",
-            index,
-            chunk.prefix,
-            chunk.chunk,
-            chunk.layers,
-            chunk.density,
-            chunk.coverage,
-            chunk.error,
-            sum(chunk.guarded.values()),
-            seconds * 1e3,
-        )
+        logger.debug("mminference prefill request=%d %s milliseconds=%.1f", index, chunk.words, seconds * 1e3)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -42,6 +42,14 @@ class ChunkFigures:
         return self.tiles / self.causal
 
     @property
+    def words(self) -> str:
+        """For the log."""
+        return (
+            f"prefix={self.prefix} chunk={self.chunk} layers={self.layers} density={self.density:.4f} "
+            f"coverage={self.coverage:.4f} error={self.error:.4f} guarded_heads={sum(self.guarded.values())}"
+        )
+
+    @property
     def num_keys(self) -> int:
         """Keys in the pool behind the chunk."""
         return self.prefix + self.chunk

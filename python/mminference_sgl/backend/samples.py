@@ -37,15 +37,8 @@ class Samples:
         missed = self._bound > 0 and chunk.error > self._bound
         logger.log(
             logging.WARNING if missed else logging.INFO,
-            "mminference sample prefix=%d chunk=%d layers=%d density=%.4f coverage=%.4f error=%.4f"
-            " guarded_heads=%d dense_heads=%d%s",
-            chunk.prefix,
-            chunk.chunk,
-            chunk.layers,
-            chunk.density,
-            chunk.coverage,
-            chunk.error,
-            sum(chunk.guarded.values()),
+            "mminference sample %s dense_heads=%d%s",
+            chunk.words,
             chunk.dense,
             f": more than the error of {self._bound:g} that was asked for" if missed else "",
         )
