@@ -14,8 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.gpu.inputs import count
+from benchmarks.gpu.report import markdown
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -47,14 +50,14 @@ def demo() -> str:
         name = run["name"].replace("error", "mminference, `error`")
         rows.append((name, right, f"{toy['density']:.3f}", ttft, prefill))
     head = f"{dense['tokens'] - dense['tokens'] % 1024:,} video tokens, chunks of {read('demo-cpu.json')['chunk']}"
-    return _table((head, "right: find / prev / past", "density", "TTFT", "language model's prefill"), rows)
+    return markdown((head, "right: find / prev / past", "density", "TTFT", "language model's prefill"), rows)
 
 
 def long() -> str:
     """One layer's chunk behind long prefixes."""
     rows = [
         (
-            _count(line["prefix"]),
+            count(line["prefix"]),
             str(line["group"]),
             f"{line['sparse']:.2f} s",
             f"{line['dense']:.1f} s",
@@ -65,7 +68,7 @@ def long() -> str:
         )
         for line in read("long-cpu.json")["lines"]
     ]
-    return _table(("prefix", "group", "sparse", "dense", "ratio (spread)", "density", "error", "memory"), rows)
+    return markdown(("prefix", "group", "sparse", "dense", "ratio (spread)", "density", "error", "memory"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {"demo": demo, "long": long}
@@ -77,7 +80,7 @@ def rendered(page: str) -> str:
     Raises:
         KeyError: a table that nobody renders.
     """
-    return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], (ROOT / page).read_text())
+    return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], (ROOT / page).read_text())
 
 
 def draw() -> None:
@@ -96,7 +99,7 @@ def draw() -> None:
         spread = [[abs(line["ratio"] - line["spread"][side]) for line in own] for side in range(2)]
         axes.errorbar([line["prefix"] for line in own], middle, spread, marker="o", label=f"{group} heads on a KV head")
     axes.set(xscale="log", xlabel="tokens before the chunk", ylabel="dense time / sparse time", ylim=(0, None))
-    axes.set_xticks(ticks := sorted({line["prefix"] for line in lines}), [_count(tick) for tick in ticks], minor=False)
+    axes.set_xticks(ticks := sorted({line["prefix"] for line in lines}), [count(tick) for tick in ticks], minor=False)
     axes.minorticks_off()
     axes.set_title("Attention of one layer, 8K chunk, two CPU cores", fontsize=10)
     axes.legend(frameon=False)
@@ -124,7 +127,7 @@ def draw() -> None:
                     f"{row['density']:.2f}", place, (0, above), textcoords="offset points", ha="center", fontsize=7
                 )
     axes.set(xscale="log", xlabel="video tokens", ylabel="right: same place, earlier frames", ylim=(-0.1, 1.12))
-    axes.set_xticks(ticks := sorted({row["tokens"] for row in rows}), [_count(tick) for tick in ticks], minor=False)
+    axes.set_xticks(ticks := sorted({row["tokens"] for row in rows}), [count(tick) for tick in ticks], minor=False)
     axes.minorticks_off()
     axes.set_title("Answers of the toy model, and densities", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="center right")
@@ -147,16 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         (ROOT / page).write_text(rendered(page))
     draw()
     return 0
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *map(list, rows)]
-    return "".join("| " + " | ".join(line).replace("|  |", "| |").rstrip() + " |\n" for line in lines)
-
-
-def _count(tokens: int) -> str:
-    return f"{tokens >> 20}M" if tokens % 2**20 == 0 else f"{tokens >> 10}K"
 
 
 if __name__ == "__main__":
