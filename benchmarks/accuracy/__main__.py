@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.accuracy.paired import Difference, difference
 from benchmarks.accuracy.settings import ALL_ROWS, rivals
-from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, Form, Question
+from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, Form
 from benchmarks.clips.serving import Media, ask, render
 from benchmarks.clips.train import CHECKPOINT
 from benchmarks.toy.serving import COLUMNS, ROWS, server
@@ -38,6 +38,8 @@ from mminference_sgl.testing import ServerError, fallbacks, mean_density, prefil
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from benchmarks.toy.scenes import Question
 
 LENGTHS = (4096, 8192, 16384, 32768)
 PROMPTS = 3

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.toy.scenes import COLOURS, KEYS, Needle, Scene, changing
+from benchmarks.toy.scenes import COLOURS, KEYS, Needle, Question, Scene, changing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,24 +69,6 @@ class Part:
     sign: str
     scene: Scene
     memos: tuple[Memo, ...] = ()
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question and the one right answer, in the letters of its task."""
-
-    task: str
-    key: str
-    answer: str
-
-    @property
-    def text(self) -> str:
-        """What stands behind the last part."""
-        return f"{self.task} {self.key}"
-
-    def is_right(self, reply: str) -> bool:
-        """Whether a reply gives the answer, however it is written."""
-        return reply.strip().lower() == self.answer.strip().lower()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from mminference_sgl.testing import png_url, write_mp4
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from benchmarks.clips.prompts import Part, Prompt, Question
+    from benchmarks.clips.prompts import Part, Prompt
+    from benchmarks.toy.scenes import Question
     from mminference_sgl.testing import Answer, Message, Server
 
 IMAGE = VIDEO.replace("video", "image")

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.clips import model as shape
-from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, SIGNS, TASKS, Form, Prompt, Question
+from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, SIGNS, TASKS, Form, Prompt
 from benchmarks.real.weights import cache
 from benchmarks.toy.scenes import COLOURS, INK, KEYS, NOISE, PALETTE, TEXTURES, TILE
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerFast
+
+    from benchmarks.toy.scenes import Question
 
 CHECKPOINT = cache() / "clips"
 STEPS, SEED = 2400, 7

@@ -74,12 +74,12 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The prompt's text, which follows the video."""
+        """The prompt's text, which follows the media."""
         return f"{self.task} {self.key}"
 
     def is_right(self, reply: str) -> bool:
-        """Whether a reply names the colour; each task has its own letter case and spacing."""
-        return reply.strip().lower() == self.answer
+        """Whether a reply gives the answer; each task has its own letter case and spacing."""
+        return reply.strip().lower() == self.answer.strip().lower()
 
 
 @dataclass(frozen=True)
