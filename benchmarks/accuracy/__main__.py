@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +30,7 @@ from benchmarks.accuracy.settings import ALL_ROWS, rivals
 from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, Form
 from benchmarks.clips.serving import Media, ask, render
 from benchmarks.clips.train import CHECKPOINT
+from benchmarks.host import described
 from benchmarks.toy.serving import COLUMNS, ROWS, server
 from mminference_sgl.testing import ServerError, fallbacks, mean_density, prefills
 
@@ -221,7 +219,6 @@ def _print_row(*cells: str) -> None:
 def _record(
     options: argparse.Namespace, results: Sequence[Result], asked: Sequence[Asked], failures: list[str]
 ) -> dict[str, Any]:
-    packages = ("mminference-sgl", "sglang", "torch", "transformers")
     rows = []
     for result in results:
         dense = _dense(results, result.length)
@@ -250,8 +247,7 @@ def _record(
             }
         )
     return {
-        "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {name: metadata.version(name) for name in packages},
+        **described(),
         "prompts": options.prompts,
         "rows": rows,
         "failures": failures,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.toy.serving import END, FPS, USER, VIDEO
+from benchmarks.toy.serving import END, FPS, MAX_TOKENS, USER, VIDEO, follow_up
 from mminference_sgl.testing import png_url, write_mp4
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mminference_sgl.testing import Answer, Message, Server
 
 IMAGE = VIDEO.replace("video", "image")
-MAX_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,7 @@ def ask(server: Server, media: Media, questions: list[Question]) -> list[Answer]
         stream=True,
         session_params={"id": session},
     )
-    kept = first.prompt_tokens - server.count_tokens(questions[0].text + END)
-    turn = {"id": session, "rid": first.meta["id"], "offset": kept, "drop_previous_output": True}
-    return [first] + [
-        server.generate(question.text + END, max_tokens=MAX_TOKENS, session_params=turn) for question in questions[1:]
-    ]
+    return [first, *follow_up(server, session, first, questions)]
 
 
 def _is_picture(part: Part) -> bool:

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from benchmarks.clips import model as shape
 from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, SIGNS, TASKS, Form, Prompt
+from benchmarks.real.model import rotate
 from benchmarks.real.weights import cache
 from benchmarks.toy.scenes import COLOURS, INK, KEYS, NOISE, PALETTE, TEXTURES, TILE
 
@@ -270,6 +271,11 @@ class Forward:
             hidden = self._layer(layer, hidden, rotation, length, blind if banned and index == 0 else mask)
         return language.norm(hidden)
 
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        return int(self._language.config.eos_token_id)
+
     def answers(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits at every position of the questions: [B, Q, L, vocabulary]."""
         count, questions, length = batch.suffixes.shape
@@ -284,7 +290,7 @@ class Forward:
             projection(normed).view(count, rows, -1, shape.HEAD_DIM).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        query, key = (_rotate(each, *rotation) for each in (query, key))
+        query, key = (rotate(each, *rotation) for each in (query, key))
         group = shape.HEADS // shape.KV_HEADS
         key, value = (each.repeat_interleave(group, 1) for each in (key, value))
         causal = functional.scaled_dot_product_attention(
@@ -294,11 +300,6 @@ class Forward:
         out = torch.cat([causal, asked], 2).transpose(1, 2).reshape(count, rows, -1)
         hidden = hidden + attention.o_proj(out)
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
-
-
-def _rotate(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = rows.chunk(2, dim=-1)
-    return rows * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def _question_mask(length: int, questions: int, words: int) -> torch.Tensor:
@@ -380,7 +381,7 @@ def loss_of(forward: Forward, told: nn.Module, batch: Batch, *, banned: bool) ->
     )
     last = functional.cross_entropy(logits[:, :, -2].reshape(-1, vocabulary), answers.reshape(-1))
     end = functional.cross_entropy(
-        logits[:, :, -1].reshape(-1, vocabulary), torch.full((answers.numel(),), shape_end(forward))
+        logits[:, :, -1].reshape(-1, vocabulary), torch.full((answers.numel(),), forward.end)
     )
     length = batch.tokens.shape[1]
     named = told(hidden[:, :length]).unflatten(-1, (len(LOOKED_UP) + 1, len(COLOURS)))
@@ -391,11 +392,6 @@ def loss_of(forward: Forward, told: nn.Module, batch: Batch, *, banned: bool) ->
     ]
     right = logits[:, :, -2].argmax(-1) == answers
     return last + 0.7 * early + 0.1 * end + 0.4 * sum(losses), right
-
-
-def shape_end(forward: Forward) -> int:
-    """The token that ends an answer."""
-    return int(forward._language.config.eos_token_id)
 
 
 def train(steps: int, seed: int, folder: Path) -> None:

@@ -43,12 +43,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +55,7 @@ import numpy as np
 import torch
 
 from benchmarks.demo.claims import Run, Timing, Verdict, judge
+from benchmarks.host import described
 from benchmarks.toy.scenes import TASKS, Scene, make_scene
 from benchmarks.toy.serving import CHANGE, CLIP_FPS, COLUMNS, CONTROL, FPS, ROWS, Score, ask
 from benchmarks.toy.serving import server as toy_server
@@ -237,11 +237,9 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _record(runs: Sequence[Run], chunk: int | None, verdict: Verdict) -> dict[str, Any]:
-    packages = ("mminference-sgl", "sglang", "torch", "transformers")
     return {
-        "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        **described(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: metadata.version(name) for name in packages},
         "chunk": chunk,
         "runs": [
             {

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +31,8 @@ import torch
 
 from benchmarks.gpu.inputs import count
 from benchmarks.gpu.report import parse_count
+from benchmarks.host import described
+from benchmarks.real.model import Shape
 from benchmarks.toy.scenes import FRAMES_PER_PATCH, make_scene
 from benchmarks.toy.serving import CHANGE, CHECKPOINT, CLIP_FPS, COLUMNS, END, FPS, ROWS, USER, VIDEO
 from mminference_sgl.portable.dense import extend_attention
@@ -42,7 +41,7 @@ from mminference_sgl.testing import (
     Server,
     ServerError,
     fallbacks,
-    module_times,
+    forward_times,
     prefills,
     timing_arguments,
     write_mp4,
@@ -75,25 +74,9 @@ class Line:
     dense_attention: float | None = None
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the toy's attention is made of."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, folder: Path) -> Shape:
-        """Read from a checkpoint's configuration."""
-        text = json.loads((folder / "config.json").read_text())["text_config"]
-        heads = text["num_attention_heads"]
-        return cls(text["num_hidden_layers"], heads, text["num_key_value_heads"], text["hidden_size"] // heads)
-
-    def layer_bytes(self, tokens: int) -> int:
-        """Keys and values of one layer in fp32, the widest that they are copied in."""
-        return 2 * 4 * tokens * self.kv_heads * self.head_dim
+def layer_bytes(shape: Shape, tokens: int) -> int:
+    """Keys and values of one layer in fp32, the widest that they are copied in."""
+    return 2 * 4 * tokens * shape.kv_heads * shape.head_dim
 
 
 class Watch:
@@ -116,8 +99,7 @@ class Watch:
     def lines(self) -> tuple[list[Prefill], list[ModuleTimes]]:
         """What the log tells of the chunks that ran sparse: the method's figures, and seconds."""
         log = self._running.log(self._mark)
-        times = [module_times(line) for line in log.splitlines() if "mminference modules" in line]
-        return prefills(log), times
+        return prefills(log), forward_times(log)
 
     def _watch(self) -> None:
         scheduler = next(p for p in psutil.process_iter(["name"]) if _is_scheduler(p, self._running.port))
@@ -142,7 +124,7 @@ def _is_scheduler(process: psutil.Process, port: int) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code says whether its promises are kept."""
     options = _arguments(argv)
-    shape, began = Shape.of(CHECKPOINT), time.monotonic()
+    shape, began = Shape.of(json.loads((CHECKPOINT / "config.json").read_text())["text_config"]), time.monotonic()
     try:
         lines, peak = serve(options.tokens, json.loads(options.config))
     except ServerError as error:
@@ -159,10 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - began
     print(f"scheduler's peak {peak / 2**30:.1f} GiB, done in {seconds:.0f} s")
     if options.json is not None:
-        packages = ("mminference-sgl", "sglang", "torch", "transformers")
         content: dict[str, Any] = {
-            "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-            "versions": {name: metadata.version(name) for name in packages},
+            **described(),
             "tokens": options.tokens,
             "chunk": CHUNK,
             "seconds": seconds,
@@ -224,7 +204,7 @@ def dense_seconds(shape: Shape, prefix: int) -> float:
     q = normal(CHUNK, shape.heads)
     k, v = (normal(prefix + CHUNK, shape.kv_heads) for _ in range(2))
     began = time.perf_counter()
-    extend_attention(q, k, v, shape.head_dim**-0.5)
+    extend_attention(q, k, v, shape.scale)
     return shape.layers * (time.perf_counter() - began)
 
 
@@ -234,7 +214,7 @@ def judge(lines: Sequence[Line], tokens: int, shape: Shape) -> list[str]:
     if lines[-1].prefix < tokens - CHUNK:
         failures.append(f"the last chunk that ran sparse begins at {lines[-1].prefix} of {tokens} tokens")
     grown = max(line.resident for line in lines) - lines[0].resident
-    allowed = (shape.layers + 1) * shape.layer_bytes(tokens) + SLACK
+    allowed = (shape.layers + 1) * layer_bytes(shape, tokens) + SLACK
     if grown > allowed:
         failures.append(
             f"memory grew by {grown / 2**20:.0f} MiB from the first chunk on, {allowed / 2**20:.0f} expected"

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.host import described
 from benchmarks.real import weights
 from benchmarks.real.documents import DOCUMENTS, HALVES, KINDS
 from benchmarks.real.measures import Distance, distance
@@ -257,10 +255,8 @@ def _record(
     controls: Sequence[Row],
     failures: list[str],
 ) -> dict[str, Any]:
-    packages = ("mminference-sgl", "sglang", "torch", "transformers")
     return {
-        "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {name: metadata.version(name) for name in packages},
+        **described(),
         "model": options.model.name if options.model else weights.NAME,
         "reader": "twin" if options.twin else "server",
         "settings": SPARSE | dict(options.set),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -38,6 +39,13 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """Read from a language model's configuration."""
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(config["num_hidden_layers"], heads, config.get("num_key_value_heads", heads), head_dim)
 
     @property
     def scale(self) -> float:
@@ -69,12 +77,11 @@ class LanguageModel:
         self._weights: dict[str, torch.Tensor] = {}
         for part in sorted(folder.glob("*.safetensors")):
             self._weights |= {name: weight.float() for name, weight in load_file(part).items()}
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        self.shape = Shape(config["num_hidden_layers"], heads, config.get("num_key_value_heads", heads), head_dim)
+        self.shape = Shape.of(config)
         self.context = int(config["max_position_embeddings"])
         self._eps = float(config["rms_norm_eps"])
         theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
+        head_dim = self.shape.head_dim
         self._frequencies = theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)
 
     def stream(self, length: int) -> Stream:
@@ -121,8 +128,8 @@ class LanguageModel:
         )
         query, key = self._norm(f"{name}.self_attn.q_norm", query), self._norm(f"{name}.self_attn.k_norm", key)
         slots = slice(stream.done + 1, stream.done + 1 + rows)
-        stream.keys[layer][slots], stream.values[layer][slots] = _rotate(key, *rotation), value
-        output = attend(layer, stream.done, _rotate(query, *rotation), stream.keys[layer], stream.values[layer])
+        stream.keys[layer][slots], stream.values[layer][slots] = rotate(key, *rotation), value
+        output = attend(layer, stream.done, rotate(query, *rotation), stream.keys[layer], stream.values[layer])
         hidden = hidden + self._linear(f"{name}.self_attn.o_proj", output.flatten(1))
         normed = self._norm(f"{name}.post_attention_layernorm", hidden)
         gate, up = (self._linear(f"{name}.mlp.{part}_proj", normed) for part in ("gate", "up"))
@@ -151,6 +158,7 @@ def dense(layer: int, start: int, query: torch.Tensor, keys: torch.Tensor, value
     return out[0].transpose(0, 1)
 
 
-def _rotate(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding: rows [..., D] by angles of D values, those of its halves alike."""
     first, second = rows.chunk(2, dim=-1)
     return rows * cos + torch.cat([-second, first], dim=-1) * sin

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +29,11 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.settings import ALL_ROWS, rivals
+from benchmarks.host import described
 from benchmarks.real import weights
 from benchmarks.real.measures import distance
 from benchmarks.real.readers import Twin
+from benchmarks.real.reading import Reading
 from mminference_sgl.kernels import stages
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from benchmarks.real.reading import Reading
     from benchmarks.real.twin import Item
 
 GRID = (32, 8, 9)
@@ -54,6 +53,8 @@ AGAIN = (0.2, 0.5, 0.8, 1.0)
 SEED = 20261128
 LOSS = 0.005
 DEFAULT, LOOSER = "auto", "auto, error 0.2"
+SETTINGS: dict[str, dict[str, Any]] = {DEFAULT: {}, "auto, lists apart": {"sharing": False}, LOOSER: {"error": 0.2}}
+"""The rivals compute at the density of the last one."""
 _VIDEO = 2
 _WORDS = (
     "red green blue yellow black white gold silver apple bread cheese butter sugar coffee water wine river ocean "
@@ -141,21 +142,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("| setting | density | loss % | same % | KL | right |")
     print("| --- | --- | --- | --- | --- | --- |")
     print(f"| dense | 1 | | | | {right:.3f} |", flush=True)
-    rows = []
-    for name, settings in _settings(rows):
-        rows.append(_row(name, settings, reader, shown, dense))
-        row = rows[-1]
+
+    def measured(name: str, settings: dict[str, Any]) -> Row:
+        row = _row(name, {"min_tokens": 0, **settings}, reader, shown, dense)
         loss, same = f"{100 * row.loss:+.2f} +- {100 * row.interval:.2f}", f"{100 * row.agreement:.1f}"
         print(f"| {name} | {row.density:.3f} | {loss} | {same} | {row.divergence:.4f} | {row.right:.3f} |", flush=True)
+        return row
+
+    rows = [measured(*each) for each in SETTINGS.items()]
+    rows += [measured(*each) for each in rivals(rows[-1].density, math.prod(GRID))]
     failures = judge(rows)
     for failure in failures:
         print(f"FAILED: {failure}")
     print(f"done in {time.monotonic() - began:.0f} s", file=sys.stderr)
     if options.json is not None:
-        packages = ("mminference-sgl", "torch", "transformers")
         content: dict[str, Any] = {
-            "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-            "versions": {name: metadata.version(name) for name in packages},
+            **described(),
             "model": options.model.name if options.model else weights.NAME,
             "videos": options.videos,
             "dense_right": right,
@@ -178,39 +180,33 @@ def judge(rows: Sequence[Row]) -> list[str]:
     return failures
 
 
-def _settings(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One after the other: what depends on a density is asked for when that is known."""
-    tokens = int(np.prod(GRID))
-    yield DEFAULT, {"min_tokens": 0}
-    yield f"{DEFAULT}, lists apart", {"min_tokens": 0, "sharing": False}
-    yield LOOSER, {"min_tokens": 0, "error": 0.2}
-    density = rows[-1].density
-    for name, settings in rivals(density, tokens):
-        yield name, {"min_tokens": 0, **settings}
-
-
 def _row(
     name: str, settings: dict[str, Any], reader: Twin, shown: Sequence[WordVideo], dense: Sequence[Reading]
 ) -> Row:
     read = [reader.behind_media(video.tokens, settings, [video.item]) for video in shown]
-    kept = [
-        tuple(type(reading)(*(part[video.again] for part in (reading.logprob, reading.top, reading.hidden)))
-              for reading in (one.reading, reference))
-        for video, one, reference in zip(shown, read, dense, strict=True)
-    ]  # fmt: skip
-    whole = [torch.cat([pair[side].logprob for pair in kept]) for side in range(2)]
-    tops = [torch.cat([pair[side].top for pair in kept]) for side in range(2)]
-    all_words, reference = (type(kept[0][0])(*each) for each in zip(whole, tops, strict=True))
-    far = distance(all_words, reference)
+    kept = [_words(video, one.reading) for video, one in zip(shown, read, strict=True)]
+    wanted = [_words(video, reading) for video, reading in zip(shown, dense, strict=True)]
+    far = distance(_joined(kept), _joined(wanted))
     return Row(
         name,
         float(np.mean([_density(name, video, one.mean_density) for video, one in zip(shown, read, strict=True)])),
         far.loss,
         far.interval,
         far.agreement,
-        float(np.mean([reader.divergence(*pair) for pair in kept])),
+        float(np.mean([reader.divergence(*pair) for pair in zip(kept, wanted, strict=True)])),
         float(np.mean([_right(video, one.reading) for video, one in zip(shown, read, strict=True)])),
     )
+
+
+def _words(video: WordVideo, reading: Reading) -> Reading:
+    """Of the words that are to be read."""
+    assert reading.hidden is not None
+    return Reading(reading.logprob[video.again], reading.top[video.again], reading.hidden[video.again])
+
+
+def _joined(readings: Sequence[Reading]) -> Reading:
+    """All videos' words, without what the head read."""
+    return Reading(torch.cat([one.logprob for one in readings]), torch.cat([one.top for one in readings]))
 
 
 def _density(name: str, video: WordVideo, density: float) -> float:

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.host import described
 from benchmarks.toy.scenes import TASKS, Scene, make_scene
 from benchmarks.toy.serving import CHANGE, COLUMNS, CONTROL, FPS, ROWS, Score, ask, server
 from mminference_sgl.testing import ServerError, fallbacks, write_mp4
@@ -148,7 +146,6 @@ def _print_row(*cells: str) -> None:
 
 
 def _record(scores: dict[tuple[str, int, int], Score], failures: list[str]) -> dict[str, Any]:
-    packages = ("mminference-sgl", "sglang", "torch", "transformers")
     rows = [
         {
             "name": name,
@@ -161,8 +158,7 @@ def _record(scores: dict[tuple[str, int, int], Score], failures: list[str]) -> d
         for (name, chunk, length), score in scores.items()
     ]
     return {
-        "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {name: metadata.version(name) for name in packages},
+        **described(),
         "rows": rows,
         "failures": failures,
     }

@@ -13,7 +13,7 @@ from mminference_sgl.testing import Answer, Server, ServerError, mean_density, p
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.toy.scenes import Scene
+    from benchmarks.toy.scenes import Question, Scene
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 ROWS, COLUMNS = 8, 16
@@ -31,6 +31,8 @@ CONTROL: dict[str, Any] = {
 }
 """A pattern that must fail: its window ends one key short of the same place one frame back."""
 
+MAX_TOKENS = 3
+"""Of an answer."""
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -91,7 +93,7 @@ def ask(server: Server, score: Score, scene: Scene, video: Path) -> None:
     first = server.generate(
         USER + VIDEO + questions[0].text + END,
         video_data=[str(video)],
-        max_tokens=3,
+        max_tokens=MAX_TOKENS,
         stream=True,
         session_params={"id": session},
     )
@@ -100,10 +102,15 @@ def ask(server: Server, score: Score, scene: Scene, video: Path) -> None:
     # The chunks that the log does not name ran dense.
     score.densities.append(mean_density(prefills(server.log(mark)), first.prompt_tokens))
     score.first = score.first or first
-    kept = first.prompt_tokens - server.count_tokens(questions[0].text + END)
-    turn = {"id": session, "rid": first.meta["id"], "offset": kept, "drop_previous_output": True}
-    answers = [first]
-    answers += [server.generate(question.text + END, max_tokens=3, session_params=turn) for question in questions[1:]]
-    for question, answer in zip(questions, answers, strict=True):
+    for question, answer in zip(questions, [first, *follow_up(server, session, first, questions)], strict=True):
         score.asked[question.task] += 1
         score.right[question.task] += question.is_right(answer.text)
+
+
+def follow_up(server: Server, session: str, first: Answer, questions: Sequence[Question]) -> list[Answer]:
+    """Asks all but the first of the questions, each in the first one's place: what is before it is in the KV cache."""
+    kept = first.prompt_tokens - server.count_tokens(questions[0].text + END)
+    turn = {"id": session, "rid": first.meta["id"], "offset": kept, "drop_previous_output": True}
+    return [
+        server.generate(question.text + END, max_tokens=MAX_TOKENS, session_params=turn) for question in questions[1:]
+    ]

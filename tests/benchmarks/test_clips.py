@@ -15,8 +15,9 @@ from benchmarks.clips import model as shape
 from benchmarks.clips.prompts import OFFSETS, TASKS, Form, Prompt
 from benchmarks.clips.serving import Media
 from benchmarks.clips.train import IGNORED, STAGES, Forward, Lessons
-from benchmarks.million.__main__ import CHUNK, SLACK, Line, Shape
+from benchmarks.million.__main__ import CHUNK, SLACK, Line, layer_bytes
 from benchmarks.million.__main__ import judge as judge_million
+from benchmarks.real.model import Shape
 from benchmarks.toy.scenes import COLOURS, KEYS
 from benchmarks.toy.serving import COLUMNS, ROWS
 
@@ -204,7 +205,7 @@ def test_depths_follow_the_needles() -> None:
 
 def test_verdicts_of_a_very_long_video() -> None:
     model, tokens = Shape(4, 8, 4, 32), 4 * CHUNK
-    grown = (model.layers + 1) * model.layer_bytes(tokens)
+    grown = (model.layers + 1) * layer_bytes(model, tokens)
 
     def lines(last: int, growth: int) -> list[Line]:
         return [Line(prefix, 1.0, 1.0, 0.1, 0.0, 2**30 + growth * bool(prefix)) for prefix in (0, last)]

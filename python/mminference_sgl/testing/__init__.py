@@ -16,7 +16,7 @@ from mminference_sgl.testing.log import (
     start_lines,
 )
 from mminference_sgl.testing.media import png_url, write_mp4
-from mminference_sgl.testing.modules import ModuleTimes, module_times, timing_arguments
+from mminference_sgl.testing.modules import ModuleTimes, forward_times, module_times, timing_arguments
 from mminference_sgl.testing.server import Answer, Message, Server, ServerError, user_message
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Server",
     "ServerError",
     "fallbacks",
+    "forward_times",
     "layouts",
     "mean_density",
     "module_times",

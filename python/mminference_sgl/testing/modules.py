@@ -1,9 +1,10 @@
 """Where the time of a server's forwards goes: attention, linear layers, and what is neither.
 
-SGLang puts functions behind a model's modules when it is asked to (``--forward-hooks``). :func:`timing_hook` makes one
-that times attention and linear layers of the language model and writes their seconds to the log at the end of each
-forward; :func:`module_times` reads them. A call of a module costs a microsecond more. Only for devices that compute
-while they are waited for, which is what a CPU does; a model's first forward is not timed.
+SGLang puts functions behind a model's modules when it is asked to (``--forward-hooks``). :func:`timing_hook` makes
+one that times attention and linear layers of the language model and writes their seconds to the log at the end of
+each forward; :func:`module_times` and :func:`forward_times` read them. A call of a module costs a microsecond more.
+Only for devices that compute while they are waited for, which is what a CPU does; a model's first forward is not
+timed.
 """
 
 from __future__ import annotations
@@ -41,9 +42,14 @@ def timing_arguments() -> list[str]:
     return ["--forward-hooks", json.dumps([hook])]
 
 
+def forward_times(log: str) -> list[ModuleTimes]:
+    """One for each forward that a part of a server's log tells of, on one rank."""
+    return [ModuleTimes(float(m[1]), float(m[2])) for m in _LINE.finditer(log)]
+
+
 def module_times(log: str) -> ModuleTimes:
-    """All that a part of a server's log tells, on one rank."""
-    return sum((ModuleTimes(float(m[1]), float(m[2])) for m in _LINE.finditer(log)), ModuleTimes(0.0, 0.0))
+    """Those of all its forwards."""
+    return sum(forward_times(log), ModuleTimes(0.0, 0.0))
 
 
 def timing_hook(_settings: dict[str, Any]) -> Any:
