@@ -188,9 +188,10 @@ def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
                 raise ServerError(f"a chunk ran dense: {dense[0].reason}: {dense[0].detail}", running.log())
             print(f"{answer.prompt_tokens} tokens, decoded and prepared in {answer.preprocess_s:.0f} s, "
                   f"prefilled in {answer.forward_s:.0f} s", flush=True)  # fmt: skip
+    # The question is a chunk of a few rows, which run dense.
     return [
         Line(chunk.prefix, took.attention, took.linear, chunk.density, chunk.error, resident)
-        for chunk, took, resident in zip(found, times, watch.resident, strict=True)
+        for chunk, took, resident in zip(found, times, watch.resident, strict=False)
     ], watch.peak
 
 
