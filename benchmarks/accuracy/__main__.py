@@ -8,6 +8,9 @@ settings answer the same questions, so answers are compared in pairs.
 - What is left of other choices at the density that ``auto`` had: ``grid``, ``vertical_slash`` for media rows, the same
   for all rows, as a method without boundaries between texts and media would have it, and ``a_shape``.
 
+Other models are asked for codes on cards in English (``--english``), by servers that are started for ``--model``, or by
+running ones (``--url NAME=URL``, the first being what the others are compared with), whose density is not known.
+
 Exits 1 when a verdict is missed: ``auto`` at most one point below dense, the 95 % interval at most three; A-shape at
 least ten below; and the mixed prompts no better without boundaries than with them.
 """
@@ -24,41 +27,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from benchmarks.accuracy.paired import Difference, difference
+from benchmarks.accuracy.prompts import KINDS, Asked, of_clips, of_codes
 from benchmarks.accuracy.settings import ALL_ROWS, rivals
-from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, Form
-from benchmarks.clips.serving import Media, ask, render
 from benchmarks.clips.train import CHECKPOINT
 from benchmarks.host import described
-from benchmarks.toy.serving import COLUMNS, ROWS, server
-from mminference_sgl.testing import ServerError, fallbacks, mean_density, prefills
+from benchmarks.toy.serving import server as server_of_clips
+from mminference_sgl.portable.cpu import PLATFORM_NAME
+from mminference_sgl.testing import Client, Server, ServerError, fallbacks, mean_density, prefills
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from benchmarks.toy.scenes import Question
+    from collections.abc import Sequence
 
 LENGTHS = (4096, 8192, 16384, 32768)
 PROMPTS = 3
 """Of each kind and length."""
 CHUNK = 8192
-CHANGE = 0.5
-SEED = 20260717
-KINDS = ("clip", "mixed")
 DEPTHS = 8
 """Bands of the heat map."""
 POINT, INTERVAL, CLEARLY = 0.01, 0.03, 0.1
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One prompt and its questions."""
-
-    kind: str
-    length: int
-    media: Media
-    questions: list[Question]
 
 
 @dataclass
@@ -78,31 +67,16 @@ class Result:
         return float(np.mean(self.density))
 
 
-def form(kind: str, length: int) -> Form:
-    """Of prompts of about so many visual tokens."""
-    frame = ROWS * COLUMNS
-    if kind == "clip":
-        return Form(((length // frame, ROWS, COLUMNS),), (MOST_NEEDLES,), (2,))
-    half = (length // frame - 1) // 2
-    return Form(((half, ROWS, COLUMNS), (1, ROWS, COLUMNS), (half, ROWS, COLUMNS)), (4, 1, 3), (2, 1, 2))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code says whether its verdicts hold."""
     options = _arguments(argv)
     began = time.monotonic()
-    results: list[Result] = []
     try:
-        with tempfile.TemporaryDirectory(prefix="mminference-accuracy-") as name:
-            folder = Path(name)
-            asked = [each for length in options.lengths for each in prompts(length, options.prompts, folder)]
+        with tempfile.TemporaryDirectory(prefix="mminference-accuracy-") as folder:
+            make = of_codes if options.english else of_clips
+            asked = [each for length in options.lengths for each in make(length, options.prompts, Path(folder))]
             _print_row("", "tokens", *KINDS, "lost", "won", "interval", "density", "coverage", "ttft s")
-            for setting, config in (("dense", None), ("auto", {"min_tokens": 0, **options.config})):
-                results += run(setting, config, asked, results, options.model)
-            for own in [each for each in results if each.name == "auto"]:
-                these = [each for each in asked if each.length == own.length]
-                for setting, config in rivals(own.mean_density, own.length):
-                    results += run(setting, {"min_tokens": 0, **config}, these, results, options.model)
+            results = running_ones(options, asked) if options.url else servers(options, asked)
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
@@ -115,45 +89,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def prompts(length: int, count: int, folder: Path) -> Iterator[Asked]:
-    """The same for all settings."""
-    for kind in KINDS:
-        rng = np.random.default_rng([SEED, length, KINDS.index(kind)])
-        for number in range(count):
-            prompt = form(kind, length).draw(rng, CHANGE)
-            media = render(prompt, rng, folder, f"{kind}-{length}-{number}")
-            yield Asked(kind, length, media, prompt.questions())
+def running_ones(options: argparse.Namespace, asked: Sequence[Asked]) -> list[Result]:
+    """Asks servers that others started."""
+    results: list[Result] = []
+    for name, url in options.url:
+        results += told(run(name, Client(url, str(options.model)), asked), results)
+    return results
 
 
-def run(
-    name: str,
-    config: Mapping[str, Any] | None,
-    asked: Sequence[Asked],
-    others: Sequence[Result],
-    model: Path,
-) -> list[Result]:
-    """Asks a server of one setting; prints a line for each length, compared with dense."""
+def servers(options: argparse.Namespace, asked: Sequence[Asked]) -> list[Result]:
+    """Starts a server for each setting and asks it."""
+    results: list[Result] = []
+
+    def serve(name: str, config: dict[str, Any] | None, these: Sequence[Asked]) -> None:
+        if config is not None:
+            config = {"min_tokens": 0, **config}
+        with start(config, options) as server:
+            found = run(name, server, these)
+            for dense in fallbacks(server.log()):
+                raise ServerError(f"{name}: a request ran dense: {dense.reason}: {dense.detail}", server.log())
+        results.extend(told(found, results))
+
+    serve("dense", None, asked)
+    serve("auto", options.config, asked)
+    for own in [each for each in results if each.name == "auto"]:
+        for name, config in rivals(own.mean_density, own.length):
+            serve(name, config, [each for each in asked if each.length == own.length])
+    return results
+
+
+def start(config: dict[str, Any] | None, options: argparse.Namespace) -> Server:
+    """A server of one setting, dense for None; other models than the small one run where SGLang puts them."""
+    backend, slots = None if config is None else "mminference", max(65536, 2 * max(options.lengths))
+    if not options.english:
+        return server_of_clips(backend, config or {}, CHUNK, quick=True, model=options.model)
+    return Server(
+        options.model,
+        attention_backend=backend,
+        chunked_prefill_size=CHUNK,
+        max_total_tokens=slots,
+        platform=None if torch.cuda.is_available() else PLATFORM_NAME,
+        start_timeout=1800,
+        args=["--trust-remote-code", *options.server],
+        env={"MMINFERENCE_CONFIG": json.dumps(config or {}), "MMINFERENCE_LOG": "debug", "HF_HUB_OFFLINE": None},
+    )
+
+
+def run(name: str, client: Client, asked: Sequence[Asked]) -> list[Result]:
+    """Asks a server all prompts: a result for each length."""
     found: dict[int, Result] = {}
-    with server(
-        None if config is None else "mminference", dict(config or {}), CHUNK, quick=True, model=model
-    ) as running:
-        for each in asked:
-            result = found.setdefault(each.length, Result(name, each.length))
-            mark = len(running.log())
-            answers = ask(running, each.media, each.questions)
-            lines = prefills(running.log(mark))
-            first = answers[0]
-            result.right.setdefault(each.kind, []).extend(
-                question.is_right(answer.text) for question, answer in zip(each.questions, answers, strict=True)
-            )
-            result.density.append(mean_density(lines, first.prompt_tokens))
-            result.coverage += [line.coverage for line in lines]
-            result.ttft.append(first.ttft or float("nan"))
-        for dense in fallbacks(running.log()):
-            raise ServerError(f"{name}: a request ran dense: {dense.reason}: {dense.detail}", running.log())
-    for result in found.values():
-        _print_result(result, _dense(others, result.length) or result)
+    for each in asked:
+        result = found.setdefault(each.length, Result(name, each.length))
+        mark = len(client.log())
+        answers = each.ask(client)
+        lines = prefills(client.log(mark))
+        first = answers[0]
+        result.right.setdefault(each.kind, []).extend(
+            question.is_right(answer.text) for question, answer in zip(each.questions, answers, strict=True)
+        )
+        # Follow-up questions are few rows behind what is cached: they run dense.
+        result.density.append(mean_density(lines, first.prompt_tokens))
+        result.coverage += [line.coverage for line in lines]
+        result.ttft.append(first.ttft or float("nan"))
     return list(found.values())
+
+
+def told(found: list[Result], others: Sequence[Result]) -> list[Result]:
+    """Prints a line for each result, compared with the first one of its length."""
+    for result in found:
+        _print_result(result, _reference(others, result.length) or result)
+    return found
 
 
 def compared(result: Result, dense: Result, kinds: Sequence[str] = KINDS) -> Difference:
@@ -166,7 +171,7 @@ def judge(results: Sequence[Result]) -> list[str]:
     """The verdicts that are missed."""
     failures = []
     for result in results:
-        dense = _dense(results, result.length)
+        dense = _reference(results, result.length)
         assert dense is not None
         against, where = compared(result, dense), f"{result.name} at {result.length} tokens"
         if result.name == "auto":
@@ -185,26 +190,18 @@ def judge(results: Sequence[Result]) -> list[str]:
 
 
 def depths(asked: Sequence[Asked], result: Result) -> list[tuple[float, bool]]:
-    """Of questions about needles of one clip: how deep the needle lies, 0 to 1, and whether the answer is right."""
-    found, place = [], 0
-    for each in asked:
-        if each.kind != "clip" or each.length != result.length:
-            continue
-        scene = each.media.prompt.parts[0].scene
-        where = {needle.key: needle.patch / len(scene.colours) for needle in scene.needles}
-        for question in each.questions:
-            if question.task in OFFSETS:
-                found.append((where[question.key], result.right["clip"][place]))
-            place += 1
-    return found
+    """Of questions about what lies in a single clip: how deep, 0 to 1, and whether the answer is right."""
+    these = [each for each in asked if each.kind == "clip" and each.length == result.length]
+    places = [depth for each in these for depth in each.depths]
+    return [(depth, right) for depth, right in zip(places, result.right["clip"], strict=True) if depth is not None]
 
 
-def _dense(results: Sequence[Result], length: int) -> Result | None:
-    return next((each for each in results if each.name == "dense" and each.length == length), None)
+def _reference(results: Sequence[Result], length: int) -> Result | None:
+    return next((each for each in results if each.length == length), None)
 
 
-def _print_result(result: Result, dense: Result) -> None:
-    against = compared(result, dense)
+def _print_result(result: Result, reference: Result) -> None:
+    against = compared(result, reference)
     shares = [f"{np.mean(result.right[kind]):.3f}" for kind in KINDS]
     interval = f"{100 * against.low:+.1f} {100 * against.high:+.1f}"
     coverage = f"{np.mean(result.coverage):.3f}" if result.coverage else ""
@@ -221,7 +218,7 @@ def _record(
 ) -> dict[str, Any]:
     rows = []
     for result in results:
-        dense = _dense(results, result.length)
+        dense = _reference(results, result.length)
         assert dense is not None
         tasks: dict[str, list[bool]] = {}
         for kind in KINDS:
@@ -248,6 +245,7 @@ def _record(
         )
     return {
         **described(),
+        "model": "clips" if options.model is CHECKPOINT else str(options.model),
         "prompts": options.prompts,
         "rows": rows,
         "failures": failures,
@@ -258,12 +256,26 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="another checkpoint of benchmarks.clips")
+    parser.add_argument("--model", default=CHECKPOINT, help="another checkpoint of benchmarks.clips, or of --english")
+    parser.add_argument("--english", action="store_true", help="ask for codes on cards, as any video model can answer")
+    parser.add_argument("--url", type=_named, nargs="+", metavar="NAME=URL", help="ask these servers instead")
+    parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="last: more arguments for the servers")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="of each kind and length")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--config", type=json.loads, default={}, help="JSON of further settings for auto")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there, too")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.english |= bool(options.url)
+    if options.english and options.model is CHECKPOINT:
+        options.model = "default" if options.url else parser.error("--english needs --model: a name or a directory")
+    return options
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, url = text.partition("=")
+    if not url.startswith("http"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=URL, as in dense=http://127.0.0.1:30000")
+    return name, url
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 COLUMNS = Path(__file__).with_name("columns.json")
 """Columns and diagonals for media rows, text rows dense."""
 ALL_ROWS = "vertical_slash, all rows"
+SINK = 64
+TILE = 128, 64
+"""Rows and keys of a tile, as large as tiles get."""
 
 
 def rivals(density: float, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -23,9 +26,24 @@ def rivals(density: float, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "grid", {"pattern": "grid", **capped}
     yield "vertical_slash", {"pattern": str(COLUMNS), **capped}
     yield ALL_ROWS, {"pattern": "vertical_slash", **capped}
-    # A row sees its window: of a triangle of n columns that is 1 - (1 - w / n)^2.
-    window = max(1, int(length * (1 - np.sqrt(1 - min(density, 1)))) - 64)
-    yield (
-        "a_shape",
-        {"pattern": "a_shape", "error_ceiling": GUARD_OFF, "patterns": {"a_shape": {"sink": 64, "window": window}}},
-    )
+    control = {"sink": SINK, "window": window(density, length)}
+    yield "a_shape", {"pattern": "a_shape", "error_ceiling": GUARD_OFF, "patterns": {"a_shape": control}}
+
+
+def window(density: float, length: int) -> int:
+    """The widest window of an A-shape that computes at most at a density, counted in whole tiles; one row at least."""
+    low, high = 1, length
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a_shape_density(middle, length) <= density else (low, middle - 1)
+    return low
+
+
+def a_shape_density(window: int, length: int) -> float:
+    """Tiles that a sink and a window need, over causal tiles."""
+    rows, keys = TILE
+    first = np.arange(0, length, rows)
+    end = np.minimum(first + rows, length)
+    causal = -(-end // keys)
+    begin = np.maximum(first - window + 1, 0) // keys
+    return float((causal - begin + np.minimum(begin, -(-SINK // keys))).sum() / causal.sum())

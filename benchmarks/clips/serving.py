@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from benchmarks.clips.prompts import Part, Prompt
     from benchmarks.toy.scenes import Question
-    from mminference_sgl.testing import Answer, Message, Server
+    from mminference_sgl.testing import Answer, Client
 
 IMAGE = VIDEO.replace("video", "image")
 
@@ -39,21 +39,10 @@ def render(prompt: Prompt, rng: np.random.Generator, folder: Path, name: str) ->
     return Media(prompt, tuple(sources))
 
 
-def message(media: Media, question: Question) -> Message:
-    """The prompt as one chat message, as any OpenAI-compatible server takes it."""
-    content: list[dict[str, Any]] = []
-    for part, source in zip(media.prompt.parts, media.sources, strict=True):
-        kind = "image_url" if _is_picture(part) else "video_url"
-        content += [{"type": "text", "text": part.sign}, {"type": kind, kind: {"url": source}}]
-        if part.memos:
-            content.append({"type": "text", "text": _memos(part)})
-    return {"role": "user", "content": [*content, {"type": "text", "text": question.text}]}
-
-
-def ask(server: Server, media: Media, questions: list[Question]) -> list[Answer]:
+def ask(server: Client, media: Media, questions: list[Question]) -> list[Answer]:
     """Asks all questions about one prompt in one session: its media are prefilled once."""
     parts = media.prompt.parts
-    text = USER + "".join(part.sign + (IMAGE if _is_picture(part) else VIDEO) + _memos(part) for part in parts)
+    text = USER + "".join(part.sign + (IMAGE if _is_picture(part) else VIDEO) + part.after for part in parts)
     sources = list(zip(parts, media.sources, strict=True))
     session = server.open_session()
     first = server.generate(
@@ -69,7 +58,3 @@ def ask(server: Server, media: Media, questions: list[Question]) -> list[Answer]
 
 def _is_picture(part: Part) -> bool:
     return len(part.scene.colours) == 1
-
-
-def _memos(part: Part) -> str:
-    return "".join(memo.text for memo in part.memos)

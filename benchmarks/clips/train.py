@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from benchmarks.toy.scenes import Question
 
 CHECKPOINT = cache() / "clips"
-STEPS, SEED = 2400, 7
+STEPS, SEED = 2000, 7
 VISION_STEPS, VISION_BATCH = 500, 192
 VARIANTS = 48
 """Embeddings of each tile in the bank."""
@@ -49,6 +49,11 @@ QUESTIONS = 12
 LEARNING_RATE, WARM_UP = 1e-3, 80
 LOOKED_UP = tuple(task for task, offset in OFFSETS.items() if any(offset))
 """What visual tokens tell of their neighbours, in the order of the auxiliary heads."""
+FARTHEST = max(patches for patches, _, _ in OFFSETS.values())
+MEMO = 0.6
+"""How often a prompt has a memo."""
+RARE = 4.0
+"""How much more often than other tasks the farthest patch is asked for, where it can be."""
 IGNORED = -100
 CHANGES = (0.3, 0.5, 0.8)
 """So often that an earlier colour cannot be guessed from the one that is there."""
@@ -60,7 +65,8 @@ class Stage:
 
     ``share`` of the steps; ``parts``: the most clips; ``tokens``: the most visual tokens of a prompt; ``batch``: of a
     step. ``patches``: the most of a clip; ``grids``: rows and columns. ``gap``: the farthest jump of positions.
-    ``banned``: how often questions may not read clips in the first layer.
+    ``banned``: how often questions may not read clips in the first layer. ``long``: how often a clip is so long that it
+    can be asked for the farthest patch, at least.
     """
 
     share: float
@@ -71,13 +77,14 @@ class Stage:
     grids: tuple[tuple[int, int], ...]
     gap: int
     banned: float
+    long: float
 
 
 STAGES = (
-    Stage(0.16, 1, 256, 1536, 32, ((2, 4), (4, 4)), 24, 1.0),
-    Stage(0.20, 3, 512, 1792, 40, ((2, 4), (4, 4), (4, 8), (6, 6)), 80, 0.6),
-    Stage(0.32, 3, 1100, 1800, 40, ((4, 8), (6, 6), (8, 8)), 300, 0.0),
-    Stage(0.32, 3, 2100, 2100, 40, ((4, 8), (6, 8), (8, 8), (8, 12), (8, 16)), 640, 0.0),
+    Stage(0.19, 1, 256, 1536, 32, ((2, 4), (4, 4)), 24, 1.0, 0.0),
+    Stage(0.20, 3, 512, 1792, 40, ((2, 4), (4, 4), (4, 8), (6, 6)), 80, 0.6, 0.4),
+    Stage(0.30, 3, 1100, 1800, 40, ((2, 4), (4, 4), (4, 8), (6, 6), (8, 8)), 300, 0.0, 0.6),
+    Stage(0.31, 3, 2100, 2100, 40, ((4, 4), (4, 8), (6, 8), (8, 8), (8, 12), (8, 16)), 640, 0.0, 0.6),
 )
 REPLAY = 0.12
 """How often a step is of an earlier stage."""
@@ -144,7 +151,7 @@ class Lessons:
             for needle in part.scene.needles:
                 texture[needle.patch, needle.row, needle.column] = 1 + KEYS.index(needle.key)
             before = self._encode(part.sign + "<|vision_start|>")
-            after = self._encode("<|vision_end|>" + "".join(memo.text for memo in part.memos))
+            after = self._encode("<|vision_end|>" + part.after)
             tokens += [*before, *[-1] * part.scene.tokens, *after]
             visual += [[0, 0]] * len(before)
             visual += np.stack([texture.ravel(), part.scene.colours.ravel()], 1).tolist()
@@ -175,7 +182,7 @@ class Lessons:
             least, convention = max(rows, columns), int(parts[-1].max()) + 1
             jumps = gap is not None and rng.random() < 0.45
             start = start + int(rng.integers(least, max(gap or 0, least) + 1)) if jumps else convention
-            text("<|vision_end|>" + "".join(memo.text for memo in part.memos))
+            text("<|vision_end|>" + part.after)
         return torch.cat(parts, 1), start, of_parts
 
     def _questions(
@@ -187,8 +194,9 @@ class Lessons:
             for needle in part.scene.needles
         }
         found = [each for each in prompt.questions() if not _jumps(each, patches)]
-        # Each task as often as the others, however many needles there are.
+        # Each task as often as the others, however many needles there are; but few can be asked for the farthest patch.
         weights = 1 / np.array([sum(other.task == each.task for other in found) for each in found])
+        weights *= [RARE if each.task in OFFSETS and OFFSETS[each.task][0] == FARTHEST else 1 for each in found]
         chosen = self.rng.choice(len(found), count, p=weights / weights.sum(), replace=len(found) < count)
         asked = [found[index] for index in chosen]
         end = "<|im_end|>\n<|im_start|>assistant\n"
@@ -199,10 +207,12 @@ class Lessons:
 def _form(rng: np.random.Generator, stage: Stage) -> Form:
     """A form within a stage's bounds."""
     parts = min(int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])), stage.parts)
+    long = int(rng.integers(parts)) if rng.random() < stage.long else -1
     while True:
         shapes = []
-        for _ in range(parts):
-            patches = 1 if rng.random() < 0.12 else int(rng.integers(2, stage.patches + 1))
+        for number in range(parts):
+            picture = rng.random() < 0.12 and number != long
+            patches = 1 if picture else int(rng.integers(FARTHEST + 2 if number == long else 2, stage.patches + 1))
             shapes.append((patches, *map(int, stage.grids[int(rng.integers(len(stage.grids)))])))
         if sum(map(math.prod, shapes)) <= stage.tokens:
             break
@@ -211,8 +221,8 @@ def _form(rng: np.random.Generator, stage: Stage) -> Form:
     needles = np.minimum(needles, sizes.astype(int) // 2)
     if not needles.sum():
         needles[int(share.argmax())] = 1
-    memos = rng.multinomial(int(rng.integers(0, 5)), [1 / parts] * parts)
-    return Form(tuple(shapes), tuple(needles.tolist()), tuple(memos.tolist()))
+    memo = int(rng.integers(parts)) if rng.random() < MEMO else None
+    return Form(tuple(shapes), tuple(needles.tolist()), memo)
 
 
 def _jumps(question: Question, patches: Mapping[str, tuple[int, torch.Tensor]]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mminference_sgl.testing import Answer, Server, ServerError, mean_density, prefills
+from mminference_sgl.testing import Answer, Client, Server, ServerError, mean_density, prefills
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +107,7 @@ def ask(server: Server, score: Score, scene: Scene, video: Path) -> None:
         score.right[question.task] += question.is_right(answer.text)
 
 
-def follow_up(server: Server, session: str, first: Answer, questions: Sequence[Question]) -> list[Answer]:
+def follow_up(server: Client, session: str, first: Answer, questions: Sequence[Question]) -> list[Answer]:
     """Asks all but the first of the questions, each in the first one's place: what is before it is in the KV cache."""
     kept = first.prompt_tokens - server.count_tokens(questions[0].text + END)
     turn = {"id": session, "rid": first.meta["id"], "offset": kept, "drop_previous_output": True}

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy.__main__ import DEPTHS, KINDS, Asked, Result, depths, form, judge
+from benchmarks.accuracy.__main__ import DEPTHS, Result, depths, judge, main, run
+from benchmarks.accuracy.codes import CARD_FRAMES, SIDE, Code
 from benchmarks.accuracy.paired import difference
-from benchmarks.accuracy.settings import ALL_ROWS, rivals
+from benchmarks.accuracy.prompts import KINDS, form, of_clips, of_codes
+from benchmarks.accuracy.settings import ALL_ROWS, SINK, TILE, rivals
 from benchmarks.clips import model as shape
 from benchmarks.clips.prompts import OFFSETS, TASKS, Form, Prompt
-from benchmarks.clips.serving import Media
 from benchmarks.clips.train import IGNORED, STAGES, Forward, Lessons
 from benchmarks.million.__main__ import CHUNK, SLACK, Line, layer_bytes
 from benchmarks.million.__main__ import judge as judge_million
 from benchmarks.real.model import Shape
 from benchmarks.toy.scenes import COLOURS, KEYS
 from benchmarks.toy.serving import COLUMNS, ROWS
+from mminference_sgl.testing import Answer
 
-MIXED = Form(((6, 3, 4), (1, 2, 5), (5, 4, 2)), (3, 1, 2), (1, 0, 2))
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+MIXED = Form(((6, 3, 4), (1, 2, 5), (5, 4, 2)), (3, 1, 2), 2)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +43,16 @@ def _prompt(seed: int = 0) -> Prompt:
 def test_answers_are_what_is_there(seed: int) -> None:
     prompt = _prompt(seed)
     needles = {needle.key: (part, needle) for part in prompt.parts for needle in part.scene.needles}
-    memos = {memo.key: memo.colour for part in prompt.parts for memo in part.memos}
-    assert (len(needles), len(memos)) == (6, 3)
+    memos = [part.memo for part in prompt.parts]
+    assert len(needles) == 6
+    assert memos[:2] == [None, None]
+    assert memos[2] is not None
     asked = {(question.task, question.key): question for question in prompt.questions()}
     assert len(asked) == len(prompt.questions())
     for (task, key), question in asked.items():
         answer = question.answer.strip().lower()
         if task == "memo":
-            assert answer == memos[key]
+            assert answer == memos[2].colour
         elif task == "count":
             assert answer == "three"
         elif task == "sign":
@@ -71,7 +79,7 @@ def test_answers_are_one_token_each_and_tasks_write_their_own(tokens: Any) -> No
 
 def test_one_key_for_too_many_needles_is_refused() -> None:
     with pytest.raises(ValueError, match="needles"):
-        Form(((6, 3, 4),), (len(KEYS) + 1,), (0,)).draw(np.random.default_rng(0), 0.5)
+        Form(((6, 3, 4),), (len(KEYS) + 1,), None).draw(np.random.default_rng(0), 0.5)
 
 
 def test_positions_are_those_of_the_server(tokens: Any) -> None:
@@ -161,14 +169,24 @@ def test_prompts_have_the_length_asked_for(kind: str, length: int) -> None:
     assert length - 2 * frame < visual <= length
 
 
-def test_the_control_is_as_dense_as_it_is_asked_to_be() -> None:
-    length = 4096
-    for density in (0.05, 0.2, 0.6):
-        config = dict(rivals(density, length))["a_shape"]["patterns"]["a_shape"]
-        row, key = torch.arange(length)[:, None], torch.arange(length)
-        seen = (key <= row) & ((key < config["sink"]) | (row - key < config["window"]))
-        assert float(seen.sum() / (key <= row).sum()) == pytest.approx(density, abs=0.02)
-        assert dict(rivals(density, length))["grid"]["max_density"] == density
+@pytest.mark.parametrize("length", [4096, 8300])
+def test_the_control_is_as_dense_as_it_is_asked_to_be(length: int) -> None:
+    rows, keys = TILE
+    for density in (0.1, 0.2, 0.6):
+        settings = dict(rivals(density, length))
+        assert settings["grid"]["max_density"] == density
+        control = settings["a_shape"]["patterns"]["a_shape"]
+        assert control["sink"] == SINK
+
+        def tiles(window: int) -> float:
+            row, key = torch.arange(length)[:, None], torch.arange(length)
+            wanted = (key <= row) & ((key < SINK) | (row - key < window))
+            padding = (0, -length % keys, 0, -length % rows)
+            padded = (torch.nn.functional.pad(each, padding) for each in (wanted, key <= row))
+            wanted, causal = (each.unfold(0, rows, rows).unfold(1, keys, keys).any(-1).any(-1) for each in padded)
+            return float(wanted.sum() / causal.sum())
+
+        assert tiles(control["window"]) <= density < tiles(control["window"] + 1)
 
 
 def _result(name: str, clip: list[bool], mixed: list[bool], density: float = 0.2) -> Result:
@@ -191,16 +209,77 @@ def test_verdicts() -> None:
     assert len(judge([good[0], _result("vertical_slash", right, wrong), _result(ALL_ROWS, right, right)])) == 1
 
 
-def test_depths_follow_the_needles() -> None:
-    prompt = form("clip", 2048).draw(np.random.default_rng(0), 0.5)
-    asked = Asked("clip", 2048, Media(prompt, ("video.mp4",)), prompt.questions())
-    patches = {needle.key: needle.patch for needle in prompt.parts[0].scene.needles}
+def test_depths_follow_the_needles(tmp_path: Path) -> None:
+    clip, mixed = of_clips(2048, 1, tmp_path)
+    assert (clip.kind, mixed.kind) == KINDS
+    assert mixed.depths == [None] * len(mixed.questions)
     # Right where the needle lies in the first half.
-    right = [q.task in OFFSETS and patches[q.key] < 8 for q in asked.questions]
-    found = depths([asked], Result("auto", 2048, {"clip": right}))
-    assert len(found) == sum(question.task in OFFSETS for question in asked.questions)
+    right = [depth is not None and depth < 0.5 for depth in clip.depths]
+    found = depths([clip, mixed], Result("auto", 2048, {"clip": right}))
+    assert len(found) == sum(question.task in OFFSETS for question in clip.questions)
     assert all(is_right == (depth < 0.5) for depth, is_right in found)
     assert all(0 <= int(depth * DEPTHS) < DEPTHS for depth, _ in found)
+
+
+# --- prompts in English
+
+
+class _Reader:
+    """Answers as a model would that reads the cards by what the prompt was made of; notes what it was sent."""
+
+    def __init__(self, codes: Sequence[Code]) -> None:
+        self.codes, self.messages = {code.text: code for code in codes}, []
+
+    def log(self, since: int = 0) -> str:
+        return ""[since:]
+
+    def chat(self, messages: Sequence[Any], max_tokens: int, *, stream: bool) -> Answer:
+        assert stream
+        self.messages.append(messages[0]["content"])
+        code = self.codes[messages[0]["content"][-1]["text"]]
+        assert max_tokens > len(code.digits)
+        text = f"It is {code.digits}." if code.depth is None or code.depth < 0.5 else "1"
+        return Answer(text, 1.0, 0.5, prompt_tokens=9000)
+
+
+def test_codes_are_where_they_are_said_to_be(tmp_path: Path) -> None:
+    from torchcodec.decoders import VideoDecoder
+
+    clip, mixed = of_codes(8192, 1, tmp_path)
+    assert len({code.digits for code in mixed.questions}) == len(mixed.questions) == 8
+    for asked in (clip, mixed):
+        reader = _Reader(asked.questions)
+        result = run("any", reader, [asked])[0]
+        assert result.right[asked.kind] == [c.depth is None or c.depth < 0.5 for c in asked.questions]
+        assert result.ttft == [0.5]
+    assert {part["type"] for part in reader.messages[0]} == {"video_url", "image_url", "text"}
+    assert sum(asked is not None for asked in mixed.depths) == 0
+    frames = VideoDecoder(str(tmp_path / "clip-8192-0.mp4"))[:]
+    assert frames.shape == (64, 3, SIDE, SIDE)
+    cards = frames.float().mean((1, 2, 3)) > 225
+    assert int(cards.sum()) == CARD_FRAMES * len(clip.questions)
+    for depth in clip.depths:
+        at = round(depth * len(frames))
+        assert cards[at : at + CARD_FRAMES].all()
+
+
+def test_a_reply_has_to_be_the_code() -> None:
+    code = Code("red", "4821")
+    assert code.is_right(" 4821")
+    assert code.is_right("The code is 4821.")
+    assert not any(code.is_right(reply) for reply in ("", "482", "48211", "4821 or 1234"))
+
+
+def test_a_video_too_short_for_its_cards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too few"):
+        list(of_codes(2048, 1, tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [["--english"], ["--url", "somewhere"]])
+def test_servers_have_to_be_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "--model" in capsys.readouterr().err
 
 
 def test_verdicts_of_a_very_long_video() -> None:

@@ -1,11 +1,12 @@
 """Real SGLang servers for tests, demonstrations and benchmarks.
 
-`Server` runs ``python -m sglang.launch_server`` in a process group of its own and speaks HTTP to it;
-nothing of SGLang is imported here. `prefills`, `layouts`, `fallbacks` and `start_lines` read the backend's log
-lines, and `module_times` those of a server started with `timing_arguments`; `write_mp4` and `png_url` make media from
-arrays.
+`Server` runs ``python -m sglang.launch_server`` in a process group of its own and speaks HTTP to it, as `Client` does
+to a server that others started; nothing of SGLang is imported here. `prefills`, `layouts`, `fallbacks` and
+`start_lines` read the backend's log lines, and `module_times` those of a server started with `timing_arguments`;
+`write_mp4` and `png_url` make media from arrays.
 """
 
+from mminference_sgl.testing.client import Answer, Client, Message, ServerError, user_message
 from mminference_sgl.testing.log import (
     Fallback,
     Prefill,
@@ -17,10 +18,11 @@ from mminference_sgl.testing.log import (
 )
 from mminference_sgl.testing.media import png_url, write_mp4
 from mminference_sgl.testing.modules import ModuleTimes, forward_times, module_times, timing_arguments
-from mminference_sgl.testing.server import Answer, Message, Server, ServerError, user_message
+from mminference_sgl.testing.server import Server
 
 __all__ = [
     "Answer",
+    "Client",
     "Fallback",
     "Message",
     "ModuleTimes",
