@@ -252,6 +252,7 @@ def test_codes_are_where_they_are_said_to_be(tmp_path: Path) -> None:
         result = run("any", reader, [asked])[0]
         assert result.right[asked.kind] == [c.depth is None or c.depth < 0.5 for c in asked.questions]
         assert result.ttft == [0.5]
+        assert result.density == []
     assert {part["type"] for part in reader.messages[0]} == {"video_url", "image_url", "text"}
     assert sum(asked is not None for asked in mixed.depths) == 0
     frames = VideoDecoder(str(tmp_path / "clip-8192-0.mp4"))[:]
