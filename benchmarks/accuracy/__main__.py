@@ -30,10 +30,12 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.paired import Difference, difference
-from benchmarks.accuracy.prompts import KINDS, Asked, of_clips, of_codes
+from benchmarks.accuracy.prompts import CHANGE, KINDS, Asked, form, of_clips, of_codes
 from benchmarks.accuracy.settings import ALL_ROWS, rivals
+from benchmarks.clips.serving import render
 from benchmarks.clips.train import CHECKPOINT
 from benchmarks.host import described
+from benchmarks.search.__main__ import search
 from benchmarks.toy.serving import server as server_of_clips
 from mminference_sgl.portable.cpu import PLATFORM_NAME
 from mminference_sgl.testing import Client, Server, ServerError, fallbacks, mean_density, prefills
@@ -45,6 +47,8 @@ LENGTHS = (4096, 8192, 16384, 32768)
 PROMPTS = 3
 """Of each kind and length."""
 CHUNK = 8192
+SEARCHED, SEARCH_SEED = 4096, 20261128
+"""Tokens of the clips that patterns are searched on."""
 DEPTHS = 8
 """Bands of the heat map."""
 POINT, INTERVAL, CLEARLY = 0.01, 0.03, 0.1
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             make = of_codes if options.english else of_clips
             asked = [each for length in options.lengths for each in make(length, options.prompts, Path(folder))]
             _print_row("", "tokens", *KINDS, "lost", "won", "interval", "density", "coverage", "ttft s")
-            results = running_ones(options, asked) if options.url else servers(options, asked)
+            results = running_ones(options, asked) if options.url else servers(options, asked, Path(folder))
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
@@ -97,7 +101,7 @@ def running_ones(options: argparse.Namespace, asked: Sequence[Asked]) -> list[Re
     return results
 
 
-def servers(options: argparse.Namespace, asked: Sequence[Asked]) -> list[Result]:
+def servers(options: argparse.Namespace, asked: Sequence[Asked], folder: Path) -> list[Result]:
     """Starts a server for each setting and asks it."""
     results: list[Result] = []
 
@@ -112,10 +116,27 @@ def servers(options: argparse.Namespace, asked: Sequence[Asked]) -> list[Result]
 
     serve("dense", None, asked)
     serve("auto", options.config, asked)
+    pattern = options.pattern
     for own in [each for each in results if each.name == "auto"]:
-        for name, config in rivals(own.mean_density, own.length):
+        if pattern is None and not options.english:
+            pattern = searched(own.mean_density, options.model, folder)
+        for name, config in rivals(own.mean_density, own.length, pattern):
             serve(name, config, [each for each in asked if each.length == own.length])
     return results
+
+
+def searched(density: float, model: str | Path, folder: Path) -> Path:
+    """A pattern file for the small model, found on clips that nobody is asked about.
+
+    Raises:
+        ServerError: the search failed.
+    """
+    rng, output = np.random.default_rng(SEARCH_SEED), folder / "searched.json"
+    media = [render(form("clip", SEARCHED).draw(rng, CHANGE), rng, folder, f"search-{i}") for i in range(2)]
+    text = media[0].prompt.questions()[0].text
+    if search(text, [Path(each.sources[0]) for each in media], output, density, model):
+        raise ServerError("mminference search failed")
+    return output
 
 
 def start(config: dict[str, Any] | None, options: argparse.Namespace) -> Server:
@@ -266,6 +287,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default=CHECKPOINT, help="another checkpoint of benchmarks.clips, or of --english")
     parser.add_argument("--english", action="store_true", help="ask for codes on cards, as any video model can answer")
+    parser.add_argument("--pattern", type=Path, metavar="FILE", help="a pattern file to compare")
     parser.add_argument("--url", type=_named, nargs="+", metavar="NAME=URL", help="ask these servers instead")
     parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="last: more arguments for the servers")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="of each kind and length")

@@ -20,12 +20,17 @@ TILE = 128, 64
 """Rows and keys of a tile, as large as tiles get."""
 
 
-def rivals(density: float, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What else one could compute at a density; what keeps to the default error with fewer tiles computes fewer."""
+def rivals(density: float, length: int, pattern: Path | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What else one could compute at a density; what keeps to the default error with fewer tiles computes fewer.
+
+    ``pattern``: a file with a pattern for each head.
+    """
     capped = {"error_ceiling": GUARD_OFF, "max_density": density}
     yield "grid", {"pattern": "grid", **capped}
     yield "vertical_slash", {"pattern": str(COLUMNS), **capped}
     yield ALL_ROWS, {"pattern": "vertical_slash", **capped}
+    if pattern is not None:
+        yield "searched", {"pattern": str(pattern), **capped}
     control = {"sink": SINK, "window": window(density, length)}
     yield "a_shape", {"pattern": "a_shape", "error_ceiling": GUARD_OFF, "patterns": {"a_shape": control}}
 

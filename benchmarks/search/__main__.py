@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scenes, videos = clips(folder, options.patches)
         output = options.output or folder / "toy.json"
         if not options.output or not output.exists():
-            status = search(scenes, videos, output, options.density)
+            status = search(scenes[0].questions()[0].text, videos, output, options.density)
             if status:
                 return status
         found = catalog.read(output)
@@ -98,12 +98,14 @@ def clips(folder: Path, patches: int = PATCHES) -> tuple[list[Scene], list[Path]
     return scenes, [write_mp4(folder / f"{i}.mp4", scene.frames(rng), FPS) for i, scene in enumerate(scenes)]
 
 
-def search(scenes: Sequence[Scene], videos: Sequence[Path], output: Path, density: float = DENSITY) -> int:
-    """Runs `mminference search` on the toy; returns its exit status."""
-    command = [str(Path(sys.executable).with_name("mminference")), "search", "--model-path", str(CHECKPOINT)]
-    command += ["--video", str(videos[0]), "--held-out", str(videos[1]), "--text", scenes[0].questions()[0].text]
-    records = videos[0].with_name("records")
-    command += ["--density", str(density), "--name", "toy", "--folder", str(records), "-o", str(output), "--", *SERVER]
+def search(
+    text: str, videos: Sequence[Path], output: Path, density: float = DENSITY, model: str | Path = CHECKPOINT
+) -> int:
+    """Runs `mminference search` on one of two videos, with the other held out; returns its exit status."""
+    command = [str(Path(sys.executable).with_name("mminference")), "search", "--model-path", str(model)]
+    command += ["--video", str(videos[0]), "--held-out", str(videos[1]), "--text", text, "--density", str(density)]
+    command += ["--name", output.stem, "--folder", str(output.with_suffix(".records")), "-o", str(output)]
+    command += ["--", *SERVER]
     if torch.cuda.is_available():
         return subprocess.run(command, check=False).returncode
     env = os.environ | {"SGLANG_PLATFORM": PLATFORM_NAME}

@@ -101,7 +101,7 @@ def test_the_toy_of_the_catalogue_is_what_a_search_finds(tmp_path: Path):
     """
     scenes, videos = demo.clips(tmp_path)
     output = tmp_path / "toy.json"
-    assert demo.search(scenes, videos, output) == 0
+    assert demo.search(scenes[0].questions()[0].text, videos, output) == 0
     found, kept = catalog.read(output), catalog.load("toy-searched")
     assert (found.model, found.config) == (kept.model, kept.config)
     assert found.model.layers is not None
