@@ -55,9 +55,9 @@ def form(kind: str, length: int) -> Form:
     """Of the small model's prompts of about so many visual tokens."""
     frame = ROWS * COLUMNS
     if kind == "clip":
-        return Form(((length // frame, ROWS, COLUMNS),), (MOST_NEEDLES,), 0)
+        return Form(((length // frame, ROWS, COLUMNS),), (MOST_NEEDLES,), (1,))
     half = (length // frame - 1) // 2
-    return Form(((half, ROWS, COLUMNS), (1, ROWS, COLUMNS), (half, ROWS, COLUMNS)), (4, 1, 3), 1)
+    return Form(((half, ROWS, COLUMNS), (1, ROWS, COLUMNS), (half, ROWS, COLUMNS)), (4, 1, 3), (0, 1, 0))
 
 
 def of_clips(length: int, count: int, folder: Path) -> Iterator[Asked]:

@@ -1,17 +1,14 @@
 """Prompts of several clips, pictures and texts, and questions about them that tell attention patterns apart.
 
 Clips are the toy's grids of changing colours with needles in them (:mod:`benchmarks.toy.scenes`). Before each stands a
-*sign*, one of eight words, and behind one of them a *memo*, a text that names a colour. A question names a key:
+*sign*, one of eight words, and behind it *memos*, texts that give a colour to a key. A question names a key:
 
 - ``find`` asks for the needle's colour, ``left`` and ``up`` for the colours beside it in the same frame, ``prev`` and
   ``past`` for those at its place one and 24 temporal patches before: visual tokens have to look at their neighbours in
   three directions first, and farther back than a local window of few tiles goes.
 - ``sign`` asks for the sign before the needle's clip: visual tokens have to read the text before their own clip, the
   first tokens of the prompt among it, which is what a sink is.
-
-Two ask for no key:
-
-- ``memo`` asks for the colour of the memo: text finds text, behind any number of visual tokens.
+- ``memo`` asks for the colour in the memo of that key: text finds text, behind any number of visual tokens.
 - ``count`` asks how many clips and pictures there are.
 """
 
@@ -54,28 +51,29 @@ def written(task: str, word: str) -> str:
 
 @dataclass(frozen=True)
 class Memo:
-    """A text that names a colour."""
+    """A text that gives a colour to a key."""
 
+    key: str
     colour: str
 
     @property
     def text(self) -> str:
         """As it stands in the prompt."""
-        return "memo" + written("memo", self.colour)
+        return f"memo {self.key}" + written("memo", self.colour)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A sign, a clip and what stands behind it. A scene of one temporal patch is a picture."""
+    """A sign, a clip and the memos behind it. A scene of one temporal patch is a picture."""
 
     sign: str
     scene: Scene
-    memo: Memo | None = None
+    memos: tuple[Memo, ...] = ()
 
     @property
     def after(self) -> str:
         """The text behind the clip."""
-        return self.memo.text if self.memo else ""
+        return "".join(memo.text for memo in self.memos)
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Prompt:
     def questions(self) -> list[Question]:
         """All that have an answer, needle by needle."""
         found = [question for part in self.parts for needle in part.scene.needles for question in _about(part, needle)]
-        found += [Question("memo", ANY, written("memo", part.memo.colour)) for part in self.parts if part.memo]
+        found += [Question("memo", m.key, written("memo", m.colour)) for part in self.parts for m in part.memos]
         return [*found, Question("count", ANY, NUMBERS[len(self.parts) - 1])]
 
 
@@ -106,30 +104,29 @@ def _about(part: Part, needle: Needle) -> Iterator[Question]:
 
 @dataclass(frozen=True)
 class Form:
-    """What prompts drawn alike have in common.
+    """What prompts drawn alike have in common: shape, needles and memos of each part.
 
-    ``shapes``: temporal patches, rows and columns of each part; ``needles``: of each; ``memo``: the part that it stands
-    behind, if there is one.
+    ``shapes``: temporal patches, rows and columns.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
     needles: tuple[int, ...]
-    memo: int | None
+    memos: tuple[int, ...]
 
     def draw(self, rng: np.random.Generator, change: float) -> Prompt:
         """A prompt of this form; a tile changes colour with probability ``change`` per temporal patch."""
-        if not 0 < sum(self.needles) <= MOST_NEEDLES:
-            raise ValueError(f"needles {self.needles}, with one key each of {len(KEYS)}")
-        keys = iter(rng.permutation(KEYS).tolist())
+        if not 0 < sum(self.needles) <= MOST_NEEDLES or sum(self.memos) > len(KEYS):
+            raise ValueError(f"needles {self.needles} and memos {self.memos}, with one key each of {len(KEYS)}")
+        keys, noted = (iter(rng.permutation(KEYS).tolist()) for _ in range(2))
         signs = rng.choice(SIGNS, len(self.shapes), replace=False).tolist()
         return Prompt(
             tuple(
                 Part(
                     sign,
                     _scene(rng, shape, [next(keys) for _ in range(needles)], change),
-                    Memo(str(rng.choice(COLOURS))) if number == self.memo else None,
+                    tuple(Memo(next(noted), str(rng.choice(COLOURS))) for _ in range(memos)),
                 )
-                for number, (sign, shape, needles) in enumerate(zip(signs, self.shapes, self.needles, strict=True))
+                for sign, shape, needles, memos in zip(signs, self.shapes, self.needles, self.memos, strict=True)
             )
         )
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from benchmarks.toy.scenes import Question
 
 CHECKPOINT = cache() / "clips"
-STEPS, SEED = 2000, 7
+STEPS, SEED = 1800, 7
 VISION_STEPS, VISION_BATCH = 500, 192
 VARIANTS = 48
 """Embeddings of each tile in the bank."""
@@ -50,8 +50,6 @@ LEARNING_RATE, WARM_UP = 1e-3, 80
 LOOKED_UP = tuple(task for task, offset in OFFSETS.items() if any(offset))
 """What visual tokens tell of their neighbours, in the order of the auxiliary heads."""
 FARTHEST = max(patches for patches, _, _ in OFFSETS.values())
-MEMO = 0.6
-"""How often a prompt has a memo."""
 RARE = 4.0
 """How much more often than other tasks the farthest patch is asked for, where it can be."""
 IGNORED = -100
@@ -81,10 +79,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.19, 1, 256, 1536, 32, ((2, 4), (4, 4)), 24, 1.0, 0.0),
-    Stage(0.20, 3, 512, 1792, 40, ((2, 4), (4, 4), (4, 8), (6, 6)), 80, 0.6, 0.4),
-    Stage(0.30, 3, 1100, 1800, 40, ((2, 4), (4, 4), (4, 8), (6, 6), (8, 8)), 300, 0.0, 0.6),
-    Stage(0.31, 3, 2100, 2100, 40, ((4, 4), (4, 8), (6, 8), (8, 8), (8, 12), (8, 16)), 640, 0.0, 0.6),
+    Stage(0.16, 1, 256, 1536, 32, ((2, 4), (4, 4)), 24, 1.0, 0.0),
+    Stage(0.22, 3, 512, 1792, 40, ((2, 4), (4, 4), (4, 8), (6, 6)), 80, 0.6, 0.0),
+    Stage(0.32, 3, 1100, 1800, 40, ((2, 4), (4, 4), (4, 8), (6, 6), (8, 8)), 300, 0.0, 0.5),
+    Stage(0.30, 3, 2100, 2100, 40, ((4, 4), (4, 8), (6, 8), (8, 8), (8, 12), (8, 16)), 640, 0.0, 0.6),
 )
 REPLAY = 0.12
 """How often a step is of an earlier stage."""
@@ -221,8 +219,8 @@ def _form(rng: np.random.Generator, stage: Stage) -> Form:
     needles = np.minimum(needles, sizes.astype(int) // 2)
     if not needles.sum():
         needles[int(share.argmax())] = 1
-    memo = int(rng.integers(parts)) if rng.random() < MEMO else None
-    return Form(tuple(shapes), tuple(needles.tolist()), memo)
+    memos = rng.multinomial(int(rng.integers(0, 5)), [1 / parts] * parts)
+    return Form(tuple(shapes), tuple(needles.tolist()), tuple(memos.tolist()))
 
 
 def _jumps(question: Question, patches: Mapping[str, tuple[int, torch.Tensor]]) -> bool:

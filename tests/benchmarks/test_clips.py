@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-MIXED = Form(((6, 3, 4), (1, 2, 5), (5, 4, 2)), (3, 1, 2), 2)
+MIXED = Form(((6, 3, 4), (1, 2, 5), (5, 4, 2)), (3, 1, 2), (1, 0, 2))
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,14 @@ def _prompt(seed: int = 0) -> Prompt:
 def test_answers_are_what_is_there(seed: int) -> None:
     prompt = _prompt(seed)
     needles = {needle.key: (part, needle) for part in prompt.parts for needle in part.scene.needles}
-    memos = [part.memo for part in prompt.parts]
-    assert len(needles) == 6
-    assert memos[:2] == [None, None]
-    assert memos[2] is not None
+    memos = {memo.key: memo.colour for part in prompt.parts for memo in part.memos}
+    assert (len(needles), len(memos)) == (6, 3)
     asked = {(question.task, question.key): question for question in prompt.questions()}
     assert len(asked) == len(prompt.questions())
     for (task, key), question in asked.items():
         answer = question.answer.strip().lower()
         if task == "memo":
-            assert answer == memos[2].colour
+            assert answer == memos[key]
         elif task == "count":
             assert answer == "three"
         elif task == "sign":
@@ -79,7 +77,7 @@ def test_answers_are_one_token_each_and_tasks_write_their_own(tokens: Any) -> No
 
 def test_one_key_for_too_many_needles_is_refused() -> None:
     with pytest.raises(ValueError, match="needles"):
-        Form(((6, 3, 4),), (len(KEYS) + 1,), None).draw(np.random.default_rng(0), 0.5)
+        Form(((6, 3, 4),), (len(KEYS) + 1,), (0,)).draw(np.random.default_rng(0), 0.5)
 
 
 def test_positions_are_those_of_the_server(tokens: Any) -> None:
