@@ -17,6 +17,7 @@ from mminference_sgl.testing.log import (
 )
 from mminference_sgl.testing.media import png_url, write_mp4
 from mminference_sgl.testing.modules import ModuleTimes, forward_times, module_times, timing_arguments
+from mminference_sgl.testing.processes import Process
 from mminference_sgl.testing.server import Answer, Message, Server, ServerError, user_message
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Message",
     "ModuleTimes",
     "Prefill",
+    "Process",
     "Server",
     "ServerError",
     "fallbacks",
