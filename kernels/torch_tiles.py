@@ -3,7 +3,8 @@
 Keys and values are copied once per layer into the order of each pass, so that a list gathers whole tiles. Lists are
 sorted by length, cut into batches whose score matrices fit :data:`WORKSPACE_BYTES`, padded to the longest of their
 batch, and each batch is one gather and one fused attention call. On the CPU that call is PyTorch's flash kernel, which
-returns the LSE; elsewhere scores are materialised within the same bound. A mask over all scores costs about what
+returns the LSE; elsewhere scores are materialised within the same bound. A batch has lists of one request, so that a
+request's output does not depend on what else is in the forward, to the bit. A mask over all scores costs about what
 attention does, so the full tiles of long lists are attended to by themselves, in batches of lists that are equally
 long, and merged. Heads that list every causal tile of a request are attended to at once, without tiles, which takes
 half the time per key.
@@ -63,14 +64,18 @@ def attend(
     )
     part = query.new_zeros(heads * tile_pass.rows.numel() + 1, operands.value_pool.shape[-1], dtype=dtype)
     part_lse = torch.full(part.shape[:1], float("-inf"), dtype=torch.float32, device=query.device)
-    lane_counts = (tile_pass.indptr.diff().long() * tile_pass.sharing).repeat(heads // tile_pass.sharing)
+    numbers = heads // tile_pass.sharing
+    lane_counts = (tile_pass.indptr.diff().long() * tile_pass.sharing).repeat(numbers)
+    requests = tile_pass.request.repeat(numbers)
     count = torch.where(_attend_dense(problem, part, part_lse), 0, lists.count)
     full = torch.where((count >= LONG) & (2 * lists.full >= count), lists.full, 0).long()
     for begin, lengths, whole in ((lists.begin.long(), full, True), (lists.begin + full, count - full, False)):
         work = torch.nonzero(lengths).squeeze(1)
-        # Longest lists first; among equal ones those with the same number of lanes stay together.
-        work = work[torch.argsort(lengths[work] * (tile_pass.lanes + 1) + lane_counts[work], descending=True)]
-        for batch in _batches(work, lengths, lane_counts, tile_pass.keys.tile_keys, alike=whole):
+        # Longest lists of a request first; among equal ones those with the same number of lanes stay together.
+        size = lengths[work] * (tile_pass.lanes + 1) + lane_counts[work]
+        work = work[torch.argsort(size, descending=True, stable=True)]
+        work = work[torch.argsort(requests[work], stable=True)]
+        for batch in _batches(work, requests, lengths, lane_counts, tile_pass.keys.tile_keys, alike=whole):
             entries = None if whole else full
             _attend_batch(problem, batch, tiles, begin[batch], lengths[batch], entries, part, part_lse)
     part, part_lse = part[:-1], part_lse[:-1]
@@ -162,18 +167,25 @@ def _attend_dense(problem: _Problem, out: torch.Tensor, lse: torch.Tensor) -> to
 
 
 def _batches(
-    work: torch.Tensor, lengths: torch.Tensor, lane_counts: torch.Tensor, tile_keys: int, *, alike: bool
+    work: torch.Tensor,
+    requests: torch.Tensor,
+    lengths: torch.Tensor,
+    lane_counts: torch.Tensor,
+    tile_keys: int,
+    *,
+    alike: bool,
 ) -> list[torch.Tensor]:
-    """Cuts the sorted work so that a batch's padded score matrix fits and at most a third of it is padding.
+    """Cuts the sorted work so that a batch is of one request, its padded score matrix fits and at most a third of it is
+    padding.
 
     ``alike``: nothing is padding.
     """
     batches = []
-    host_lengths, host_lanes = lengths[work].tolist(), lane_counts[work].tolist()
+    host_requests, host_lengths, host_lanes = (of_lists[work].tolist() for of_lists in (requests, lengths, lane_counts))
     start = 0
     while start < len(host_lengths):
         longest, lanes, end = host_lengths[start], host_lanes[start], start + 1
-        while end < len(host_lengths):
+        while end < len(host_lengths) and host_requests[end] == host_requests[start]:
             lanes_with = max(lanes, host_lanes[end])
             if 4 * (end + 1 - start) * lanes_with * longest * tile_keys > WORKSPACE_BYTES:
                 break

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -166,3 +168,18 @@ def make(
         sharing=sharing,
     )
     return Problem(query, key_pool, value_pool, req_to_token, requests, plan, head_dim**-0.5)
+
+
+def part_of(batch: Problem, indices: Sequence[int], **sizes: Any) -> Problem:
+    """Some requests of a batch, in this order, with the same operands at other places of query and pools.
+
+    ``sizes``: what the batch was made with.
+    """
+    part = make([batch.requests[index] for index in indices], **sizes)
+    starts = [0, *itertools.accumulate(request.chunk for request in batch.requests)]
+    part.query.copy_(torch.cat([batch.query[starts[index] : starts[index + 1]] for index in indices]))
+    for row, index in enumerate(indices):
+        keys = batch.requests[index].prefix + batch.requests[index].chunk
+        theirs, ours = batch.req_to_token[index, :keys].long(), part.req_to_token[row, :keys].long()
+        part.key_pool[ours], part.value_pool[ours] = batch.key_pool[theirs], batch.value_pool[theirs]
+    return part

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 
 from benchmarks.gpu.inputs import count
@@ -102,23 +101,12 @@ class Watch:
         return prefills(log), forward_times(log)
 
     def _watch(self) -> None:
-        scheduler = next(p for p in psutil.process_iter(["name"]) if _is_scheduler(p, self._running.port))
+        scheduler = self._running.scheduler()
         while not self._over.wait(SAMPLE_S):
-            resident = scheduler.memory_info().rss
+            resident = scheduler.resident_bytes
             self.peak = max(self.peak, resident)
             done = len(self.lines()[1])
             self.resident += [resident] * (done - len(self.resident))
-
-
-def _is_scheduler(process: psutil.Process, port: int) -> bool:
-    """Whether a process is the scheduler of the server at a port: its name, and its parent's arguments."""
-    try:
-        if "scheduler" not in " ".join([process.name(), *process.cmdline()]):
-            return False
-        parent = process.parent()
-        return parent is not None and str(port) in parent.cmdline()
-    except psutil.Error:
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import re
 import statistics
@@ -39,7 +38,7 @@ from benchmarks.toy.serving import server as toy_server
 from mminference_sgl.testing import Server, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 SEED = 20261102
 WARM_UP_S = 300.0
@@ -132,19 +131,12 @@ class Client(threading.Thread):
         return kind
 
 
-def processes(group: int) -> Iterator[tuple[str, Path]]:
-    """Name and folder in /proc of each process of a group."""
-    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda f: int(f.name)):
-        # Processes come and go.
-        with contextlib.suppress(OSError):
-            if os.getpgid(int(folder.name)) == group:
-                yield f"{(folder / 'comm').read_text().strip()} {folder.name}", folder
-
-
-def observe(group: int, now: float, series: dict[tuple[str, str], Series]) -> None:
+def observe(server: Server, now: float, series: dict[tuple[str, str], Series]) -> None:
     """Note memory in MiB, threads and open files of all processes."""
-    for name, folder in processes(group):
+    for process in server.processes():
+        # Processes come and go.
         with contextlib.suppress(OSError, StopIteration):
+            name, folder = f"{process.name} {process.pid}", process.folder
             rollup = (folder / "smaps_rollup").read_text().splitlines()
             pss = next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) / 1024
             figures = {
@@ -173,7 +165,6 @@ def unexpected(log: str) -> list[str]:
 
 def soak(server: Server, requests: dict[str, list[Request]], options: argparse.Namespace) -> dict[str, Any]:
     """Traffic for so many minutes, and what was seen meanwhile."""
-    group = server.group
     series: dict[tuple[str, str], Series] = {}
     stop = threading.Event()
     clients = [Client(server.url, requests, SEED + i, stop) for i in range(options.clients)]
@@ -183,7 +174,7 @@ def soak(server: Server, requests: dict[str, list[Request]], options: argparse.N
     times: list[float] = []
     # A machine that is busy with other things looks less often, and needs longer for as many samples.
     while (now := time.monotonic() - began) < 60 * options.minutes or len(times) < 6 * PIECES:
-        observe(group, now, series)
+        observe(server, now, series)
         times.append(now)
         time.sleep(options.every)
     stop.set()

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 
 import faulty
@@ -210,17 +209,12 @@ def test_killed_scheduler(model_path: ModelPath):
         with serving.start(model_path("qwen2_5_vl"), CHUNK, backend) as server:
             process = server._process
             assert process is not None
-            os.kill(scheduler_of(process.pid), signal.SIGKILL)
+            os.kill(server.scheduler().pid, signal.SIGKILL)
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
             codes.append(process.poll())
     assert codes[0] == codes[1] is not None
-
-
-def scheduler_of(launcher: int) -> int:
-    """The child that holds the model: forked ones have one name."""
-    return int(max(psutil.Process(launcher).children(), key=lambda child: child.memory_info().rss).pid)
 
 
 def oversized(path: Path) -> None:

@@ -199,22 +199,6 @@ def test_torch_equals_reference_beyond_error_zero(pattern: str) -> None:
     assert (fast - problem.dense()).abs().max() > 1e-2, "something must have been left out"
 
 
-def test_batch_equals_its_requests_one_by_one() -> None:
-    batch = problems.make(tile_queries=64)
-    together, _ = run(batch, "auto", "torch", **LOOSE)
-    row = 0
-    for index, request in enumerate(problems.MIXED):
-        alone = problems.make([request], tile_queries=64)
-        rows = slice(row, row + request.chunk)
-        alone.query.copy_(batch.query[rows])
-        own = batch.req_to_token[index, : request.prefix + request.chunk].long()
-        slots = alone.req_to_token[0, : request.prefix + request.chunk].long()
-        alone.key_pool[slots], alone.value_pool[slots] = batch.key_pool[own], batch.value_pool[own]
-        out, _ = run(alone, "auto", "torch", **LOOSE)
-        torch.testing.assert_close(out, together[rows], atol=2e-5, rtol=1e-4)
-        row += request.chunk
-
-
 def test_every_head_runs_its_own_spec() -> None:
     """A layer whose heads differ gives each head what a layer of only its kind would give it.
 

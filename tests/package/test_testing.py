@@ -15,6 +15,7 @@ import pytest
 from torchcodec.decoders import VideoDecoder
 
 from mminference_sgl import testing
+from mminference_sgl.testing import processes
 
 LOG = """\
 [2026-01-01 00:00:00] mminference: model=Tiny pattern=auto active=True
@@ -90,6 +91,35 @@ SPAWN = """
     print("child", child.pid, flush=True)
     time.sleep(600)
 """
+
+
+GROUP = """
+    import subprocess, sys, time
+    held = "import time; held = bytearray(b'x') * {}; print(flush=True); time.sleep(600)"
+    children = [
+        subprocess.Popen([sys.executable, "-c", held.format(size)], stdout=subprocess.PIPE) for size in (1, 64 << 20)
+    ]
+    for child in children:
+        child.stdout.readline()
+    print(*(child.pid for child in children), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_scheduler_is_the_largest_process_beside_the_launcher():
+    command = [sys.executable, "-c", textwrap.dedent(GROUP)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as launcher:
+        try:
+            small, large = map(int, launcher.stdout.readline().split())
+            found = processes.scheduler_of(launcher.pid)
+            assert {one.pid for one in processes.of_group(launcher.pid)} == {launcher.pid, small, large}
+            assert found.pid == large
+            assert found.resident_bytes > 64 << 20
+            assert found.name.startswith("python")
+        finally:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    with pytest.raises(ProcessLookupError, match="no scheduler"):
+        processes.scheduler_of(1 << 30)
 
 
 def test_server_that_stops_shows_its_log():

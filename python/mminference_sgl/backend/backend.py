@@ -264,6 +264,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             else:
                 try:
                     layout = self._layouts.get(mm_inputs, prefix + chunk, self._device)
+                    layout.begin(prefix, prefix + chunk)
                     pool_row = batch.req_pool_indices[index : index + 1]
                     found[index] = SparseRequest(layout, prefix, chunk, pool_row, row_start)
                 except (GeometryError, _core.LayoutError) as error:

@@ -9,6 +9,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
+    from array import array
+
     import torch
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -109,6 +111,17 @@ def of_all_ranks(own: T) -> list[T]:
     """What each tensor-parallel rank brings, by rank. A collective: every rank must get here."""
     parallel = get_parallel()
     return [own] if parallel.tp_size == 1 else list(parallel.tp_group.all_gather_object(own))
+
+
+def pad_mm_tokens(input_ids: array[int], mm_inputs: Any) -> array[int]:
+    """A prompt with each item's hash in place of its placeholders; in a list where SGLang gives a list."""
+    from sglang.srt.managers import mm_utils
+
+    pad = getattr(mm_utils, "pad_mm_tokens", None)
+    if pad is None:
+        pad = mm_utils.MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens
+    padded: array[int] = pad(input_ids, mm_inputs)
+    return padded
 
 
 def set_kv_buffer(

@@ -84,7 +84,7 @@ class Deployment:
         if self.deterministic:
             raise UnsupportedServerError(
                 "deterministic inference (--enable-deterministic-inference, --rl-on-policy-target) is not kept by "
-                "attention backend mminference, whose choices depend on chunks and batches; leave one of the two out"
+                "attention backend mminference, whose choices depend on chunk bounds; leave one of the two out"
             )
         if self.decode_context_parallel > 1:
             raise UnsupportedServerError(

@@ -42,6 +42,7 @@ class DeviceLayout:
         self.layout = layout
         self.has_media = layout.num_items > 0
         self._picks: dict[str, torch.Tensor] = {}
+        self._end = 0
         self.stride = layout.max_frame_stride
         self.search: StrideSearch | None = None
         self.sequence_tiles = _key_tiles(layout.key_tiles("sequence", tile_keys), tile_keys, device)
@@ -63,6 +64,16 @@ class DeviceLayout:
     def arrived(self, num_keys: int) -> int:
         """How many cell-order key tiles hold keys of the request's first ``num_keys``."""
         return int(np.searchsorted(self._arrives, num_keys))
+
+    def begin(self, prefix: int, num_keys: int) -> None:
+        """A chunk begins behind ``prefix`` keys and ends with ``num_keys``.
+
+        Where the request does not go on, but begins again, as after it was retracted, nothing is carried over.
+        """
+        if prefix < self._end:
+            for picks in self._picks.values():
+                picks.fill_(-1)
+        self._end = num_keys
 
     def carried_picks(self, modality: str, heads: int) -> torch.Tensor:
         """What each head picked in the last chunk, by layer: int64 [CARRYING_LAYERS, H], -1 for nothing.

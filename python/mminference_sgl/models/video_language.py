@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from sglang.srt.managers.mm_utils import general_mm_embed_routine, pad_mm_tokens
+from sglang.srt.managers.mm_utils import general_mm_embed_routine
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.utils import add_prefix
 from torch import nn
+
+from mminference_sgl.backend.sglang_compat import pad_mm_tokens
 
 _LANGUAGE_MODELS = {"qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM}
 
@@ -67,8 +69,7 @@ class VideoLanguageModel(nn.Module):
 
     def pad_input_ids(self, input_ids: array[int], mm_inputs: MultimodalInputs) -> array[int]:
         """Puts each item's hash in place of its placeholders, as SGLang asks."""
-        padded: array[int] = pad_mm_tokens(input_ids, mm_inputs)
-        return padded
+        return pad_mm_tokens(input_ids, mm_inputs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""

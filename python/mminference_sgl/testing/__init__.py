@@ -18,6 +18,7 @@ from mminference_sgl.testing.log import (
 )
 from mminference_sgl.testing.media import png_url, write_mp4
 from mminference_sgl.testing.modules import ModuleTimes, forward_times, module_times, timing_arguments
+from mminference_sgl.testing.processes import Process
 from mminference_sgl.testing.server import Server
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Message",
     "ModuleTimes",
     "Prefill",
+    "Process",
     "Server",
     "ServerError",
     "fallbacks",

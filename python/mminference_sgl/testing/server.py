@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ import httpx
 
 from mminference_sgl.portable.cpu import PLATFORM_NAME, wait_briefly
 from mminference_sgl.testing.client import Client, ServerError
+from mminference_sgl.testing.processes import Process, of_group, scheduler_of, shared_memory_of
 from mminference_sgl.testing.warm import WarmProcess
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 _LOOPBACK = "127.0.0.1"
 _TERM_GRACE_S = 10.0
-_SHARED_MEMORY = Path("/dev/shm")
-_SHARED_NAMES = ("sgl_", "sglang_", "psm_", "sem.mp-")
-_MAPPED = re.compile(rf"(\d+) +{_SHARED_MEMORY}/")
 _QUICK_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
 """The server is ready when its scheduler is; otherwise a health check generates a token, and looks once a second."""
 
@@ -179,6 +176,14 @@ class Server(Client):
             raise ServerError("the server is not running")
         return self._process.pid
 
+    def processes(self) -> list[Process]:
+        """All its processes, the launcher first."""
+        return of_group(self.group)
+
+    def scheduler(self) -> Process:
+        """The process that holds the model, or most of it."""
+        return scheduler_of(self.group)
+
     def log(self, since: int = 0) -> str:
         """The server's log from character `since` on; ``len(server.log())`` marks the present."""
         try:
@@ -224,7 +229,7 @@ def _temporary_log() -> Path:
 
 def _end_group(process: subprocess.Popen[bytes] | WarmProcess, grace: float) -> None:
     """Ask the leader of a process group to end, unless there is no grace, then kill what is left of the group."""
-    shared = _shared_memory(process.pid)
+    shared = shared_memory_of(process.pid)
     try:
         if grace:
             process.terminate()
@@ -237,25 +242,6 @@ def _end_group(process: subprocess.Popen[bytes] | WarmProcess, grace: float) -> 
         process.wait()
         for path in shared:
             path.unlink(missing_ok=True)
-
-
-def _shared_memory(group: int) -> list[Path]:
-    """SGLang's and Python's files of shared memory that a process group has mapped; killed, it would leave them."""
-    inodes: set[int] = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        # Processes come and go, and not all are ours.
-        with contextlib.suppress(OSError):
-            if os.getpgid(int(folder.name)) == group:
-                # By inode: a semaphore is mapped under another name than the one it is left under.
-                inodes |= {int(inode) for inode in _MAPPED.findall((folder / "maps").read_text())}
-    return [path for path in _SHARED_MEMORY.glob("*") if path.name.startswith(_SHARED_NAMES) and _inode(path) in inodes]
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return None
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
