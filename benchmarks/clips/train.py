@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from benchmarks.toy.scenes import Question
 
 CHECKPOINT = cache() / "clips"
-STEPS, SEED = 1800, 7
+STEPS, SEED = 2000, 7
 VISION_STEPS, VISION_BATCH = 500, 192
 VARIANTS = 48
 """Embeddings of each tile in the bank."""
@@ -79,10 +79,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.16, 1, 256, 1536, 32, ((2, 4), (4, 4)), 24, 1.0, 0.0),
-    Stage(0.22, 3, 512, 1792, 40, ((2, 4), (4, 4), (4, 8), (6, 6)), 80, 0.6, 0.0),
-    Stage(0.32, 3, 1100, 1800, 40, ((2, 4), (4, 4), (4, 8), (6, 6), (8, 8)), 300, 0.0, 0.5),
-    Stage(0.30, 3, 2100, 2100, 40, ((4, 4), (4, 8), (6, 8), (8, 8), (8, 12), (8, 16)), 640, 0.0, 0.6),
+    Stage(0.192, 1, 256, 1536, 32, ((2, 4), (4, 4)), 24, 1.0, 0.0),
+    Stage(0.24, 3, 512, 1792, 40, ((2, 4), (4, 4), (4, 8), (6, 6)), 80, 0.6, 0.0),
+    Stage(0.28, 3, 1100, 1800, 40, ((2, 4), (4, 4), (4, 8), (6, 6), (8, 8)), 300, 0.0, 0.5),
+    Stage(0.288, 3, 2100, 2100, 40, ((4, 4), (4, 8), (6, 8), (8, 8), (8, 12), (8, 16)), 640, 0.0, 0.6),
 )
 REPLAY = 0.12
 """How often a step is of an earlier stage."""
@@ -205,11 +205,11 @@ class Lessons:
 def _form(rng: np.random.Generator, stage: Stage) -> Form:
     """A form within a stage's bounds."""
     parts = min(int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])), stage.parts)
-    long = int(rng.integers(parts)) if rng.random() < stage.long else -1
+    long = int(rng.integers(parts)) if stage.long and rng.random() < stage.long else -1
     while True:
         shapes = []
         for number in range(parts):
-            picture = rng.random() < 0.12 and number != long
+            picture = number != long and rng.random() < 0.12
             patches = 1 if picture else int(rng.integers(FARTHEST + 2 if number == long else 2, stage.patches + 1))
             shapes.append((patches, *map(int, stage.grids[int(rng.integers(len(stage.grids)))])))
         if sum(map(math.prod, shapes)) <= stage.tokens:

@@ -185,6 +185,22 @@ def test_a_video_without_a_grid_is_searched_for_its_stride(kit, monkeypatch: pyt
     assert (backend.counters["stride:none"], backend.counters["stride:found"]) == (1, 0)
 
 
+@pytest.mark.parametrize("resting", [{0, 1}, {0}, {1}])
+def test_a_layer_that_rests_is_dense_for_whom_it_rests(kit, monkeypatch: pytest.MonkeyPatch, backends, resting) -> None:
+    """The kit compares the output; for all requests the dense backend computes it, for some the plan's rows do."""
+    from mminference_sgl.backend.resting import Resting
+
+    configure(monkeypatch, pattern="grid")
+    monkeypatch.setattr(Resting, "requests", lambda *_: frozenset(resting))
+    video = multimodal(("VIDEO", [(4, 303)], (5, 12, 20)))
+    give_media(kit, monkeypatch, [video, None, video])
+    run_case(kit, long_case(kit, (0, 10, 50), (600, 40, 500)))
+    counters = backends[-1].counters
+    assert counters["sparse"] == 2
+    whole = len(resting) == 2
+    assert (counters["dense_layers:nothing to save"], counters["sparse_layers"]) == (whole, not whole)
+
+
 def test_layouts_are_freed_with_their_request(kit, monkeypatch: pytest.MonkeyPatch, backends) -> None:
     configure(monkeypatch, pattern="grid")
     media = [multimodal(("VIDEO", [(4, 303)], (5, 12, 20)))]

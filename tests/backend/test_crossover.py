@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mminference_sgl.backend import crossover
-from mminference_sgl.backend.crossover import LENGTHS, MARGIN, Shape
+from mminference_sgl.backend.crossover import DENSER, DENSITY, LENGTHS, MARGIN, Crossover, Shape, Timing
 from mminference_sgl.method import prefill
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import Config
@@ -25,14 +25,14 @@ def shape(chunk_tokens: int = 512) -> Shape:
 
 @pytest.mark.parametrize("wins_at", LENGTHS)
 def test_first_length_at_which_sparse_wins_by_the_margin(wins_at: int) -> None:
-    def times(length: int) -> tuple[float, float]:
-        return 1.0, MARGIN if length >= wins_at else MARGIN - 0.01
+    def times(length: int, budget: float) -> Timing:
+        return Timing(1.0, MARGIN if length >= wins_at else MARGIN - 0.01, budget)
 
-    assert crossover.measured(times) == wins_at
+    assert crossover.measured(times).tokens == wins_at
 
 
 def test_sparse_that_never_wins_is_for_longer_requests_only() -> None:
-    assert crossover.measured(lambda _: (1.0, 1.0)) == 2 * LENGTHS[-1]
+    assert crossover.measured(lambda _, budget: Timing(1.0, 1.0, budget)).tokens == 2 * LENGTHS[-1]
 
 
 def test_measuring_stops_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,23 +40,41 @@ def test_measuring_stops_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(crossover.time, "perf_counter", lambda: 2.5 * next(clock))
     tried = []
 
-    def times(length: int) -> tuple[float, float]:
-        tried.append(length)
-        return 1.0, 1.0
+    def times(length: int, budget: float) -> Timing:
+        tried.append((length, budget))
+        return Timing(1.0, 1.0, budget)
 
-    assert crossover.measured(times) == LENGTHS[1]
-    assert tried == [LENGTHS[0]]
+    assert crossover.measured(times).tokens == LENGTHS[2]
+    assert tried == [(LENGTHS[0], DENSITY), (LENGTHS[1], DENSITY), (LENGTHS[1], DENSER)]
+
+
+@pytest.mark.parametrize(
+    ("few", "more", "density"),
+    [
+        (Timing(1.0, 2.0, 0.2), Timing(1.8, 2.0, 0.6), 0.7),
+        # Less than was asked for: what was computed counts.
+        (Timing(1.0, 2.0, 0.1), Timing(1.5, 2.0, 0.3), 0.5),
+        (Timing(0.1, 2.0, 0.2), Timing(0.2, 2.0, 0.6), 1.0),
+        (Timing(3.0, 2.0, 0.2), Timing(4.0, 2.0, 0.6), 0.2),
+        (Timing(1.0, 2.0, 0.2), Timing(0.9, 2.0, 0.6), 1.0),
+        (Timing(1.0, 2.0, 0.2), Timing(1.0, 2.0, 0.2), 1.0),
+    ],
+)
+def test_density_at_which_sparse_takes_as_long_as_dense(few: Timing, more: Timing, density: float) -> None:
+    found = crossover.measured(lambda _, budget: few if budget == DENSITY else more)
+    assert found.density == pytest.approx(density)
 
 
 def test_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "deep" / "crossover.json"
-    monkeypatch.setattr(crossover, "_times", lambda shape, length: (1.0, length / 2048))
-    assert crossover.min_tokens(shape(), file) == 4096
-    assert json.loads(file.read_text()) == {shape().key: 4096}
-    monkeypatch.setattr(crossover, "_times", lambda shape, length: pytest.fail("measured again"))
-    assert crossover.min_tokens(shape(), file) == 4096
-    monkeypatch.setattr(crossover, "_times", lambda shape, length: (1.0, 2.0))
-    assert crossover.min_tokens(shape(1024), file) == 1024, "another shape is measured by itself"
+    monkeypatch.setattr(crossover, "_times", lambda shape, length, budget: Timing(budget, length / 10240, budget))
+    first = Crossover(4096, 0.4)
+    assert crossover.of(shape(), file) == first
+    assert json.loads(file.read_text()) == {shape().key: dataclasses.asdict(first)}
+    monkeypatch.setattr(crossover, "_times", lambda *_: pytest.fail("measured again"))
+    assert crossover.of(shape(), file) == first
+    monkeypatch.setattr(crossover, "_times", lambda shape, length, budget: Timing(1.0, 2.0, budget))
+    assert crossover.of(shape(1024), file).tokens == 1024, "another shape is measured by itself"
     assert set(json.loads(file.read_text())) == {shape().key, shape(1024).key}
 
 
@@ -84,33 +102,33 @@ def test_key_holds_the_model_of_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert shape().key != unknown
 
 
-@pytest.mark.parametrize("content", ["", "no json", "[1]", '{"a": "b"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "no json", "[1]", '{"a": "b"}', '{"a": 4096}', '{"a": {}}', "\x00"])
 def test_a_broken_file_is_measured_over(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "crossover.json"
     file.write_text(content)
-    monkeypatch.setattr(crossover, "_times", lambda shape, length: (1.0, 2.0))
-    assert crossover.min_tokens(shape(), file) == LENGTHS[0]
-    assert json.loads(file.read_text()) == {shape().key: LENGTHS[0]}
+    monkeypatch.setattr(crossover, "_times", lambda shape, length, budget: Timing(1.0, 2.0, budget))
+    assert crossover.of(shape(), file).tokens == LENGTHS[0]
+    assert json.loads(file.read_text())[shape().key]["tokens"] == LENGTHS[0]
 
 
 def test_a_place_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(crossover, "_times", lambda shape, length: (1.0, 2.0))
-    assert crossover.min_tokens(shape(), tmp_path / "file" / "crossover.json") == LENGTHS[0]
+    monkeypatch.setattr(crossover, "_times", lambda shape, length, budget: Timing(1.0, 2.0, budget))
+    assert crossover.of(shape(), tmp_path / "file" / "crossover.json").tokens == LENGTHS[0]
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 512])
 def test_both_sides_are_really_timed(chunk_tokens: int) -> None:
-    sparse, dense = crossover._times(shape(chunk_tokens), 1024)
-    assert 0 < sparse < 60
-    assert 0 < dense < 60
+    few, more = (crossover._times(shape(chunk_tokens), 1024, budget) for budget in (DENSITY, DENSER))
+    assert all(0 < seconds < 60 for timing in (few, more) for seconds in (timing.sparse, timing.dense))
+    assert 0 < few.density < more.density < 1
 
 
 def test_on_cuda_sparse_computes_the_stated_density() -> None:
     """Random operands need next to no tiles, but a budget that all of the mass is wanted for is used up."""
     given = dataclasses.replace(shape(1024), config=Config().for_chunks(1024, 32))
     operands, plan = crossover._problem(given, 4096)
-    settings = dataclasses.replace(given, device=torch.device("cuda")).settings
+    settings = dataclasses.replace(given, device=torch.device("cuda")).settings()
     (report,) = prefill.run_layer(operands, plan, [HeadSpec()] * 4, settings, torch.empty_like(operands.query), "torch")
     assert 0.5 < float(report.tiles / report.causal) / crossover.DENSITY < 1.1
 
@@ -119,11 +137,13 @@ def test_each_layer_bears_its_share_of_planning(monkeypatch: pytest.MonkeyPatch)
     """Played: planning takes 8 seconds, a layer 1, however it is computed."""
 
     def seconds(run, device) -> float:
+        run()
         return 8.0 if getattr(run, "func", None) is crossover.build else 1.0
 
     monkeypatch.setattr(crossover, "_seconds", seconds)
     for layers in (1, 2, 8, 32):
-        assert crossover._times(dataclasses.replace(shape(), sparse_layers=layers), 1024) == (1 + 8 / layers, 1.0)
+        timing = crossover._times(dataclasses.replace(shape(), sparse_layers=layers), 1024, DENSITY)
+        assert (timing.sparse, timing.dense) == (1 + 8 / layers, 1.0)
 
 
 def test_on_cuda_no_more_layers_are_timed_than_there_are() -> None:

@@ -119,11 +119,11 @@ def test_the_crossover_is_that_of_the_full_layers(runner, gpu, monkeypatch: pyte
     gpu(sm120=False)
     monkeypatch.setenv("MMINFERENCE_CONFIG", "{}")
     asked: list[crossover.Shape] = []
-    monkeypatch.setattr(crossover, "min_tokens", lambda shape: (asked.append(shape), 4096)[1])
+    monkeypatch.setattr(crossover, "of", lambda shape: (asked.append(shape), crossover.Crossover(4096, 0.7))[1])
     backend = built(runner, "mminference", "triton").full_attn_backend.prefill_backend
     (shape,) = asked
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.sparse_layers) == (8, 2, 256, 3)
-    assert backend._start.min_tokens == 4096
+    assert (backend._start.min_tokens, backend._start.dense_above) == (4096, 0.7)
 
 
 def test_the_crossover_is_measured_with_such_heads() -> None:
@@ -132,9 +132,9 @@ def test_the_crossover_is_measured_with_such_heads() -> None:
 
     config = Config().for_chunks(512, 16)
     shape = crossover.Shape(2, 1, 256, torch.float32, torch.device("cpu"), 512, "torch", config, sparse_layers=3)
-    sparse, dense = crossover._times(shape, 1024)
-    assert 0 < sparse < 60
-    assert 0 < dense < 60
+    timing = crossover._times(shape, 1024, 0.2)
+    assert 0 < timing.sparse < 60
+    assert 0 < timing.dense < 60
 
 
 def test_the_wrapper_reads_what_the_dense_backend_answers(runner, gpu) -> None:

@@ -15,7 +15,19 @@ from mminference_sgl.backend.metrics import INFO, PREFIX, Metrics
 from mminference_sgl.method.stage_clock import STAGES, StageClock
 
 LABELS = {"model_name": "m", "tp_rank": "0"}
-CHUNK = ChunkFigures(0, 509, 2, tiles=30.0, causal=100.0, coverage=0.97, error=0.02, guarded={1: 3}, dense=4)
+CHUNK = ChunkFigures(
+    None,  # type: ignore[arg-type]
+    0,
+    509,
+    2,
+    tiles=30.0,
+    causal=100.0,
+    coverage=0.97,
+    error=0.02,
+    densities={0: 0.1, 1: 0.5},
+    guarded={1: 3},
+    dense=4,
+)
 
 
 @pytest.fixture

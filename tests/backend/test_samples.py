@@ -16,7 +16,7 @@ from mminference_sgl.method.prefill import LayerReport
 
 
 def request(keys: int) -> Any:
-    return SimpleNamespace(prefix=keys - 8, chunk=8)
+    return SimpleNamespace(layout=keys, prefix=keys - 8, chunk=8)
 
 
 def report(index: int, error: float, tiles: int = 30, guarded: int = 1) -> LayerReport:
@@ -38,7 +38,9 @@ def test_figures_are_by_request_whatever_order_layers_report_in() -> None:
     first, second = Figures([request(20), request(30)], layers).read()
     assert (first.prefix, first.num_keys, second.prefix, second.num_keys) == (12, 20, 22, 30)
     assert (first.layers, second.layers) == (2, 2)
+    assert (first.layout, second.layout) == (20, 30)
     assert (first.density, second.density) == (0.3, 0.2)
+    assert second.densities == pytest.approx({3: 0.3, 7: 0.1})
     assert (first.error, second.error) == pytest.approx((0.5, 0.07))
     assert (first.guarded, second.guarded) == ({3: 1, 7: 1}, {7: 1})
     assert (first.dense, second.dense) == (6, 6)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import astuple, dataclass
+from collections.abc import Collection
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import pytest
@@ -47,12 +48,12 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 Facts = list[torch.Tensor]
 
 
-def facts_of(problem: problems.Problem, case: Case, *, traced: bool) -> list[Facts]:
+def facts_of(problem: problems.Problem, case: Case, *, traced: bool, dense: Collection[int] = ()) -> list[Facts]:
     """By request: its output, what is reported of it, and, if ``traced``, what was selected for it."""
     specs = load(case.pattern).specs(0, range(problem.query.shape[1]))
     config = Config(error=case.error, text_error=case.error, error_ceiling=case.ceiling)
     out, trace = torch.full_like(problem.query, torch.nan), prefill.Trace() if traced else None
-    reports = prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch", trace=trace)
+    reports = prefill.run_layer(problem.operands, problem.plan, specs, config, out, "torch", trace=trace, dense=dense)
     ends = list(itertools.accumulate(request.chunk for request in problem.requests))
     facts = [[rows] for rows in out.tensor_split(ends[:-1])]
     for report in reports:
@@ -79,6 +80,25 @@ def test_a_request_is_the_same_alone_and_in_any_batch(case: Case) -> None:
         part = facts_of(problems.part_of(batch, order, **case.sizes), case, traced=True)
         for facts, index in zip(part, order, strict=True):
             assert_equal(facts, whole[index])
+
+
+@cases
+def test_requests_that_rest_are_as_in_a_dense_layer_and_others_as_before(case: Case) -> None:
+    problem = problems.make(**case.sizes)
+    before = facts_of(problem, case, traced=False)
+    dense = facts_of(problem, replace(case, pattern="dense"), traced=False)
+    resting = facts_of(problem, case, traced=False, dense={1, 3})
+    for index, facts in enumerate(resting):
+        assert_equal(facts, dense[index] if index in {1, 3} else before[index])
+
+
+def test_reports_of_a_layer_that_ran_dense() -> None:
+    problem, case = problems.make(**SMALL), CASES["exact"]
+    heads = problem.query.shape[1]
+    specs = load("dense").specs(0, range(heads))
+    ran = prefill.run_layer(problem.operands, problem.plan, specs, Config(), torch.empty_like(problem.query), "torch")
+    for ours, theirs in zip(prefill.dense_reports(problem.plan, heads), ran, strict=True):
+        assert astuple(ours) == astuple(theirs), case
 
 
 @cases

@@ -162,7 +162,10 @@ CONFIG = "config must be an object of configuration keys other than pattern and 
             "config.pattern must be left out: a pattern file does not name another, g",
         ),
         (content(config={"pattern_folder": "x"}), "config.pattern_folder must be left out: a pattern file does not na"),
-        (content(config={"eror": 0.5}), "config: unknown key 'eror'; known keys: cell_size, enabled, error, "),
+        (
+            content(config={"eror": 0.5}),
+            "config: unknown key 'eror'; known keys: cell_size, dense_above, enabled, error, ",
+        ),
         (content(config={"error": -1}), "config: error must be a number of at least 0.0 and at most 1000.0, got -1"),
         (content(model=[]), "model must be an object, got []"),
         (

@@ -41,6 +41,7 @@ TILE_SIZES = (16, 32, 64, 128)
 GOOD: dict[str, tuple[Any, ...]] = {
     "enabled": (True, False),
     "min_tokens": (None, 0, 1, 1000, LARGEST_INTEGER),
+    "dense_above": (None, 0, 0.6, 1),
     "pattern": ("auto", "off", "grid", "/some/file.json", "searched"),
     "pattern_folder": (None, "/some/folder", "patterns"),
     "implementation": IMPLEMENTATIONS,
@@ -71,6 +72,7 @@ SHARE = (-0.01, 1.01, 2, float("nan"), float("inf"), *NOT_NUMBERS)
 BAD: dict[str, tuple[Any, ...]] = {
     "enabled": (1, 0, "true", None),
     "min_tokens": tuple(value for value in NATURAL if value is not None),
+    "dense_above": tuple(value for value in SHARE if value is not None),
     "pattern": ("", None, 5, True, ["grid"], {"id": "grid"}),
     "pattern_folder": ("", 5, True, ["patterns"]),
     "implementation": ("", "cuda", "Torch", None, 1, ["torch"]),
@@ -179,9 +181,9 @@ def test_nested_settings_must_be_objects(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "known"),
     [
-        ("errror", "cell_size, enabled, error"),
-        ("", "cell_size, enabled, error"),
-        ("active", "cell_size, enabled, error"),
+        ("errror", "cell_size, dense_above, enabled, error"),
+        ("", "cell_size, dense_above, enabled, error"),
+        ("active", "cell_size, dense_above, enabled, error"),
         ("patterns.dense", "a_shape, grid, vertical_slash"),
         ("patterns.grid.windows", "min_lines, sink, window, window_frames"),
         ("patterns.a_shape.window_frames", "sink, window"),

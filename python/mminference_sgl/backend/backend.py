@@ -22,6 +22,7 @@ from mminference_sgl.backend.layers import Survey, layer_reason
 from mminference_sgl.backend.layout import LayoutCache
 from mminference_sgl.backend.metrics import Metrics
 from mminference_sgl.backend.recording import Recorder
+from mminference_sgl.backend.resting import Resting
 from mminference_sgl.backend.samples import Samples
 from mminference_sgl.backend.sglang_compat import head_offset, metric_labels, set_kv_buffer
 from mminference_sgl.backend.start import Start
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 32
 """Chunks of fewer rows run dense."""
+_NO_GAIN = "nothing to save"
 _OUT_OF_MEMORY = "out of memory"
 _NO_MEMORY_ON_HOST = "can't allocate memory"
 """What PyTorch says of a CPU, where it raises no error of its own."""
@@ -91,7 +93,8 @@ class MMInferenceAttnBackend(AttentionBackend):
         self.counters: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._in_flight: deque[tuple[Figures, StageClock | None]] = deque()
+        self._in_flight: deque[tuple[int, Figures, StageClock | None]] = deque()
+        self._forwards = 0
         self._logged: set[str] = set()
         self._forward: _Forward | None = None
         self._specs: dict[tuple[int, int], list[HeadSpec]] = {}
@@ -99,6 +102,7 @@ class MMInferenceAttnBackend(AttentionBackend):
         self._device = torch.device(runner.device)
         self._start = start = Start.of(runner, layers)
         self._samples = Samples(start.config.bound("media"))
+        self._resting = Resting(start.dense_above, self._device)
         self._head_offset = head_offset(runner)
         self._run_layer = capture.recording(prefill.run_layer, os.environ, self._head_offset)
         self._layouts = LayoutCache(
@@ -120,6 +124,7 @@ class MMInferenceAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plans the forward: which requests run sparse, and the dense backend's metadata for the others."""
         self._forward = None
+        self._forwards += 1
         sparse = self._sparse_requests(forward_batch)
         if self._recorder is not None:
             self._recorder.begin(sparse, forward_batch.batch_size, self.req_to_token_pool.req_to_token)
@@ -180,6 +185,8 @@ class MMInferenceAttnBackend(AttentionBackend):
             reason = "no keys of its own" if forward.plan is not None else forward.over
         else:
             reason = layer_reason(layer, self.token_to_kv_pool, kwargs)
+            if not reason and self._rests_whole(forward, layer):
+                reason = _NO_GAIN
         if reason:
             self.counters[f"dense_layers:{reason}"] += 1
             self._prepare_dense(forward, forward.full_batch)
@@ -211,10 +218,11 @@ class MMInferenceAttnBackend(AttentionBackend):
         assert forward.plan is not None
         operands = self._operands(q, layer)
         given = operands, forward.plan, self._layer_specs(layer), self._start.config
+        number, dense = layer.layer_id, self._resting.requests(layer.layer_id, forward.plan.requests, self._forwards)
         try:
             out = torch.empty_like(operands.query)
             out[forward.rows :] = 0
-            reports = self._run_layer(*given, out, self._start.implementation, layer.layer_id, clock=forward.clock)
+            reports = self._run_layer(*given, out, self._start.implementation, number, clock=forward.clock, dense=dense)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -230,6 +238,15 @@ class MMInferenceAttnBackend(AttentionBackend):
         self.counters["sparse_layers"] += 1
         forward.reports.append((layer.layer_id, reports))
         return out.view(q.shape)
+
+    def _rests_whole(self, forward: _Forward, layer: RadixAttention) -> bool:
+        """Whether a layer has nothing to save for any request; then that is what it did."""
+        assert forward.plan is not None
+        requests = forward.plan.requests
+        if len(self._resting.requests(layer.layer_id, requests, self._forwards)) < len(requests):
+            return False
+        forward.reports.append((layer.layer_id, prefill.dense_reports(forward.plan, layer.tp_q_head_num)))
+        return True
 
     def _operands(self, q: torch.Tensor, layer: RadixAttention) -> Operands:
         return Operands(
@@ -343,12 +360,13 @@ class MMInferenceAttnBackend(AttentionBackend):
         start, config = self._start, self._start.config
         architectures = getattr(runner.model_config.hf_config, "architectures", None) or ["unknown"]
         logger.info(
-            "mminference: model=%s pattern=%s active=%s min_tokens=%d error=%g text_error=%g "
+            "mminference: model=%s pattern=%s active=%s min_tokens=%d dense_above=%.2f error=%g text_error=%g "
             "implementation=%s dense=%s chunk_tokens=%d sparse_layers=%d dense_layers=%s",
             architectures[0],
             start.pattern.id,
             config.active,
             start.min_tokens,
+            start.dense_above,
             config.bound("media"),
             config.bound("text"),
             start.implementation,
@@ -382,17 +400,20 @@ class MMInferenceAttnBackend(AttentionBackend):
             figures = Figures(requests, forward.reports)
             if logger.isEnabledFor(logging.DEBUG):
                 _log(figures.read(), time.perf_counter() - forward.started)
-            self._in_flight.append((figures, forward.clock))
+            self._in_flight.append((self._forwards, figures, forward.clock))
         else:
             self._count("dense:layers", *chunks)
         forward.plan, forward.reports = None, []
         self._tell()
 
     def _tell(self) -> None:
-        """Counts, samples and exports what has arrived; waits for nothing."""
-        while self._in_flight and self._in_flight[0][0].arrived:
-            figures, clock = self._in_flight.popleft()
+        """Counts, samples and exports what has arrived; waits for what is due, which has long been there."""
+        while self._in_flight and (
+            self._in_flight[0][1].arrived or self._resting.is_due(self._in_flight[0][0], self._forwards)
+        ):
+            number, figures, clock = self._in_flight.popleft()
             chunks = figures.read()
+            self._resting.note(chunks, number)
             for chunk in chunks:
                 self.counters.update({f"guarded_heads:{layer}": heads for layer, heads in chunk.guarded.items()})
             self._samples.tell(chunks)

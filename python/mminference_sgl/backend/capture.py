@@ -12,7 +12,7 @@ import logging
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -224,9 +224,10 @@ def recording(run_layer: RunLayer, environ: Mapping[str, str], rank: int = 0) ->
         implementation: str,
         layer: int,
         clock: StageClock | None = None,
+        dense: Collection[int] = (),
     ) -> list[LayerReport]:
         trace = Trace() if recorder.wants(layer) else None
-        reports = run_layer(operands, plan, specs, config, out, implementation, layer, trace, clock)
+        reports = run_layer(operands, plan, specs, config, out, implementation, layer, trace, clock, dense)
         if trace is not None:
             recorder.write(operands, plan, out, layer, trace)
         return reports

@@ -1,4 +1,4 @@
-"""From how many tokens on sparse prefill pays on this machine: measured once at start, and remembered.
+"""From how many tokens on, and up to what density, sparse prefill pays on this machine: measured once, and remembered.
 
 Layers of the model's shape are prefilled sparse and dense at growing lengths, on random operands, until sparse wins.
 Dense is attention over contiguous keys by the fastest kernel that is here: PyTorch's, and on CUDA cuDNN's and the FA3
@@ -9,6 +9,8 @@ as in models whose other layers are linear attention, the more.
 
 On CUDA some layers run behind one another, as in a model: a layer alone would wait for its launches, which others hide.
 There sparse has a budget of tiles that it uses up, since random operands need next to none.
+
+The density is where a line through two budgets, at the length at which sparse wins, meets the time of dense.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,6 +51,8 @@ MARGIN = 1.25
 """Sparse must be this much faster: a video may need more tiles than what is timed."""
 DENSITY = 0.2
 """Share of the causal tiles up to which sparse computes: to random keys attention is so flat that it would need all."""
+DENSER = 0.6
+"""A second share, where seconds are compared by density."""
 LAYERS = 4
 """Layers that are timed together on CUDA, if there are as many."""
 _LONG = 0.5
@@ -96,10 +101,26 @@ class Shape:
         """How many are timed together: on a CPU nothing is hidden behind another layer."""
         return min(LAYERS, self.sparse_layers) if self.device.type == "cuda" else 1
 
-    @property
-    def settings(self) -> Config:
-        """What sparse is timed with."""
-        return dataclasses.replace(self.config, error=1.0, error_ceiling=math.inf, max_density=DENSITY)
+    def settings(self, density: float = DENSITY) -> Config:
+        """What sparse is timed with: a budget of tiles, and an error for which all of it is used."""
+        return dataclasses.replace(self.config, error=1.0, error_ceiling=math.inf, max_density=density)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds ``sparse`` and ``dense``, and the density that sparse had."""
+
+    sparse: float
+    dense: float
+    density: float
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """From how many ``tokens`` on sparse prefill pays, and up to what ``density`` of a layer."""
+
+    tokens: int
+    density: float
 
 
 def _processor() -> str:
@@ -112,8 +133,8 @@ def _processor() -> str:
     return " ".join([model, torch.backends.cpu.get_cpu_capability(), *caps])
 
 
-def min_tokens(shape: Shape, file: Path | None = None) -> int:
-    """Smallest tried length at which sparse prefill wins, from the file or measured.
+def of(shape: Shape, file: Path | None = None) -> Crossover:
+    """Where sparse prefill wins, from the file or measured.
 
     ``file`` defaults to ``mminference-sgl/crossover.json`` in the user's cache; one that cannot be read or written is
     done without.
@@ -122,45 +143,61 @@ def min_tokens(shape: Shape, file: Path | None = None) -> int:
     known = _remembered(file)
     if shape.key not in known:
         began = time.perf_counter()
-        known[shape.key] = measured(lambda length: _times(shape, length))
+        known[shape.key] = measured(functools.partial(_times, shape))
         _remember(file, known)
         logger.info(
-            "mminference: sparse prefill pays from %d tokens on (measured in %.1f s, kept in %s)",
-            known[shape.key],
+            "mminference: sparse prefill pays from %d tokens on, to density %.2f (measured in %.1f s, kept in %s)",
+            known[shape.key].tokens,
+            known[shape.key].density,
             time.perf_counter() - began,
             file,
         )
     return known[shape.key]
 
 
-def measured(times: Callable[[int], tuple[float, float]]) -> int:
-    """The first of :data:`LENGTHS` at which sparse wins; ``times``: length -> seconds sparse and dense.
+def measured(times: Callable[[int, float], Timing]) -> Crossover:
+    """The first of :data:`LENGTHS` at which sparse wins; ``times``: seconds at a length and a budget of tiles.
 
     Where time runs out, the first length that was not tried; where sparse never wins, twice the last one.
     """
     deadline = time.perf_counter() + SECONDS
+    tokens, tried, few = 2 * LENGTHS[-1], LENGTHS[0], None
     for length in LENGTHS:
-        if time.perf_counter() > deadline:
-            return length
-        sparse, dense = times(length)
-        if MARGIN * sparse <= dense:
-            return length
-    return 2 * LENGTHS[-1]
+        if few is not None and time.perf_counter() > deadline:
+            tokens = length
+            break
+        tried, few = length, times(length, DENSITY)
+        if MARGIN * few.sparse <= few.dense:
+            tokens = length
+            break
+    assert few is not None
+    return Crossover(tokens, _worthwhile(few, times(tried, DENSER)))
 
 
-def _times(shape: Shape, length: int) -> tuple[float, float]:
+def _worthwhile(few: Timing, more: Timing) -> float:
+    """The density at which sparse takes as long as dense, on the line through two: at least the first, at most 1."""
+    by_density = (more.sparse - few.sparse) / max(more.density - few.density, 1e-9)
+    if by_density <= 0:
+        return 1.0
+    return float(np.clip(few.density + (few.dense - few.sparse) / by_density, few.density, 1.0))
+
+
+def _times(shape: Shape, length: int, budget: float) -> Timing:
     """Seconds of :attr:`Shape.layers` for the last chunk of a video of ``length`` tokens, sparse and dense.
 
     Sparse with their share of planning it.
     """
     operands, plan = _problem(shape, length)
-    out, specs, config = torch.empty_like(operands.query), [HeadSpec()] * shape.heads, shape.settings
+    out, specs, config = torch.empty_like(operands.query), [HeadSpec()] * shape.heads, shape.settings(budget)
+    reports: list[prefill.LayerReport] = []
 
     def sparse() -> None:
-        prefill.run_layer(operands, plan, specs, config, out, shape.implementation)
+        reports[:] = prefill.run_layer(operands, plan, specs, config, out, shape.implementation)
 
     planning = _seconds(_planner(shape, length), shape.device) * shape.layers / shape.sparse_layers
-    return planning + _fastest([sparse], shape), _fastest(_dense_runs(operands), shape)
+    seconds = planning + _fastest([sparse], shape)
+    (report,) = reports
+    return Timing(seconds, _fastest(_dense_runs(operands), shape), float(report.tiles / report.causal))
 
 
 def _problem(shape: Shape, length: int) -> tuple[Operands, ForwardPlan]:
@@ -301,21 +338,20 @@ def _cache_file() -> Path:
     return Path(home) / "mminference-sgl" / "crossover.json"
 
 
-def _remembered(file: Path) -> dict[str, int]:
+def _remembered(file: Path) -> dict[str, Crossover]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {key: Crossover(int(value["tokens"]), float(value["density"])) for key, value in content.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    return {key: value for key, value in content.items() if isinstance(value, int) and value > 0}
 
 
-def _remember(file: Path, known: dict[str, int]) -> None:
+def _remember(file: Path, known: dict[str, Crossover]) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        content = {key: dataclasses.asdict(value) for key, value in known.items()}
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial.replace(file)
     except OSError as error:
         logger.info("mminference: the crossover is measured at every start: %s", error)

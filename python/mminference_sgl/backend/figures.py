@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mminference_sgl.method.plan import SparseRequest
+from mminference_sgl.method.plan import DeviceLayout, SparseRequest
 from mminference_sgl.method.prefill import LayerReport
 
 _FIELDS = ("tiles", "causal", "coverage", "error", "guarded", "dense")
@@ -22,10 +22,12 @@ _FIELDS = ("tiles", "causal", "coverage", "error", "guarded", "dense")
 class ChunkFigures:
     """What became of one chunk of one request that ran sparse.
 
-    ``tiles``, ``causal``: of all its layers; ``coverage``: their mean; ``error``: the largest of a layer;
-    ``guarded``: heads that the guard sent to dense, by layer; ``dense``: head and layer pairs that computed all tiles.
+    ``layout``: the request's. ``tiles``, ``causal``: of all its layers; ``coverage``: their mean; ``error``: a layer's
+    largest; ``densities``: by layer; ``guarded``: heads that the guard sent to dense, by layer; ``dense``: head and
+    layer pairs that computed all tiles.
     """
 
+    layout: DeviceLayout
     prefix: int
     chunk: int
     layers: int
@@ -33,6 +35,7 @@ class ChunkFigures:
     causal: float
     coverage: float
     error: float
+    densities: dict[int, float]
     guarded: dict[int, int]
     dense: int
 
@@ -60,7 +63,7 @@ class Figures:
 
     def __init__(self, requests: Sequence[SparseRequest], layers: Sequence[tuple[int, Sequence[LayerReport]]]) -> None:
         """``layers``: each one's id and its reports, of which there is one per request."""
-        self._requests = [(request.prefix, request.chunk) for request in requests]
+        self._requests = [(request.layout, request.prefix, request.chunk) for request in requests]
         self._layers = [layer for layer, _ in layers]
         ordered = [one for _, reports in layers for one in sorted(reports, key=lambda one: one.request)]
         values = torch.stack([torch.stack([getattr(one, name).float() for one in ordered]) for name in _FIELDS])
@@ -83,11 +86,12 @@ class Figures:
             self._ready.synchronize()
         values = self._values.double().view(len(_FIELDS), len(self._layers), len(self._requests))
         found = []
-        for index, (prefix, chunk) in enumerate(self._requests):
+        for index, (layout, prefix, chunk) in enumerate(self._requests):
             tiles, causal, coverage, error, guarded, dense = values[..., index]
             by_layer = zip(self._layers, guarded.tolist(), strict=True)
             found.append(
                 ChunkFigures(
+                    layout=layout,
                     prefix=prefix,
                     chunk=chunk,
                     layers=len(self._layers),
@@ -95,6 +99,7 @@ class Figures:
                     causal=float(causal.sum()),
                     coverage=float(coverage.mean()),
                     error=float(error.max()),
+                    densities=dict(zip(self._layers, (tiles / causal).tolist(), strict=True)),
                     guarded={layer: int(heads) for layer, heads in by_layer if heads},
                     dense=int(dense.sum()),
                 )

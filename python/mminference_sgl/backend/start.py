@@ -35,7 +35,8 @@ class Start:
     """Settings fixed for a server's life.
 
     ``implementation``: a resolved name. ``modalities``: those whose rows may run sparse by the pattern.
-    ``min_tokens``: keys below which a request runs dense. ``chunk_tokens``: of a prefill chunk, 0 without chunks.
+    ``min_tokens``: keys below which a request runs dense; ``dense_above``: density of a layer above which it does.
+    ``chunk_tokens``: of a prefill chunk, 0 without chunks.
     ``sharing``: numbers of heads that may share lists.
     """
 
@@ -44,6 +45,7 @@ class Start:
     implementation: str
     modalities: frozenset[str]
     min_tokens: int
+    dense_above: float
     chunk_tokens: int
     sharing: tuple[int, ...]
 
@@ -63,9 +65,22 @@ class Start:
         if survey.example is not None:
             group = survey.example.tp_q_head_num // survey.example.tp_k_head_num
             sharing = prefill.sharing(config, group)
-        start = cls(config, pattern, implementation, modalities, config.min_tokens or 0, chunk_tokens(runner), sharing)
-        if config.min_tokens is None and config.active and modalities and survey.example is not None:
-            start = dataclasses.replace(start, min_tokens=_crossover(start, runner, survey))
+        tokens, density = config.min_tokens, config.dense_above
+        start = cls(
+            config,
+            pattern,
+            implementation,
+            modalities,
+            min_tokens=tokens or 0,
+            dense_above=1.0 if density is None else density,
+            chunk_tokens=chunk_tokens(runner),
+            sharing=sharing,
+        )
+        if tokens is None and config.active and modalities and survey.example is not None:
+            found = _crossover(start, runner, survey)
+            start = dataclasses.replace(
+                start, min_tokens=found.tokens, dense_above=found.density if density is None else density
+            )
         return start
 
 
@@ -188,8 +203,8 @@ def _sparse_modalities(pattern: PatternFile, runner: ModelRunner) -> frozenset[s
     )
 
 
-def _crossover(start: Start, runner: ModelRunner, survey: Survey) -> int:
-    """Tokens below which requests run dense: what this machine was measured to gain from."""
+def _crossover(start: Start, runner: ModelRunner, survey: Survey) -> crossover.Crossover:
+    """What this machine was measured to gain from."""
     layer = survey.example
     assert layer is not None
     shape = crossover.Shape(
@@ -203,4 +218,4 @@ def _crossover(start: Start, runner: ModelRunner, survey: Survey) -> int:
         config=start.config,
         sparse_layers=len(survey.sparse),
     )
-    return first_rank_decides(lambda: crossover.min_tokens(shape))
+    return first_rank_decides(lambda: crossover.of(shape))

@@ -81,6 +81,7 @@ class Config:
 
     enabled: bool = True
     min_tokens: int | None = None
+    dense_above: float | None = None
     pattern: str = "auto"
     pattern_folder: str | None = None
     implementation: str = "auto"
@@ -105,6 +106,8 @@ class Config:
         _check(isinstance(self.enabled, bool), "enabled", self.enabled, "true or false")
         if self.min_tokens is not None:
             _check_int("min_tokens", self.min_tokens, 0)
+        if self.dense_above is not None:
+            _check_float("dense_above", self.dense_above, 0.0, 1.0)
         named = isinstance(self.pattern, str) and self.pattern != ""  # type: ignore[redundant-expr]
         _check(named, "pattern", self.pattern, "an id, a path, searched, auto or off")
         folder = self.pattern_folder

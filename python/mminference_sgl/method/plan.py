@@ -36,6 +36,7 @@ class DeviceLayout:
     key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders; ``arrival``
     int32 [n]: key tiles of the cell order as they get their first key.
     ``search``: that for the strides of runs without a grid, None where there are none.
+    ``resting``: layers with nothing to save -> the forwards that found it and the numbers of keys until which it holds.
     """
 
     def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
@@ -45,6 +46,7 @@ class DeviceLayout:
         self._end = 0
         self.stride = layout.max_frame_stride
         self.search: StrideSearch | None = None
+        self.resting: dict[int, list[tuple[int, int]]] = {}
         self.sequence_tiles = _key_tiles(layout.key_tiles("sequence", tile_keys), tile_keys, device)
         if self.has_media:
             self.tokens = _to_device(layout.order("cell"), device)
@@ -73,6 +75,7 @@ class DeviceLayout:
         if prefix < self._end:
             for picks in self._picks.values():
                 picks.fill_(-1)
+            self.resting.clear()
         self._end = num_keys
 
     def carried_picks(self, modality: str, heads: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ Knows neither SGLang nor models, so it is what tests and benchmarks drive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -117,6 +117,7 @@ def run_layer(
     layer: int | None = None,
     trace: Trace | None = None,
     clock: StageClock | None = None,
+    dense: Collection[int] = (),
 ) -> list[LayerReport]:
     """Computes the plan's rows of one layer into ``out``.
 
@@ -127,12 +128,13 @@ def run_layer(
         layer: id under which the heads' picks are carried over to the request's next chunk; None carries nothing.
         trace: where to note what was selected.
         clock: where to note what takes how long.
+        dense: requests of the plan all of whose heads run dense in this layer.
 
     Returns:
         One report per sparse request.
     """
     stages = stages_of(implementation)
-    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages, trace, clock)
+    whole = _Layer(operands, plan, specs, slice(0, len(specs)), config, layer, stages, trace, clock, frozenset(dense))
     reports = _run(whole, out, implementation)
     whole.enter("")
     return reports
@@ -286,7 +288,8 @@ class _Watched:
 class _Layer:
     """What selection works on: the arguments of :func:`run_layer`, for all heads or for a block of them.
 
-    ``all_specs``: of the whole layer; ``heads``: the block, whose ``operands`` these are.
+    ``all_specs``: of the whole layer; ``heads``: the block, whose ``operands`` these are. ``dense``: see
+    :func:`run_layer`.
     """
 
     operands: Operands
@@ -298,6 +301,7 @@ class _Layer:
     stages: Stages
     trace: Trace | None = None
     clock: StageClock | None = None
+    dense: frozenset[int] = frozenset()
 
     def enter(self, stage: str) -> None:
         """Notes that a stage begins."""
@@ -307,6 +311,15 @@ class _Layer:
     @property
     def specs(self) -> Sequence[HeadSpec]:
         return self.all_specs[self.heads]
+
+    def pairs(self, group: RowGroup) -> list[Pair]:
+        """Patterns of the block's heads for a row group."""
+        return [_DENSE if group.request in self.dense else spec.of(group.modality) for spec in self.specs]
+
+    def searches(self, group: RowGroup) -> bool:
+        """Whether some head of the layer has a choice; blocks of heads are watched together, all of them or none."""
+        whole = replace(self, heads=slice(0, len(self.all_specs)))
+        return any(pair != _DENSE for pair in whole.pairs(group))
 
     @property
     def tilings(self) -> list[Tiling]:
@@ -374,6 +387,7 @@ class _Layer:
             self.operands.group,
             self.operands.first,
             self.config,
+            self.dense,
         )
         found = self.plan.prepared.get(key)
         if found is None:
@@ -387,7 +401,7 @@ class _Layer:
 
     def _task(self, group: RowGroup, index: int) -> Task:
         """What is to be selected for a row group."""
-        pairs, config = [spec.of(group.modality) for spec in self.specs], self.config
+        pairs, config = self.pairs(group), self.config
         bound = AIM * config.bound(group.modality)
         offers = []
         for tiling in self.tilings:
@@ -410,7 +424,7 @@ class _Layer:
             ease=ease_on(self.operands.query.device),
             ceiling=config.ceiling(group.modality),
             picks=carried[:, self.heads],
-            searched=any(spec.of(group.modality) != _DENSE for spec in self.all_specs),
+            searched=self.searches(group),
         )
 
 
@@ -496,11 +510,10 @@ def _watched_of(layer: _Layer, prepared: Any) -> list[_Watched]:
 
 def _select_group(layer: _Layer, group: RowGroup, index: int) -> tuple[Choice, DenseRows | None]:
     """The choice for all heads, and the probe rows' dense attention where there are any."""
-    # Blocks of heads are watched together, so all of them are probed or none.
-    if all(spec.of(group.modality) == _DENSE for spec in layer.all_specs):
+    if not layer.searches(group):
         return choices.dense(group.view, len(layer.specs)), None
     carried = layer.carried(group)
-    pairs = [spec.of(group.modality) for spec in layer.specs]
+    pairs = layer.pairs(group)
     wants = [Want.of(tiling.groups[index].view, pairs) for tiling in layer.tilings]
     wants = [want for want in wants if want.pairs]
     blocks: list[list[Proposed]] = [[] for _ in wants]
@@ -635,6 +648,19 @@ class _PassLists:
 
     def lists(self) -> tuple[TilePass, TileLists]:
         return self._pass, lists_from_map(self._pass, self._selected, self._sink, self._reach)
+
+
+def dense_reports(plan: ForwardPlan, heads: int) -> list[LayerReport]:
+    """Of a layer that ran dense for all of the plan's rows: one report per sparse request."""
+    device = plan.near.rows.device
+    zero = torch.zeros((), device=device)
+    none, choice = torch.zeros(heads, dtype=torch.bool, device=device), torch.ones(heads, device=device)
+    return _reports(
+        [
+            _Watched(g, g.view.causal_tiles.expand(heads), g.view.causal_tiles, choice, None, zero, none)
+            for g in plan.groups
+        ]
+    )
 
 
 def _reports(watched: Sequence[_Watched]) -> list[LayerReport]:
