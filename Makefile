@@ -37,7 +37,7 @@ test: test-rust test-python ## all tests
 test-faults: venv ## what goes wrong around a server, and what happens then, as a table
 	$(BIN)/python -m pytest -m fault tests $(PYTEST_ARGS)
 
-test-oldest: venv ## unit tests and a server with the oldest SGLang that is supported, in .venv-oldest
+test-oldest: venv ## unit tests with the oldest SGLang that is supported, in .venv-oldest
 	@scripts/oldest.sh $(PYTEST_ARGS)
 
 test-rust: venv ## tests of the Rust crates

@@ -295,3 +295,16 @@ def test_stays_the_base_class() -> None:
 
     for name in interface.BASE:
         assert inspect.getattr_static(MMInferenceAttnBackend, name) is inspect.getattr_static(AttentionBackend, name)
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, "mminference"), ("triton", "triton")])
+def test_who_decodes_is_known_before_the_runner_says_it(
+    named: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SGLang 0.5.17 a runner has the names only behind the factory."""
+    from mminference_sgl.backend import sglang_compat
+
+    options = SimpleNamespace(attention_backend="mminference", decode_attention_backend=named)
+    monkeypatch.setattr(sglang_compat, "resolved_options", lambda _runner: options)
+    assert sglang_compat.decode_backend(SimpleNamespace()) == expected
+    assert sglang_compat.decode_backend(SimpleNamespace(decode_attention_backend_str="fa3")) == "fa3"

@@ -12,7 +12,7 @@ from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from mminference_sgl import BACKEND_NAME
 from mminference_sgl.backend.backend import MMInferenceAttnBackend
 from mminference_sgl.backend.layers import Survey
-from mminference_sgl.backend.sglang_compat import default_dense_backend, resolved_options
+from mminference_sgl.backend.sglang_compat import decode_backend, default_dense_backend, resolved_options
 from mminference_sgl.backend.support import Deployment, UnsupportedServerError, pool_reason
 from mminference_sgl.kernels import ops
 from mminference_sgl.method.config import ConfigError
@@ -44,7 +44,7 @@ def _create(runner: ModelRunner) -> AttentionBackend:
     name = _dense_backend(runner)
     deployment = Deployment.of(resolved_options(runner), runner.model_config, name)
     deployment.check()
-    both = runner.decode_attention_backend_str == BACKEND_NAME
+    both = decode_backend(runner) == BACKEND_NAME
     # Dense backends, and what SGLang wraps around the backends of hybrid models, ask the runner by name who attends:
     # on Blackwell it refuses names that it does not know beside Gated DeltaNet.
     runner.prefill_attention_backend_str = name

@@ -40,6 +40,15 @@ def default_dense_backend(runner: ModelRunner) -> str:
     return str(name)
 
 
+def decode_backend(runner: ModelRunner) -> str | None:
+    """Name of the attention backend that decodes; 0.5.17 tells a runner only once its backends are made."""
+    name: str | None = getattr(runner, "decode_attention_backend_str", None)
+    if name is None:
+        options = resolved_options(runner)
+        name = getattr(options, "decode_attention_backend", None) or getattr(options, "attention_backend", None)
+    return name
+
+
 def chunk_tokens(runner: ModelRunner) -> int:
     """Tokens of a prefill chunk, 0 where prompts are not cut."""
     try:
