@@ -1,6 +1,7 @@
 """``make bench-million``: one very long video through a real server, chunk by chunk.
 
-The toy reads a generated video of 256K tokens (``TOKENS=1M`` for more, memory permitting) with mminference. For every
+The toy reads a generated video of 256K tokens (``TOKENS=1M`` for more, memory permitting) with mminference as it comes:
+chunks before the crossover run dense, and layers that save nothing rest (density counts both as 1). For every
 chunk there is the time of the language model's attention and linear layers, the density, and the memory of the
 scheduler's process; for the first, a middle and the last chunk also the time of dense attention of the same shapes, on
 the same cores, measured apart: what dense attention costs does not depend on what is attended. Answers are not asked
@@ -42,6 +43,7 @@ from mminference_sgl.testing import (
     fallbacks,
     forward_times,
     prefills,
+    start_lines,
     timing_arguments,
     write_mp4,
 )
@@ -96,7 +98,7 @@ class Watch:
         self._thread.join()
 
     def lines(self) -> tuple[list[Prefill], list[ModuleTimes]]:
-        """What the log tells of the chunks that ran sparse: the method's figures, and seconds."""
+        """What the log tells: the method's figures of chunks that ran sparse, and seconds of all."""
         log = self._running.log(self._mark)
         return prefills(log), forward_times(log)
 
@@ -163,7 +165,7 @@ def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
                 *timing_arguments(),
             ],
             env={
-                "MMINFERENCE_CONFIG": json.dumps({"min_tokens": 0, **config}),
+                "MMINFERENCE_CONFIG": json.dumps(config),
                 "MMINFERENCE_LOG": "debug",
                 "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
             },
@@ -172,14 +174,17 @@ def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
                 answer = running.generate(USER + VIDEO + "find dot" + END, video_data=[str(video)], max_tokens=1)
                 time.sleep(2 * SAMPLE_S)
             found, times = watch.lines()
+            print("\n".join(start_lines(running.log())), flush=True)
             if dense := fallbacks(running.log()):
                 raise ServerError(f"a chunk ran dense: {dense[0].reason}: {dense[0].detail}", running.log())
             print(f"{answer.prompt_tokens} tokens, decoded and prepared in {answer.preprocess_s:.0f} s, "
                   f"prefilled in {answer.forward_s:.0f} s", flush=True)  # fmt: skip
-    # The question is a chunk of a few rows, which run dense.
+    sparse = {chunk.prefix: (chunk.density, chunk.error) for chunk in found}
+    # What is left for a chunk of its own is the question, of a few rows.
+    prefixes = range(0, tokens, CHUNK)
     return [
-        Line(chunk.prefix, took.attention, took.linear, chunk.density, chunk.error, resident)
-        for chunk, took, resident in zip(found, times, watch.resident, strict=False)
+        Line(prefix, took.attention, took.linear, *sparse.get(prefix, (1.0, 0.0)), resident)
+        for prefix, took, resident in zip(prefixes, times, watch.resident, strict=False)
     ], watch.peak
 
 
@@ -201,7 +206,9 @@ def judge(lines: Sequence[Line], tokens: int, shape: Shape) -> list[str]:
     """The promises that are missed."""
     failures = []
     if lines[-1].prefix < tokens - CHUNK:
-        failures.append(f"the last chunk that ran sparse begins at {lines[-1].prefix} of {tokens} tokens")
+        failures.append(f"the last chunk begins at {lines[-1].prefix} of {tokens} tokens")
+    if all(line.density == 1 for line in lines):
+        failures.append("no chunk ran sparse")
     grown = max(line.resident for line in lines) - lines[0].resident
     allowed = (shape.layers + 1) * layer_bytes(shape, tokens) + SLACK
     if grown > allowed:
