@@ -11,7 +11,6 @@ import numpy as np
 from benchmarks.accuracy import codes
 from benchmarks.clips import serving as clips
 from benchmarks.clips.prompts import MOST_NEEDLES, OFFSETS, Form
-from benchmarks.toy.serving import COLUMNS, ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 SEED = 20260717
 KINDS = ("clip", "mixed")
 CHANGE = 0.5
+ROWS, COLUMNS = 16, 16
+"""Of a clip's frames: eight patches back are 2048 tokens, more than the window of an A-shape of little density."""
 
 
 class Question(Protocol):

@@ -4,8 +4,8 @@ Clips are the toy's grids of changing colours with needles in them (:mod:`benchm
 *sign*, one of eight words, and behind it *memos*, texts that give a colour to a key. A question names a key:
 
 - ``find`` asks for the needle's colour, ``left`` and ``up`` for the colours beside it in the same frame, ``prev`` and
-  ``past`` for those at its place one and 24 temporal patches before: visual tokens have to look at their neighbours in
-  three directions first, and farther back than a local window of few tiles goes.
+  ``past`` for those at its place one and eight temporal patches before: visual tokens have to look at their neighbours
+  in three directions first, and where frames are large, farther back than a local window goes.
 - ``sign`` asks for the sign before the needle's clip: visual tokens have to read the text before their own clip, the
   first tokens of the prompt among it, which is what a sink is.
 - ``memo`` asks for the colour in the memo of that key: text finds text, behind any number of visual tokens.
@@ -24,7 +24,7 @@ from benchmarks.toy.scenes import COLOURS, KEYS, Needle, Question, Scene, changi
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-OFFSETS = {"find": (0, 0, 0), "prev": (1, 0, 0), "past": (24, 0, 0), "left": (0, 0, 1), "up": (0, 1, 0)}
+OFFSETS = {"find": (0, 0, 0), "prev": (1, 0, 0), "past": (8, 0, 0), "left": (0, 0, 1), "up": (0, 1, 0)}
 """Task -> how far before the needle the asked tile is: temporal patches, rows, columns."""
 TASKS = (*OFFSETS, "sign", "memo", "count")
 SIGNS = ("alpha", "beta", "gamma", "delta", "kappa", "sigma", "theta", "omega")

@@ -11,7 +11,7 @@ import torch
 from benchmarks.accuracy.__main__ import DEPTHS, Result, depths, judge, main, run
 from benchmarks.accuracy.codes import CARD_FRAMES, SIDE, Code
 from benchmarks.accuracy.paired import difference
-from benchmarks.accuracy.prompts import KINDS, form, of_clips, of_codes
+from benchmarks.accuracy.prompts import COLUMNS, KINDS, ROWS, form, of_clips, of_codes
 from benchmarks.accuracy.settings import ALL_ROWS, SINK, TILE, rivals
 from benchmarks.clips import model as shape
 from benchmarks.clips.prompts import OFFSETS, TASKS, Form, Prompt
@@ -20,7 +20,6 @@ from benchmarks.million.__main__ import CHUNK, SLACK, Line, layer_bytes
 from benchmarks.million.__main__ import judge as judge_million
 from benchmarks.real.model import Shape
 from benchmarks.toy.scenes import COLOURS, KEYS
-from benchmarks.toy.serving import COLUMNS, ROWS
 from mminference_sgl.testing import Answer
 
 if TYPE_CHECKING:
