@@ -501,10 +501,11 @@ def curves_kernel(p_forms, p_searches, p_levels, heads, head_first, BLOCK: tl.co
 
 
 @triton.jit
-def bill(p_offer, p_forms, p_group, p_previous, i_list, first_form, b_price, causal, ease, has_previous):
+def bill(p_offer, p_forms, p_group, p_previous, i_list, first_form, b_price, m_least, causal, ease, has_previous):
     """What one list chooses at some prices and what it costs: error and price, option, error lost and tiles read.
 
-    Options are the offer's forms by threshold, and dense attention behind them where the list is one head's.
+    Options are the offer's forms by threshold, and dense attention behind them where the list is one head's. At prices
+    of ``m_least`` nothing but tiles counts.
     """
     sharing, forms, table_first = (
         number(p_offer, OFFER.sharing),
@@ -533,6 +534,7 @@ def bill(p_offer, p_forms, p_group, p_previous, i_list, first_form, b_price, cau
         b_tiles = tiles_of(p_form, i_list, o_threshold)
         favour = tl.where(previous == first_form + i_form, FAVOUR, 1.0)
         b_cost = (b_error * favour)[:, None] + (b_tiles * favour)[:, None] * b_price[None, :]
+        b_cost = tl.where(m_least[None, :], b_tiles[:, None], b_cost)
         barred = tl.load(address(p_offer, OFFER.wanted, tl.int32) + i_form * lists + i_list) == 0
         b_cost = tl.where(barred, float("inf"), b_cost)
         b_least, b_at = tl.min(b_cost, 0), tl.argmin(b_cost, 0)
@@ -543,7 +545,7 @@ def bill(p_offer, p_forms, p_group, p_previous, i_list, first_form, b_price, cau
         b_lost = tl.where(m_better, tl.sum(tl.where(m_at, b_error[:, None], 0.0), 0), b_lost)
         b_read = tl.where(m_better, tl.sum(tl.where(m_at, b_tiles[:, None], 0.0), 0), b_read)
     if sharing == 1:
-        b_cost = causal * (1 - ease) * b_price
+        b_cost = tl.where(m_least, causal, causal * (1 - ease) * b_price)
         m_better = (b_cost < b_paid) & (tl.load(address(p_group, GROUP.bound_to, tl.int32) + i_head) == 0)
         b_paid = tl.where(m_better, b_cost, b_paid)
         b_option = tl.where(m_better, forms * THRESHOLDS, b_option)
@@ -606,6 +608,9 @@ def decide_kernel(p_groups, p_offers, p_forms, layer, BLOCK_H: tl.constexpr, BLO
     allowed = bound * total
 
     o_price = tl.arange(0, PRICES)
+    # Where tiles are limited, nothing else counts at the last price.
+    least = tl.where(density < 1.0, PRICES - 1, PRICES)
+    m_least = o_price == least
     b_price = tl.where(exact, 1.0, prices(o_price, base))
     b_lost = tl.zeros([PRICES], tl.float32)
     b_read = tl.zeros([PRICES], tl.float32)
@@ -623,7 +628,7 @@ def decide_kernel(p_groups, p_offers, p_forms, layer, BLOCK_H: tl.constexpr, BLO
             for i_own in tl.range(0, lists):
                 given = i_kv * lists + i_own
                 b_paid, _, b_one_lost, b_one_read = bill(
-                    p_offer, p_forms, p_group, p_previous, given, first_form, b_price, causal, ease, layer >= 0
+                    p_offer, p_forms, p_group, p_previous, given, first_form, b_price, m_least, causal, ease, layer >= 0
                 )
                 b_own_paid += b_paid
                 b_own_lost += b_one_lost
@@ -642,7 +647,8 @@ def decide_kernel(p_groups, p_offers, p_forms, layer, BLOCK_H: tl.constexpr, BLO
 
     # Once more at the price that it is, and at the next one.
     o_two = tl.arange(0, 2)
-    b_price = tl.where(exact, 1.0, prices(tl.minimum(best + o_two, PRICES - 1), base))
+    o_price = tl.minimum(best + o_two, PRICES - 1)
+    b_price, m_least = tl.where(exact, 1.0, prices(o_price, base)), o_price == least
     b_used = tl.zeros([BLOCK_L], tl.int32)
     b_option = tl.zeros([BLOCK_L], tl.int32)
     b_next = tl.zeros([BLOCK_L], tl.int32)
@@ -659,7 +665,7 @@ def decide_kernel(p_groups, p_offers, p_forms, layer, BLOCK_H: tl.constexpr, BLO
             for i_own in tl.range(0, lists):
                 given = i_kv * lists + i_own
                 b_paid, b_both, b_two_lost, b_two_read = bill(
-                    p_offer, p_forms, p_group, p_previous, given, first_form, b_price, causal, ease, layer >= 0
+                    p_offer, p_forms, p_group, p_previous, given, first_form, b_price, m_least, causal, ease, layer >= 0
                 )
                 paid += tl.sum(tl.where(o_two == 0, b_paid, 0.0), 0)
                 i_at = first_list + given

@@ -54,6 +54,7 @@ class Layer(NamedTuple):
 LAYERS = (
     Layer("auto", [AUTO] * 4, [VIDEO], 10.0, 0.9),
     Layer("own lists", [AUTO] * 4, [VIDEO], 10.0, 0.5, shared=False, max_density=0.4),
+    Layer("few tiles", [AUTO] * 4, [VIDEO], 1e9, 1e-4, max_density=0.4),
     Layer("in blocks", [AUTO, AUTO, GRID, AUTO], [VIDEO], 10.0, 0.9, blocks=True),
     Layer("probed in blocks", [AUTO, GRID, GRID, GRID], [VIDEO], 10.0, 0.7, probed=True),
     Layer("repaired", [GRID] * 4, [VIDEO], 0.6, 1.5, min_lines=2),
