@@ -7,8 +7,8 @@ of a key tile at a time, as :mod:`.launch_table` says for the device; where that
 tensor descriptors (TMA). Later passes of a layer start from what those before them left, so that merging costs one read
 of the output.
 
-Lists start in an order in which neighbours share what is in L2. The end of a list of more than :data:`SPLIT` tiles is
-left to other programs, and merged by :func:`join_kernel`: one list would keep one processor busy after all others.
+In which order lists start is told by :mod:`.work_triton`; the rests of long ones, which are programs of their own, are
+merged by :func:`join_kernel`.
 
 Floor per listed tile of M lanes and N keys: ``2 * M * N * (D + Dv)`` FLOPs, and per sub-tile ``N * (D + Dv)`` elements
 (and ``4 * N`` bytes of positions for a tile that compares them). docs/kernels.md has what that means on a device.
@@ -24,29 +24,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import work_triton
 from .launch_table import OPTIONS, Launch, device_architecture, fitted, lookup
 from .operands import Operands
-from .tables import address, number, on_device
-from .tiles import Region, Started, TileLists, TilePass, Work
+from .tables import address, number
+from .tiles import Region, TileLists, TilePass
+from .work_triton import PASS, lanes_of, load_rows, merged, store_rows
 
-SPLIT = 2048
-"""Key tiles of a list that one program reads at most, where others can be had for the rest: 2 ms on a processor."""
-SPLIT_PIECES = 512
-"""Most programs for such rests; their output is held at a time."""
 JOINED = 8
 """Lanes of which a program joins the pieces."""
-NEIGHBOURS = 16
-"""Query tiles whose lists start by length, before those of the next ones."""
-WORK_FIELDS = 20
-"""Of a pass's row in the table that a launch reads, see :func:`work_row`."""
-WORK_WIDTH = tl.constexpr(WORK_FIELDS)
-
-
-@triton.jit
-def load_rows(p_rows, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Columns ``FIRST`` to ``FIRST + WIDTH`` of the rows that begin at ``p_rows``, 0 where ``m_row`` is not."""
-    o_d = FIRST + tl.arange(0, WIDTH)
-    return tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -74,98 +60,6 @@ def load_keys(
         else:
             b_block = tl.load(p_key)
     return b_block
-
-
-@triton.jit
-def attend_tiles(
-    b_acc,
-    b_acc_rest,
-    b_sum,
-    b_max,
-    b_query,
-    b_query_rest,
-    b_pos,
-    sink,
-    reach,
-    p_key,
-    p_value,
-    p_key_pos,
-    p_tiles,
-    head_first,
-    tile_first,
-    count,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    REST_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    REST_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    FAR: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Online softmax over the ``count`` tiles at ``p_tiles``; with ``MASKED`` it compares positions."""
-    PARTS: tl.constexpr = TILE_KEYS // BLOCK_N
-    DTYPE: tl.constexpr = b_query.dtype
-    b_far_edge = b_pos - reach
-    for step in tl.range(0, count * PARTS):
-        key_first = (tile_first + tl.load(p_tiles + step // PARTS)) * TILE_KEYS + (step % PARTS) * BLOCK_N
-        i_key = head_first + key_first
-        # keys x head size
-        b_key = load_keys(p_key, i_key, 0, BLOCK_D, HEAD_DIM, BLOCK_N, DESCRIPTORS)
-        b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
-        if REST_D > 0:
-            b_key = load_keys(p_key, i_key, BLOCK_D, REST_D, HEAD_DIM, BLOCK_N, DESCRIPTORS)
-            b_score = tl.dot(b_query_rest, tl.trans(b_key), b_score, input_precision="ieee")
-        if MASKED:
-            b_key_pos = tl.load(p_key_pos + key_first + tl.arange(0, BLOCK_N))
-            if FAR:
-                m_see = (b_key_pos >= sink)[None, :] & (b_key_pos[None, :] <= b_far_edge[:, None])
-            else:
-                m_see = (b_key_pos < sink)[None, :] | (b_key_pos[None, :] > b_far_edge[:, None])
-                m_see = m_see & (b_key_pos[None, :] <= b_pos[:, None])
-            b_score = tl.where(m_see, b_score, -float("inf"))
-        # The scale is positive, so the largest score stays the largest, and scaling is fused with the subtraction.
-        b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * scale_log2)
-        b_shift = b_new_max
-        if MASKED:
-            # A row that has seen no key yet has no maximum to subtract.
-            b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-        b_weight = tl.exp2(b_score * scale_log2 - b_shift[:, None])
-        b_decay = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-        b_max = b_new_max
-        b_weight = b_weight.to(DTYPE)
-        b_value = load_keys(p_value, i_key, 0, BLOCK_DV, HEAD_DIM_V, BLOCK_N, DESCRIPTORS)
-        b_acc = tl.dot(b_weight, b_value, b_acc * b_decay[:, None], input_precision="ieee")
-        if REST_DV > 0:
-            b_value = load_keys(p_value, i_key, BLOCK_DV, REST_DV, HEAD_DIM_V, BLOCK_N, DESCRIPTORS)
-            b_acc_rest = tl.dot(b_weight, b_value, b_acc_rest * b_decay[:, None], input_precision="ieee")
-    return b_acc, b_acc_rest, b_sum, b_max
-
-
-@triton.jit
-def store_rows(p_rows, b_block, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Writes columns ``FIRST`` to ``FIRST + WIDTH`` of the rows that begin at ``p_rows``."""
-    o_d = FIRST + tl.arange(0, WIDTH)
-    m_out = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
-    tl.store(p_rows[:, None] + o_d[None, :], b_block.to(p_rows.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def lanes_of(p_pass, i_list, lane_first, BLOCK_M: tl.constexpr):
-    """Some lanes of a list: their place among the pass's rows, batch row, head, and whether they have a row."""
-    query_tiles, sharing = number(p_pass, 14), number(p_pass, 15)
-    p_row_indptr = address(p_pass, 2, tl.int32) + i_list % query_tiles
-    o_lane = lane_first + tl.arange(0, BLOCK_M)
-    o_row = tl.load(p_row_indptr) + o_lane // sharing
-    m_row = o_row < tl.load(p_row_indptr + 1)
-    b_row = tl.load(address(p_pass, 0, tl.int64) + o_row, mask=m_row, other=0)
-    b_head = (i_list // query_tiles * sharing + o_lane % sharing).to(tl.int64)
-    return o_row, b_row, b_head, m_row
 
 
 @triton.jit(do_not_specialize=["keys"])
@@ -206,23 +100,23 @@ def attend_kernel(
 ):
     """A list, or with ``IN_PIECES`` a part of one, and one sub-tile of its lanes.
 
-    ``p_passes``: a row of :func:`work_row` for each pass; where there are several, what has no tiles is another one's
-    to write. Head sizes that are no power of two come in
-    two blocks, ``BLOCK_D`` and ``REST_D`` wide, instead of padded. ``keys``: from a head's first one in ``p_key`` and
-    ``p_value`` to the next one's; these are pointers or those of :func:`describe`.
+    ``p_passes``: a row of :data:`.work_triton.PASS` for each pass; where there are several, what has no tiles is
+    another one's to write. Head sizes that are no power of two come in two blocks, ``BLOCK_D`` and ``REST_D`` wide,
+    instead of padded. ``keys``: from a head's first one in ``p_key`` and ``p_value`` to the next one's; these are
+    pointers or those of :func:`describe`.
     """
     # Sub-tiles of a list start together, so that what they read twice comes from L2.
     i_work = tl.program_id(0) // SUB_TILES
-    p_pass = p_passes + tl.program_id(1) * WORK_WIDTH
-    query_tiles, pieces = number(p_pass, 14), number(p_pass, 17)
-    if i_work >= number(p_pass, 16) + pieces:
+    p_pass = p_passes + tl.program_id(1) * PASS.width
+    query_tiles, pieces = number(p_pass, PASS.query_tiles), number(p_pass, PASS.pieces)
+    if i_work >= number(p_pass, PASS.lists) + pieces:
         return
-    i_list = tl.load(address(p_pass, 4, tl.int32) + i_work)
-    first, until = 0, tl.load(address(p_pass, 8, tl.int32) + i_list)
+    i_list = tl.load(address(p_pass, PASS.order, tl.int32) + i_work)
+    first, until = 0, tl.load(address(p_pass, PASS.count, tl.int32) + i_list)
     is_piece = False
     if IN_PIECES:
-        first = tl.load(address(p_pass, 5, tl.int32) + i_work)
-        until = tl.load(address(p_pass, 6, tl.int32) + i_work)
+        first = tl.load(address(p_pass, PASS.first, tl.int32) + i_work)
+        until = tl.load(address(p_pass, PASS.until, tl.int32) + i_work)
         is_piece = i_work < pieces
     lane_first = tl.program_id(0) % SUB_TILES * BLOCK_M
     o_row, b_row, b_head, m_row = lanes_of(p_pass, i_list, lane_first, BLOCK_M)
@@ -232,7 +126,7 @@ def attend_kernel(
         return
 
     # A lane without a row stands before every key, so it sees none.
-    b_pos = tl.load(address(p_pass, 1, tl.int32) + o_row, mask=m_row, other=-1)
+    b_pos = tl.load(address(p_pass, PASS.positions, tl.int32) + o_row, mask=m_row, other=-1)
     # lanes x head size
     p_query += b_row * stride_query_row + b_head * stride_query_head
     b_query = load_rows(p_query, m_row, 0, BLOCK_D, HEAD_DIM)
@@ -240,18 +134,18 @@ def attend_kernel(
     if REST_D > 0:
         b_query_rest = load_rows(p_query, m_row, BLOCK_D, REST_D, HEAD_DIM)
 
-    i_kv = i_list // query_tiles * number(p_pass, 15) // GROUP
+    i_kv = i_list // query_tiles * number(p_pass, PASS.sharing) // GROUP
     head_first = 0
     if DESCRIPTORS:
         head_first = i_kv * keys
     else:
         p_key += i_kv.to(tl.int64) * keys * HEAD_DIM
         p_value += i_kv.to(tl.int64) * keys * HEAD_DIM_V
-    tile_first = tl.load(p_tile_indptr + tl.load(address(p_pass, 3, tl.int32) + i_list % query_tiles))
-    p_tiles = address(p_pass, 10, tl.int32) + tl.load(address(p_pass, 7, tl.int32) + i_list)
-    full = tl.minimum(tl.maximum(tl.load(address(p_pass, 9, tl.int32) + i_list), first), until)
-    sink = tl.load(address(p_pass, 11, tl.int32) + i_list)
-    reach = tl.load(address(p_pass, 12, tl.int32) + i_list)
+    tile_first = tl.load(p_tile_indptr + tl.load(address(p_pass, PASS.request, tl.int32) + i_list % query_tiles))
+    p_tiles = address(p_pass, PASS.tiles, tl.int32) + tl.load(address(p_pass, PASS.begin, tl.int32) + i_list)
+    full = tl.minimum(tl.maximum(tl.load(address(p_pass, PASS.full, tl.int32) + i_list), first), until)
+    sink = tl.load(address(p_pass, PASS.sink, tl.int32) + i_list)
+    reach = tl.load(address(p_pass, PASS.reach, tl.int32) + i_list)
 
     p_out += b_row * stride_out_row + b_head * stride_out_head
     p_lse += b_row * stride_lse_row + b_head
@@ -271,37 +165,45 @@ def attend_kernel(
         b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         if REST_DV > 0:
             b_acc_rest = tl.zeros([BLOCK_M, REST_DV], tl.float32)
+    PARTS: tl.constexpr = TILE_KEYS // BLOCK_N
+    DTYPE: tl.constexpr = b_query.dtype
+    b_far_edge = b_pos - reach
     for MASKED in tl.static_range(2):
-        b_acc, b_acc_rest, b_sum, b_max = attend_tiles(
-            b_acc,
-            b_acc_rest,
-            b_sum,
-            b_max,
-            b_query,
-            b_query_rest,
-            b_pos,
-            sink,
-            reach,
-            p_key,
-            p_value,
-            p_key_pos,
-            p_tiles + MASKED * full + (1 - MASKED) * first,
-            head_first,
-            tile_first,
-            MASKED * (until - full) + (1 - MASKED) * (full - first),
-            scale_log2,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_D,
-            REST_D,
-            BLOCK_DV,
-            REST_DV,
-            BLOCK_N,
-            TILE_KEYS,
-            DESCRIPTORS,
-            FAR,
-            MASKED,
-        )
+        p_listed = p_tiles + MASKED * full + (1 - MASKED) * first
+        count = MASKED * (until - full) + (1 - MASKED) * (full - first)
+        for step in tl.range(0, count * PARTS):
+            key_first = (tile_first + tl.load(p_listed + step // PARTS)) * TILE_KEYS + (step % PARTS) * BLOCK_N
+            i_key = head_first + key_first
+            # keys x head size
+            b_key = load_keys(p_key, i_key, 0, BLOCK_D, HEAD_DIM, BLOCK_N, DESCRIPTORS)
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+            if REST_D > 0:
+                b_key = load_keys(p_key, i_key, BLOCK_D, REST_D, HEAD_DIM, BLOCK_N, DESCRIPTORS)
+                b_score = tl.dot(b_query_rest, tl.trans(b_key), b_score, input_precision="ieee")
+            if MASKED:
+                b_key_pos = tl.load(p_key_pos + key_first + tl.arange(0, BLOCK_N))
+                if FAR:
+                    m_see = (b_key_pos >= sink)[None, :] & (b_key_pos[None, :] <= b_far_edge[:, None])
+                else:
+                    m_see = (b_key_pos < sink)[None, :] | (b_key_pos[None, :] > b_far_edge[:, None])
+                    m_see = m_see & (b_key_pos[None, :] <= b_pos[:, None])
+                b_score = tl.where(m_see, b_score, -float("inf"))
+            # The scale is positive, so the largest score stays the largest, and scaling is fused with the subtraction.
+            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * scale_log2)
+            b_shift = b_new_max
+            if MASKED:
+                # A row that has seen no key yet has no maximum to subtract.
+                b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+            b_weight = tl.exp2(b_score * scale_log2 - b_shift[:, None])
+            b_decay = tl.exp2(b_max - b_shift)
+            b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
+            b_max = b_new_max
+            b_weight = b_weight.to(DTYPE)
+            b_value = load_keys(p_value, i_key, 0, BLOCK_DV, HEAD_DIM_V, BLOCK_N, DESCRIPTORS)
+            b_acc = tl.dot(b_weight, b_value, b_acc * b_decay[:, None], input_precision="ieee")
+            if REST_DV > 0:
+                b_value = load_keys(p_value, i_key, BLOCK_DV, REST_DV, HEAD_DIM_V, BLOCK_N, DESCRIPTORS)
+                b_acc_rest = tl.dot(b_weight, b_value, b_acc_rest * b_decay[:, None], input_precision="ieee")
 
     m_seen = b_sum > 0
     b_sum = tl.where(m_seen, b_sum, 1.0)
@@ -312,20 +214,14 @@ def attend_kernel(
     # Natural logarithm: ln(2) = 0.693...
     b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) * 0.6931471805599453, -float("inf"))
     if is_piece:
-        lane_first += (number(p_pass, 18) + i_work) * SUB_TILES * BLOCK_M
+        lane_first += (number(p_pass, PASS.piece_first) + i_work) * SUB_TILES * BLOCK_M
         o_lane = lane_first.to(tl.int64) + tl.arange(0, BLOCK_M)
         p_out = p_piece_out + o_lane * HEAD_DIM_V
         p_lse = p_piece_lse + o_lane
-        m_row = tl.full([BLOCK_M], True, tl.int1)
-        store_rows(p_out, b_acc, m_row, 0, BLOCK_DV, HEAD_DIM_V)
-        if REST_DV > 0:
-            store_rows(p_out, b_acc_rest, m_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
-        tl.store(p_lse, b_lse)
-    else:
-        store_rows(p_out, b_acc, m_row, 0, BLOCK_DV, HEAD_DIM_V)
-        if REST_DV > 0:
-            store_rows(p_out, b_acc_rest, m_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
-        tl.store(p_lse, b_lse, mask=m_row)
+    store_rows(p_out, b_acc, m_row, 0, BLOCK_DV, HEAD_DIM_V)
+    if REST_DV > 0:
+        store_rows(p_out, b_acc_rest, m_row, BLOCK_DV, REST_DV, HEAD_DIM_V)
+    tl.store(p_lse, b_lse, mask=m_row)
 
 
 @triton.jit
@@ -345,95 +241,27 @@ def join_kernel(
     SPLIT_TILES: tl.constexpr,
 ):
     """All pieces of one list into what its first part left, for some of its lanes."""
-    i_piece, p_pass = tl.program_id(0), p_passes + tl.program_id(2) * WORK_WIDTH
-    if i_piece >= number(p_pass, 17):
+    i_piece, p_pass = tl.program_id(0), p_passes + tl.program_id(2) * PASS.width
+    if i_piece >= number(p_pass, PASS.pieces):
         return
-    if tl.load(address(p_pass, 5, tl.int32) + i_piece) != SPLIT_TILES:
+    if tl.load(address(p_pass, PASS.first, tl.int32) + i_piece) != SPLIT_TILES:
         return
-    i_list = tl.load(address(p_pass, 4, tl.int32) + i_piece)
+    i_list = tl.load(address(p_pass, PASS.order, tl.int32) + i_piece)
     lane_first = tl.program_id(1) * BLOCK_M
     _, b_row, b_head, m_row = lanes_of(p_pass, i_list, lane_first, BLOCK_M)
     p_out += b_row * stride_out_row + b_head * stride_out_head
     p_lse += b_row * stride_lse_row + b_head
     b_out = load_rows(p_out, m_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32)
     b_lse = tl.load(p_lse, mask=m_row, other=-float("inf"))
-    o_lane = (number(p_pass, 18) + i_piece).to(tl.int64) * LANES + lane_first + tl.arange(0, BLOCK_M)
-    count = tl.load(address(p_pass, 8, tl.int32) + i_list)
+    o_lane = (number(p_pass, PASS.piece_first) + i_piece).to(tl.int64) * LANES + lane_first + tl.arange(0, BLOCK_M)
+    count = tl.load(address(p_pass, PASS.count, tl.int32) + i_list)
     for _ in tl.range(1, tl.cdiv(count, SPLIT_TILES)):
         b_part = load_rows(p_piece_out + o_lane * HEAD_DIM_V, m_row, 0, BLOCK_DV, HEAD_DIM_V).to(tl.float32)
         b_part_lse = tl.load(p_piece_lse + o_lane, mask=m_row, other=-float("inf"))
-        b_top = tl.maximum(b_lse, b_part_lse)
-        b_shift = tl.where(b_top == -float("inf"), 0.0, b_top)
-        b_old, b_new = tl.exp(b_lse - b_shift), tl.exp(b_part_lse - b_shift)
-        b_sum = b_old + b_new
-        b_share = b_new / tl.where(b_sum > 0, b_sum, 1.0)
-        b_out += (b_part - b_out) * b_share[:, None]
-        b_lse = b_shift + tl.log(b_sum)
+        b_out, b_lse = merged(b_out, b_lse, b_part, b_part_lse)
         o_lane += LANES
     store_rows(p_out, b_out, m_row, 0, BLOCK_DV, HEAD_DIM_V)
     tl.store(p_lse, b_lse, mask=m_row)
-
-
-def work_of(lists: TileLists, widest: int, lists_per_head: int) -> Work:
-    """``widest``: most key tiles of a list; ``lists_per_head``: those of a query tile that read one KV head."""
-    order = start_order(lists, widest, lists_per_head)
-    pieces = pieces_of(lists.count.numel(), widest)
-    if not pieces:
-        return Work(order, lists.count, lists.count)
-    count = lists.count[order]
-    own = torch.div(count - 1, SPLIT, rounding_mode="floor").clamp_min(0)
-    own = torch.where(own.cumsum(0) <= pieces, own, 0)
-    end = own.cumsum(0)
-    piece = torch.arange(pieces, device=order.device)
-    index = torch.searchsorted(end, piece, right=True)
-    used, index = index < order.numel(), index.clamp_max(order.numel() - 1)
-    first = torch.where(used, (piece - end[index] + own[index] + 1) * SPLIT, 0)
-    until = torch.where(used, (first + SPLIT).minimum(count[index]), 0)
-    return Work(
-        torch.cat([order[index], order]),
-        torch.cat([first, torch.zeros_like(count)]).int(),
-        torch.cat([until, torch.where(own > 0, SPLIT, count)]).int(),
-        pieces,
-    )
-
-
-def work_row(tile_pass: TilePass, lists: TileLists, work: Work, piece_first: int = 0, done: int = 0) -> list[int]:
-    """What kernels read of a pass, its lists and how they start; all of it must be kept.
-
-    ``piece_first``: where its pieces lie among those of a launch; ``done``: address of a count of lists.
-    """
-    given = [tile_pass.rows, tile_pass.positions, tile_pass.indptr, tile_pass.request]
-    given += [work.order, work.first, work.until]
-    given += [lists.begin, lists.count, lists.full, lists.tiles, lists.sink, lists.reach]
-    row = [x.data_ptr() for x in given] + [0 if work.given is None else work.given.data_ptr()]
-    row += [tile_pass.num_tiles, tile_pass.sharing, lists.count.numel(), work.pieces, piece_first, done]
-    return row
-
-
-def pieces_of(lists: int, widest: int) -> int:
-    """Programs that there are for rests of so many lists, none of more than ``widest`` tiles."""
-    return min(lists * (-(-widest // SPLIT) - 1), SPLIT_PIECES)
-
-
-def start_order(lists: TileLists, widest: int, lists_per_head: int) -> torch.Tensor:
-    """The order in which lists start, int32 [G * T]; arguments as for :func:`work_of`.
-
-    First those of more than twice the mean, so that none of them is what all others wait for; then by :func:`places`;
-    both the longest first.
-    """
-    count = lists.count
-    place = places(lists.sink.shape, lists_per_head, count.device).flatten() + 1
-    place = torch.where(count > 2 * count.float().mean(), 0, place)
-    return (place * (widest + 1) - count).argsort().int()
-
-
-def places(shape: tuple[int, ...], lists_per_head: int, device: torch.device) -> torch.Tensor:
-    """Places of lists, int64 [G, T]: by KV head and, within it, by :data:`NEIGHBOURS` query tiles.
-
-    What is started together reads the same keys.
-    """
-    number, tile = (torch.arange(size, device=device) for size in shape)
-    return number[:, None] // lists_per_head * -(-shape[1] // NEIGHBOURS) + tile // NEIGHBOURS
 
 
 def attend(
@@ -460,12 +288,12 @@ def attend(
         launch = choose(device_architecture(query.device), head_dim, head_dim_v, query.element_size())
     elif launch.descriptors and not describable(launch, head_dim, head_dim_v):
         raise ValueError(f"{launch} asks for descriptors, but heads of {head_dim} and {head_dim_v} are not one box")
-    work = lists.work or work_of(lists, keys.widest, operands.group // tile_pass.sharing)
-    started = work.started
-    if started is None:
-        row = work_row(tile_pass, lists, work)
-        started = Started(on_device(row, torch.int64, query.device), work.order.numel(), work.pieces, tile_pass.lanes)
-    passes = started.table.numel() // WORK_FIELDS
+    if lists.work is None:
+        lists = work_triton.put(tile_pass, lists, operands.group)
+    assert lists.work is not None
+    started = lists.work.started
+    assert started is not None
+    passes = started.table.numel() // PASS.width
     if passes == 0:
         return
     launch = fitted(launch, started.lanes, keys.tile_keys)
@@ -524,7 +352,7 @@ def attend(
             BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
             BLOCK_M=JOINED,
             LANES=lanes,
-            SPLIT_TILES=SPLIT,
+            SPLIT_TILES=work_triton.SPLIT,
             **OPTIONS,
         )
 

@@ -321,6 +321,11 @@ class Budget:
         return self.bound == 0.0
 
     @property
+    def is_limited(self) -> bool:
+        """Whether tiles are limited, whatever they would keep."""
+        return self.max_density < 1.0
+
+    @property
     def allowed(self) -> torch.Tensor:
         """What each head would be allowed to lose by itself: energy per row, fp32 [H]."""
         return (self.energy * self.bound**2).clamp_min(TINY)
@@ -337,6 +342,7 @@ def decide(offers: Sequence[Offer], budget: Budget, previous: torch.Tensor) -> t
     together are least; and the heads of a KV group are in lists of their own or in shared ones, whatever costs less.
     The highest price at which the heads stay within the budget is the one, so a head gets tiles where they help the
     layer's output most; what is left of the budget goes to lists that the next higher price would have sooner.
+    Where tiles are limited, nothing but tiles counts at the last price, so that the limit holds whatever the bound.
     Heads with one proposal and nothing to search have that, and neither draw on the budget nor add to it.
 
     Args:
@@ -363,7 +369,7 @@ def decide(offers: Sequence[Offer], budget: Budget, previous: torch.Tensor) -> t
 
     first, bills = 0, []
     for offer in offers:
-        bills.append(_Bill.of(offer, first, price, budget.ease, bound_to, fixed, previous))
+        bills.append(_Bill.of(offer, first, price, budget, bound_to, fixed, previous))
         first += len(offer.proposals)
 
     def by_group(name: str) -> torch.Tensor:
@@ -374,7 +380,7 @@ def decide(offers: Sequence[Offer], budget: Budget, previous: torch.Tensor) -> t
     lost = by_group("lost").gather(0, which)[0].sum(0)
     allowed = budget.bound**2 * energy.sum()
     best = ((lost <= allowed) * (step + 1)).amax().sub_(1).clamp_min_(0)
-    if budget.max_density < 1.0:
+    if budget.is_limited:
         read = by_group("read").gather(0, which)[0].sum(0)
         too_many = read > budget.max_density * heads * view.causal_tiles
         best = torch.maximum(best, too_many.sum().clamp_max(PRICES - 1))
@@ -424,7 +430,7 @@ class _Bill:
         offer: Offer,
         first: int,
         price: torch.Tensor,
-        ease: float,
+        budget: Budget,
         bound_to: torch.Tensor,
         fixed: torch.Tensor,
         previous: torch.Tensor,
@@ -443,8 +449,10 @@ class _Bill:
             error = torch.cat([error, error.new_zeros(lists, 1)], dim=1)
             tiles = torch.cat([tiles, offer.view.causal_tiles.expand(lists, 1)], dim=1)
             barred = torch.cat([barred, bound_to[:, None]], dim=1)
-            favour = torch.nn.functional.pad(favour, (0, 1), value=1 - ease)
+            favour = torch.nn.functional.pad(favour, (0, 1), value=1 - budget.ease)
         costs = (error * favour).masked_fill(barred, torch.inf)[..., None] + (tiles * favour)[..., None] * price
+        if budget.is_limited:
+            costs[..., -1] = tiles.float().masked_fill(barred, torch.inf)
         paid, option = costs.min(1)
         lost = error.gather(1, option).masked_fill(fixed[::sharing, None], 0.0)
         return cls(offer, first, option, paid, lost, tiles.gather(1, option))

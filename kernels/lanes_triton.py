@@ -6,14 +6,16 @@ tile by :func:`blocks`. Nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .launch_table import OPTIONS
+from .tables import address, number
 from .tiles import TileLists, TilePass
+from .work_triton import PASS, lanes_of, load_rows, merged, row_of, store_rows
 
 LANES_AT_ONCE = 32
 """Lanes of a program of :func:`gather` and :func:`scatter`."""
@@ -36,72 +38,56 @@ class Blocks(NamedTuple):
 
 
 @triton.jit
+def block_of(p_pass, LISTS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's list, how many tiles it has, its lanes, and where these lie among [T, LANES, LISTS]."""
+    i_tile, i_group = tl.program_id(0) // LISTS, tl.program_id(0) % LISTS
+    i_list = i_group * number(p_pass, PASS.query_tiles) + i_tile
+    lane_first = tl.program_id(1) * BLOCK
+    o_lane = i_tile.to(tl.int64) * LANES + lane_first + tl.arange(0, BLOCK)
+    count = tl.load(address(p_pass, PASS.count, tl.int32) + i_list)
+    return i_group, count, o_lane, lanes_of(p_pass, i_list, lane_first, BLOCK)
+
+
+@triton.jit
 def gather_kernel(
+    p_pass,
     p_query,
     p_lanes,
     p_lane_pos,
-    p_rows,
-    p_row_pos,
-    p_row_indptr,
-    p_count,
-    query_tiles,
     stride_row,
     stride_head,
     LISTS: tl.constexpr,
-    SHARING: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Some lanes of one list: query elements, and positions where the list is the tile's first."""
-    i_tile = (tl.program_id(0) // LISTS).to(tl.int64)
-    i_group = tl.program_id(0) % LISTS
-    o_lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    o_row = tl.load(p_row_indptr + i_tile) + o_lane // SHARING
-    m_row = o_row < tl.load(p_row_indptr + i_tile + 1)
-    b_at = i_tile * LANES + o_lane
+    i_group, count, b_at, lanes = block_of(p_pass, LISTS, LANES, BLOCK)
+    o_row, b_row, b_head, m_row = lanes
     if i_group == 0:
         # A lane without a row stands before every key.
-        tl.store(p_lane_pos + b_at, tl.load(p_row_pos + o_row, mask=m_row, other=-1))
-    if tl.load(p_count + i_group * query_tiles + i_tile) == 0:
+        b_pos = tl.load(address(p_pass, PASS.positions, tl.int32) + o_row, mask=m_row, other=-1)
+        tl.store(p_lane_pos + b_at, b_pos)
+    if count == 0:
         return
-    b_row = tl.load(p_rows + o_row, mask=m_row, other=0)
-    b_head = i_group * SHARING + o_lane % SHARING
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < HEAD_DIM)[None, :]
-    # lanes x head size
-    p_elements = p_query + (b_row * stride_row + b_head * stride_head)[:, None] + o_d[None, :]
-    b_query = tl.load(p_elements, mask=m_row[:, None] & m_d, other=0.0)
-    tl.store(p_lanes + ((b_at * LISTS + i_group) * HEAD_DIM)[:, None] + o_d[None, :], b_query, mask=m_d)
+    b_query = load_rows(p_query + b_row * stride_row + b_head * stride_head, m_row, 0, BLOCK_D, HEAD_DIM)
+    m_all = tl.full([BLOCK], True, tl.int1)
+    store_rows(p_lanes + (b_at * LISTS + i_group) * HEAD_DIM, b_query, m_all, 0, BLOCK_D, HEAD_DIM)
 
 
 @triton.jit
-def blocks_kernel(
-    p_begin,
-    p_count,
-    p_full,
-    p_tiles,
-    p_sink,
-    p_reach,
-    p_request,
-    p_tile_indptr,
-    p_masked_count,
-    p_bounds,
-    p_index,
-    query_tiles,
-    widest,
-    masked_first,
-    BLOCK: tl.constexpr,
-):
+def blocks_kernel(p_pass, p_tile_indptr, p_masked_count, p_bounds, p_index, widest, masked_first, BLOCK: tl.constexpr):
     """One list: its full tiles, and at ``masked_first`` entries behind them the others."""
     i_list = tl.program_id(0).to(tl.int64)
-    count, full = tl.load(p_count + i_list), tl.load(p_full + i_list)
-    first = tl.load(p_tile_indptr + tl.load(p_request + i_list % query_tiles))
+    count = tl.load(address(p_pass, PASS.count, tl.int32) + i_list)
+    full = tl.load(address(p_pass, PASS.full, tl.int32) + i_list)
+    i_tile = i_list % number(p_pass, PASS.query_tiles)
+    first = tl.load(p_tile_indptr + tl.load(address(p_pass, PASS.request, tl.int32) + i_tile))
     tl.store(p_masked_count + i_list, count - full)
-    tl.store(p_bounds + i_list * 2, tl.load(p_sink + i_list))
-    tl.store(p_bounds + i_list * 2 + 1, tl.load(p_reach + i_list))
-    p_tiles += tl.load(p_begin + i_list)
+    tl.store(p_bounds + i_list * 2, tl.load(address(p_pass, PASS.sink, tl.int32) + i_list))
+    tl.store(p_bounds + i_list * 2 + 1, tl.load(address(p_pass, PASS.reach, tl.int32) + i_list))
+    p_tiles = address(p_pass, PASS.tiles, tl.int32) + tl.load(address(p_pass, PASS.begin, tl.int32) + i_list)
     p_index += i_list * widest
     for block in tl.range(0, count, BLOCK):
         o_tile = block + tl.arange(0, BLOCK)
@@ -112,20 +98,16 @@ def blocks_kernel(
 
 @triton.jit
 def scatter_kernel(
+    p_pass,
     p_part,
     p_part_lse,
     p_out,
     p_lse,
-    p_rows,
-    p_row_indptr,
-    p_count,
     value_scale,
-    query_tiles,
     stride_row,
     stride_head,
     stride_lse_row,
     LISTS: tl.constexpr,
-    SHARING: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,38 +115,21 @@ def scatter_kernel(
     MERGE: tl.constexpr,
 ):
     """Some lanes of one list, into the rows they are of."""
-    i_tile = (tl.program_id(0) // LISTS).to(tl.int64)
-    i_group = tl.program_id(0) % LISTS
-    if MERGE and tl.load(p_count + i_group * query_tiles + i_tile) == 0:
+    i_group, count, b_at, lanes = block_of(p_pass, LISTS, LANES, BLOCK)
+    if MERGE and count == 0:
         return
-    o_lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    o_row = tl.load(p_row_indptr + i_tile) + o_lane // SHARING
-    m_row = o_row < tl.load(p_row_indptr + i_tile + 1)
-    b_row = tl.load(p_rows + o_row, mask=m_row, other=0)
-    b_head = i_group * SHARING + o_lane % SHARING
-    b_lse = tl.load(p_part_lse + (i_tile * LISTS + i_group) * LANES + o_lane, mask=m_row, other=-float("inf"))
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < HEAD_DIM)[None, :]
-    b_at = ((i_tile * LANES + o_lane) * LISTS + i_group) * HEAD_DIM
-    m_seen = (b_lse != -float("inf"))[:, None]
-    b_part = tl.load(p_part + b_at[:, None] + o_d[None, :], mask=m_seen & m_d, other=0.0).to(tl.float32) * value_scale
-    p_out += (b_row * stride_row + b_head * stride_head)[:, None] + o_d[None, :]
+    _, b_row, b_head, m_row = lanes
+    b_lse_at = tl.program_id(0).to(tl.int64) * LANES + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b_lse = tl.load(p_part_lse + b_lse_at, mask=m_row, other=-float("inf"))
+    p_part += (b_at * LISTS + i_group) * HEAD_DIM
+    b_part = load_rows(p_part, b_lse != -float("inf"), 0, BLOCK_D, HEAD_DIM).to(tl.float32) * value_scale
+    p_out += b_row * stride_row + b_head * stride_head
     p_lse += b_row * stride_lse_row + b_head
     if MERGE:
         b_old_lse = tl.load(p_lse, mask=m_row, other=-float("inf"))
-        m_old = (b_old_lse != -float("inf"))[:, None]
-        b_old = tl.load(p_out, mask=m_old & m_d, other=0.0).to(tl.float32)
-        b_top = tl.maximum(b_old_lse, b_lse)
-        # A row that sees no key has no maximum to subtract.
-        b_top = tl.where(b_top == -float("inf"), 0.0, b_top)
-        b_old_sum, b_sum = tl.exp(b_old_lse - b_top), tl.exp(b_lse - b_top)
-        b_total = b_old_sum + b_sum
-        b_part = b_old * b_old_sum[:, None] + b_part * b_sum[:, None]
-        m_none = b_total == 0.0
-        b_total = tl.where(m_none, 1.0, b_total)
-        b_part = b_part / b_total[:, None]
-        b_lse = tl.where(m_none, -float("inf"), b_top + tl.log(b_total))
-    tl.store(p_out, b_part.to(p_out.dtype.element_ty), mask=m_row[:, None] & m_d)
+        b_old = load_rows(p_out, b_old_lse != -float("inf"), 0, BLOCK_D, HEAD_DIM).to(tl.float32)
+        b_part, b_lse = merged(b_old, b_old_lse, b_part, b_lse)
+    store_rows(p_out, b_part, m_row, 0, BLOCK_D, HEAD_DIM)
     tl.store(p_lse, b_lse, mask=m_row)
 
 
@@ -178,17 +143,13 @@ def gather(query: torch.Tensor, tile_pass: TilePass, lists: TileLists, lanes: in
     gathered = query.new_empty(tiles, lanes, groups, head_dim)
     positions = torch.empty(tiles, lanes, dtype=torch.int32, device=query.device)
     gather_kernel[tiles * groups, triton.cdiv(lanes, LANES_AT_ONCE)](
+        row_of(tile_pass, lists),
         query,
         gathered,
         positions,
-        tile_pass.rows,
-        tile_pass.positions,
-        tile_pass.indptr,
-        lists.count,
-        tiles,
         query.stride(0),
         query.stride(1),
-        **_constants(tile_pass, groups, lanes, head_dim),
+        **_constants(groups, lanes, head_dim),
     )
     return gathered, positions
 
@@ -203,24 +164,8 @@ def blocks(tile_pass: TilePass, lists: TileLists) -> Blocks:
     index = torch.empty(2, groups, tiles, 1, widest, dtype=torch.int32, device=device)
     masked_count = torch.empty_like(lists.full)
     bounds = torch.empty(groups, tiles, 2, dtype=torch.int32, device=device)
-    blocks_kernel[groups * tiles,](
-        lists.begin,
-        lists.count,
-        lists.full,
-        lists.tiles,
-        lists.sink,
-        lists.reach,
-        tile_pass.request,
-        tile_pass.keys.tile_indptr,
-        masked_count,
-        bounds,
-        index,
-        tiles,
-        widest,
-        groups * tiles * widest,
-        BLOCK=TILES_AT_ONCE,
-        **OPTIONS,
-    )
+    given = row_of(tile_pass, lists), tile_pass.keys.tile_indptr, masked_count, bounds, index
+    blocks_kernel[groups * tiles,](*given, widest, groups * tiles * widest, BLOCK=TILES_AT_ONCE, **OPTIONS)
     masked_count, full_count = (
         count.view(groups, tiles).transpose(0, 1)[..., None] for count in (masked_count, lists.full)
     )
@@ -246,31 +191,28 @@ def scatter(
     """
     tiles, lanes, groups, head_dim = part.shape
     scatter_kernel[tiles * groups, triton.cdiv(lanes, LANES_AT_ONCE)](
+        row_of(tile_pass, lists),
         part,
         part_lse,
         out,
         lse,
-        tile_pass.rows,
-        tile_pass.indptr,
-        lists.count,
         value_scale,
-        tiles,
         out.stride(0),
         out.stride(1),
         lse.stride(0),
-        **_constants(tile_pass, groups, lanes, head_dim),
+        **_constants(groups, lanes, head_dim),
         MERGE=merge,
     )
 
 
-def _constants(tile_pass: TilePass, groups: int, lanes: int, head_dim: int) -> dict[str, Any]:
+def _constants(groups: int, lanes: int, head_dim: int) -> dict[str, int | bool]:
     """What compilers are told of lanes; ``lanes`` is a multiple of :data:`LANES_AT_ONCE`."""
+    block_d = triton.next_power_of_2(head_dim)
     return {
         "LISTS": groups,
-        "SHARING": tile_pass.sharing,
         "LANES": lanes,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_D": block_d,
         "BLOCK": LANES_AT_ONCE,
         **OPTIONS,
     }

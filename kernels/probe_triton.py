@@ -23,13 +23,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import load_keys, load_rows
+from .attend import load_keys
 from .copy_triton import CHANNELS_ALL, CHANNELS_HELD, padded_signs
 from .launch_table import OPTIONS
 from .operands import Operands
 from .probe import ProbeKeys, ProbeRows
 from .sketch import HELD
-from .tables import address, number, on_device
+from .tables import Fields, Table, address, number, upload
+from .work_triton import load_rows
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 512
@@ -37,9 +38,16 @@ PROGRAMS = 512
 MIN_TILES = 8
 MAX_REGIONS = 2
 """Regions that one pass over the keys adds up."""
-FIELDS = 16
-"""Of a row of both tables."""
-FIELDS_ALL = tl.constexpr(FIELDS)
+PROBE = Fields("rows positions row_of part lse projected output size per_head first tiles per_split splits")
+"""Probe rows of a row group, and ``row_of`` by head; the sequence order's key tiles in splits.
+
+By split: output (``part``), its ``lse`` and what is ``projected`` of it; then all splits' together.
+"""
+JOB = Fields(
+    "probe arrival held other_held arrived tiles first sink reach other_sink other_reach regions splits writes"
+)
+"""The key tiles of an order, those that have arrived first, and what is asked of them for the rows of a ``probe``: what
+they hold in one region or two. ``writes``: whether it is the first of the row group, which writes the output."""
 
 
 @triton.jit
@@ -58,14 +66,14 @@ def rows_of_group(
 
     A group's rows are those of its heads in turn.
     """
-    i_kv, probe_rows = tl.program_id(1), number(p_probe, 3)
+    i_kv, probe_rows = tl.program_id(1), number(p_probe, PROBE.per_head)
     o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < GROUP * probe_rows
     b_index = (i_kv * GROUP * probe_rows + o_row).to(tl.int64)
-    b_row = tl.load(address(p_probe, 2, tl.int32) + head_first * probe_rows + b_index, mask=m_row, other=0)
-    b_batch_row = tl.load(address(p_probe, 0, tl.int64) + b_row, mask=m_row, other=0)
+    b_row = tl.load(address(p_probe, PROBE.row_of, tl.int32) + head_first * probe_rows + b_index, mask=m_row, other=0)
+    b_batch_row = tl.load(address(p_probe, PROBE.rows, tl.int64) + b_row, mask=m_row, other=0)
     # A lane without a row stands before every key, so it sees none.
-    b_pos = tl.load(address(p_probe, 1, tl.int32) + b_row, mask=m_row, other=-1)
+    b_pos = tl.load(address(p_probe, PROBE.positions, tl.int32) + b_row, mask=m_row, other=-1)
     b_head = (i_kv * GROUP + o_row // probe_rows).to(tl.int64)
     p_query += b_batch_row * stride_row + b_head * stride_head
     return b_index, m_row, load_rows(p_query, m_row, 0, BLOCK_D, HEAD_DIM), b_pos
@@ -129,14 +137,18 @@ def probe_kernel(
     ``splits``: most of a row group. Of each split: output, base-2 logarithm of the sum, and the projected output.
     """
     i_kv, i_split = tl.program_id(1), tl.program_id(2) % splits
-    p_probe = p_probes + tl.program_id(2) // splits * FIELDS_ALL
-    probe_rows, tiles, per_split = number(p_probe, 3), number(p_probe, 5), number(p_probe, 6)
+    p_probe = p_probes + tl.program_id(2) // splits * PROBE.width
+    probe_rows, tiles, per_split = (
+        number(p_probe, PROBE.per_head),
+        number(p_probe, PROBE.tiles),
+        number(p_probe, PROBE.per_split),
+    )
     # Programs without rows or tiles have a loop of none: one that returned early would spill.
     b_index, m_row, b_query, b_pos = rows_of_group(
         p_probe, p_query, head_first, stride_query_row, stride_query_head, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M
     )
     m_row &= i_split * per_split < tiles
-    first = number(p_probe, 4).to(tl.int64) * (PARTS * BLOCK_N)
+    first = number(p_probe, PROBE.first).to(tl.int64) * (PARTS * BLOCK_N)
     p_key += i_kv.to(tl.int64) * stride_key_head + first * HEAD_DIM
     p_value += i_kv.to(tl.int64) * stride_value_head + first * HEAD_DIM_V
 
@@ -165,13 +177,13 @@ def probe_kernel(
     b_sum = tl.where(m_seen, b_sum, 1.0)
     b_index += i_split.to(tl.int64) * tl.num_programs(1) * GROUP * probe_rows
     b_lse = tl.where(m_seen, b_max + tl.log2(b_sum), -float("inf"))
-    tl.store(address(p_probe, 8, tl.float32) + b_index, b_lse, mask=m_row)
+    tl.store(address(p_probe, PROBE.lse, tl.float32) + b_index, b_lse, mask=m_row)
     b_acc /= b_sum[:, None]
     o_d = tl.arange(0, BLOCK_DV)
     m_d = o_d < HEAD_DIM_V
-    p_out = address(p_probe, 7, tl.float32) + b_index[:, None] * HEAD_DIM_V + o_d[None, :]
+    p_out = address(p_probe, PROBE.part, tl.float32) + b_index[:, None] * HEAD_DIM_V + o_d[None, :]
     tl.store(p_out, b_acc, mask=m_row[:, None] & m_d[None, :])
-    p_projected = address(p_probe, 9, tl.float32) + b_index * CHANNELS_HELD
+    p_projected = address(p_probe, PROBE.projected, tl.float32) + b_index * CHANNELS_HELD
     for i_channel in tl.static_range(1, CHANNELS_HELD):
         b_sign = tl.load(p_signs + o_d * CHANNELS_HELD + i_channel, mask=m_d, other=0.0).to(tl.float32)
         tl.store(p_projected + i_channel, tl.sum(b_acc * b_sign[None, :], 1), mask=m_row)
@@ -180,9 +192,9 @@ def probe_kernel(
 @triton.jit
 def join_splits(p_probe, b_index, m_row, rows, value_scale):
     """Base-2 logarithm of the sum of some rows, and their projected output [rows, CHANNELS]."""
-    splits, o_c = number(p_probe, 12), tl.arange(0, CHANNELS_ALL)[None, :]
-    p_lse = address(p_probe, 8, tl.float32) + b_index
-    p_projected = address(p_probe, 9, tl.float32) + b_index[:, None] * CHANNELS_HELD + o_c
+    splits, o_c = number(p_probe, PROBE.splits), tl.arange(0, CHANNELS_ALL)[None, :]
+    p_lse = address(p_probe, PROBE.lse, tl.float32) + b_index
+    p_projected = address(p_probe, PROBE.projected, tl.float32) + b_index[:, None] * CHANNELS_HELD + o_c
     m_projected = m_row[:, None] & (o_c > 0) & (o_c < CHANNELS_HELD)
     b_top = tl.full(b_index.shape, -float("inf"), tl.float32)
     for i_split in tl.range(0, splits):
@@ -200,10 +212,10 @@ def join_splits(p_probe, b_index, m_row, rows, value_scale):
 @triton.jit
 def write_output(p_probe, i_index, head_first, rows, value_scale, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr):
     """Output of one row, all its splits together, and its squared length."""
-    o_d, splits = tl.arange(0, BLOCK_DV), number(p_probe, 12)
+    o_d, splits = tl.arange(0, BLOCK_DV), number(p_probe, PROBE.splits)
     m_d = o_d < HEAD_DIM_V
-    p_lse = address(p_probe, 8, tl.float32) + i_index
-    p_part = address(p_probe, 7, tl.float32) + i_index * HEAD_DIM_V + o_d
+    p_lse = address(p_probe, PROBE.lse, tl.float32) + i_index
+    p_part = address(p_probe, PROBE.part, tl.float32) + i_index * HEAD_DIM_V + o_d
     top = -float("inf")
     for i_split in tl.range(0, splits):
         top = tl.maximum(top, tl.load(p_lse + i_split * rows))
@@ -214,9 +226,9 @@ def write_output(p_probe, i_index, head_first, rows, value_scale, HEAD_DIM_V: tl
         total += share
         b_out += share * tl.load(p_part + i_split * rows * HEAD_DIM_V, mask=m_d, other=0.0)
     b_out *= value_scale / total
-    i_index += head_first * number(p_probe, 3)
-    tl.store(address(p_probe, 10, tl.float32) + i_index * HEAD_DIM_V + o_d, b_out, mask=m_d)
-    tl.store(address(p_probe, 11, tl.float32) + i_index, tl.sum(b_out * b_out, 0))
+    i_index += head_first * number(p_probe, PROBE.per_head)
+    tl.store(address(p_probe, PROBE.output, tl.float32) + i_index * HEAD_DIM_V + o_d, b_out, mask=m_d)
+    tl.store(address(p_probe, PROBE.size, tl.float32) + i_index, tl.sum(b_out * b_out, 0))
 
 
 @triton.jit
@@ -251,16 +263,16 @@ def hold(
     """What the tiles of one split of an order hold of some rows in one region or two."""
     b_index, m_row, b_query, b_pos, b_lse, b_projected = rows_given
     p_key, p_key_pos, p_parts = keys_given
-    arrived, tiles, splits = number(p_job, 2), number(p_job, 3), number(p_job, 12)
+    arrived, tiles, splits = number(p_job, JOB.arrived), number(p_job, JOB.tiles), number(p_job, JOB.splits)
     o_c = tl.arange(0, CHANNELS_ALL)[None, :]
     o_held = o_c * (rows * tiles) + b_index[:, None] * tiles
     m_held = m_row[:, None] & (o_c < CHANNELS_HELD)
-    p_arrival, p_held = address(p_job, 1, tl.int32), address(p_job, 5, tl.float32) + o_held
+    p_arrival, p_held = address(p_job, JOB.arrival, tl.int32), address(p_job, JOB.held, tl.float32) + o_held
     p_other = p_held
-    sink, reach, other_sink, other_reach = number(p_job, 7), number(p_job, 8), 0, 0
+    sink, reach, other_sink, other_reach = number(p_job, JOB.sink), number(p_job, JOB.reach), 0, 0
     if REGIONS == 2:
-        p_other = address(p_job, 6, tl.float32) + o_held
-        other_sink, other_reach = number(p_job, 9), number(p_job, 10)
+        p_other = address(p_job, JOB.other_held, tl.float32) + o_held
+        other_sink, other_reach = number(p_job, JOB.other_sink), number(p_job, JOB.other_reach)
     per_split = tl.cdiv(arrived, splits)
     for i_entry in tl.range(i_split * per_split, tl.minimum((i_split + 1) * per_split, arrived)):
         i_tile = tl.load(p_arrival + i_entry).to(tl.int64)
@@ -320,14 +332,14 @@ def held_kernel(
     ``splits``: most of an order. What tiles hold: [HELD, H, P, tiles] for the heads that are probed at a time.
     """
     i_kv, i_split = tl.program_id(1), tl.program_id(2) % splits
-    p_job = p_jobs + tl.program_id(2) // splits * FIELDS_ALL
-    p_probe = p_probes + number(p_job, 0) * FIELDS_ALL
-    of_group, own = GROUP * number(p_probe, 3), number(p_job, 12)
+    p_job = p_jobs + tl.program_id(2) // splits * JOB.width
+    p_probe = p_probes + number(p_job, JOB.probe) * PROBE.width
+    of_group, own = GROUP * number(p_probe, PROBE.per_head), number(p_job, JOB.splits)
     row_first = tl.program_id(0) * BLOCK_M
     if (i_split >= own) | (row_first >= of_group):
         return
     rows = tl.num_programs(1).to(tl.int64) * of_group
-    if number(p_job, 13) != 0:
+    if number(p_job, JOB.writes) != 0:
         per_split = tl.cdiv(BLOCK_M, own)
         last = tl.minimum(tl.minimum((i_split + 1) * per_split, BLOCK_M), of_group - row_first)
         for i_row in tl.range(i_split * per_split, last):
@@ -337,12 +349,12 @@ def held_kernel(
         p_probe, p_query, head_first, stride_query_row, stride_query_head, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M
     )
     b_lse, b_projected = join_splits(p_probe, b_index, m_row, rows, value_scale)
-    first = number(p_job, 4).to(tl.int64) * (PARTS * BLOCK_N)
+    first = number(p_job, JOB.first).to(tl.int64) * (PARTS * BLOCK_N)
     p_key += i_kv.to(tl.int64) * stride_key_head + first * HEAD_DIM
     p_parts += i_kv.to(tl.int64) * stride_part_head + first * CHANNELS_HELD
     rows_given = b_index, m_row, b_query, b_pos[:, None], b_lse[:, None], b_projected
     keys_given = p_key, p_key_pos + first, p_parts
-    if number(p_job, 11) == 2:
+    if number(p_job, JOB.regions) == 2:
         hold(p_job, rows_given, keys_given, i_split, scale_log2, rows, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PARTS, 2)
     else:
         hold(p_job, rows_given, keys_given, i_split, scale_log2, rows, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PARTS, 1)
@@ -444,36 +456,56 @@ class Probes:
         wide = probe_launch(max(head_dim, head_dim_v), query.element_size(), tile_keys)
         self.launches = launch or wide, launch or held_launch(head_dim, query.element_size(), tile_keys)
         blocks = [heads * one.rows.per_head for one in probed]
-        self._kept: list[torch.Tensor] = []
-        probes: list[list[int]] = []
-        jobs: list[list[int]] = []
+        probes, jobs = Table(PROBE), Table(JOB)
         orders = sum(len({source.cell for source in one.held}) for one in probed)
+        most = [1, 1]
         for one, rows in zip(probed, blocks, strict=True):
-            sequence, per_head = one.keys.sequence, one.rows.per_head
+            sequence, writes = one.keys.sequence, 1
             tiles = sequence.arrival.numel()
-            most = self._splits(rows, tiles, self.launches[0], len(probed))
-            per_split = triton.cdiv(tiles, most)
+            per_split = triton.cdiv(tiles, self._splits(rows, tiles, self.launches[0], len(probed)))
             splits = triton.cdiv(tiles, per_split)
-            of_heads = one.rows.of(operands.heads, operands.group, operands.first).int()
-            row = [self._at(one.rows.rows), self._at(one.rows.positions), self._at(of_heads), per_head]
-            row += [sequence.tiles.start, tiles, per_split]
-            row += [self._at(new(splits, rows, *width)) for width in ((head_dim_v,), (), (HELD,))]
-            row += [self._at(one.output), self._at(one.size), splits]
             for order in (sequence, one.keys.cell):
                 asked = [source for source in one.held if source.cell == (order is one.keys.cell)]
                 for first in range(0, len(asked), MAX_REGIONS):
                     assert order is not None
                     some = asked[first : first + MAX_REGIONS]
-                    tiles = order.arrival.numel()
-                    job = [len(probes), self._at(order.arrival), order.arrived, tiles, order.tiles.start]
-                    job += [self._at(one.held[some[0]]), self._at(one.held[some[-1]]), *some[0][1:], *some[-1][1:]]
-                    job += [len(some), self._splits(rows, tiles, self.launches[1], orders)]
-                    jobs.append([*job, int(not jobs or jobs[-1][0] != len(probes)), 0, 0])
-            probes.append(row + [0] * (FIELDS - len(row)))
-        self.splits = max(row[12] for row in probes), max(job[12] for job in jobs)
-        self.counts = len(probes), len(jobs)
-        table = on_device([x for row in probes + jobs for x in row], torch.int64, query.device)
-        self.probes, self.jobs = torch.split(table, [FIELDS * count for count in self.counts])
+                    own_splits = self._splits(rows, order.arrival.numel(), self.launches[1], orders)
+                    jobs.add(
+                        probe=len(probes),
+                        arrival=order.arrival,
+                        held=one.held[some[0]],
+                        other_held=one.held[some[-1]],
+                        arrived=order.arrived,
+                        tiles=order.arrival.numel(),
+                        first=order.tiles.start,
+                        sink=some[0].sink,
+                        reach=some[0].reach,
+                        other_sink=some[-1].sink,
+                        other_reach=some[-1].reach,
+                        regions=len(some),
+                        splits=own_splits,
+                        writes=writes,
+                    )
+                    writes, most = 0, [most[0], max(most[1], own_splits)]
+            probes.add(
+                rows=one.rows.rows,
+                positions=one.rows.positions,
+                row_of=one.rows.of(operands.heads, operands.group, operands.first).int(),
+                part=new(splits, rows, head_dim_v),
+                lse=new(splits, rows),
+                projected=new(splits, rows, HELD),
+                output=one.output,
+                size=one.size,
+                per_head=one.rows.per_head,
+                first=sequence.tiles.start,
+                tiles=tiles,
+                per_split=per_split,
+                splits=splits,
+            )
+            most[0] = max(most[0], splits)
+        self.splits, self.counts = most, (len(probes), len(jobs))
+        self._kept = probes.kept, jobs.kept
+        self.probes, self.jobs = upload((probes, jobs), query.device)
 
     def blocks(self, launch: ProbeLaunch, group: int) -> int:
         """Blocks of rows of a KV head."""
@@ -482,11 +514,6 @@ class Probes:
     def _splits(self, rows: int, tiles: int, launch: ProbeLaunch, others: int) -> int:
         """Programs among which the key tiles are split, for each block of rows; there are ``others`` like these."""
         return max(1, min(PROGRAMS * launch.rows // (rows * others), tiles // MIN_TILES))
-
-    def _at(self, tensor: torch.Tensor) -> int:
-        """The address of a tensor that is kept."""
-        self._kept.append(tensor)
-        return tensor.data_ptr()
 
 
 def run(operands: Operands, probes: Probes, first: int = 0) -> None:

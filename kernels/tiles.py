@@ -8,6 +8,7 @@ that reads it, and ``H = G * sharing``. All index tensors live on the device of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -123,7 +124,7 @@ class Started:
 
     Of each row and head, one of the passes at most has tiles; in a launch that does not merge, one of several has.
 
-    ``table`` int64: the passes one after another, see :func:`.attend.work_row`; none where this is done by the launch
+    ``table`` int64: the passes one after another, see :data:`.work_triton.PASS`; none where this is done by the launch
     of another pass. ``programs``: most lists and rests of lists of a pass; ``pieces``: rests of all passes;
     ``lanes``: most lanes of a query tile.
     """
@@ -141,15 +142,17 @@ class Work:
     ``order`` int32 [W]: a program's list. Where lists are split, ``first`` and ``until`` int32 [W]: the entries of it
     that the program reads, none for those that are left over. The first ``pieces`` of the programs have rests of
     lists, each list's one after another. ``given`` int32 [G * T]: the order of lists of about the same length.
-    ``started``: the launch, if that is known.
+    ``started``: the launch, and ``row`` int64: what kernels read of the pass, from what is ``kept``.
     """
 
     order: torch.Tensor
     first: torch.Tensor
     until: torch.Tensor
+    given: torch.Tensor
     pieces: int = 0
-    given: torch.Tensor | None = None
+    row: torch.Tensor | None = None
     started: Started | None = None
+    kept: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 import checks
 import problems
 from mminference_sgl.backend import selfcheck
-from mminference_sgl.kernels import attend
+from mminference_sgl.kernels import attend, work_triton
 from mminference_sgl.kernels.launch_table import (
     HEAD_DIMS,
     NATIVE_DESCRIPTORS,
@@ -97,7 +97,7 @@ def test_attend_by_both_kinds_of_loads(
 
 
 def test_attend_on_lists_in_pieces(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "SPLIT", 3)
+    monkeypatch.setattr(work_triton, "SPLIT", 3)
     checks.check(checks.Setting(128, torch.bfloat16, 1), DEVICE, seed)
 
 

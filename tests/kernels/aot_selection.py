@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aot import Code, compile_all, resources
-from mminference_sgl.kernels import attend, copy_triton, probe_triton, select_triton
+from mminference_sgl.kernels import attend, copy_triton, probe_triton, select_triton, work_triton
 from mminference_sgl.kernels.launch_table import ARCHITECTURES, NATIVE_FP8, OPTIONS
 
 ARCHS = (80, 90, 100, 120)
@@ -30,7 +30,7 @@ SELECTION = ("rows", "candidates", "curves", "decide", "lists", "guard")
 """Kernels of :mod:`.select_triton`."""
 POINTERS = {
     **dict.fromkeys(("p_rows", "p_slots", "p_probes", "p_jobs"), "i64"),
-    **dict.fromkeys(("p_searches", "p_forms", "p_groups", "p_passes", "p_requests"), "i64"),
+    **dict.fromkeys(("p_searches", "p_forms", "p_groups", "p_offers", "p_segments", "p_passes", "p_requests"), "i64"),
     **dict.fromkeys(("p_held", "p_lse", "p_piece_lse", "p_out"), "fp32"),
     "p_levels": "i8",
 }
@@ -110,8 +110,8 @@ def compile_job(job: Job) -> Compiled:
             "BLOCK_BANDS": select_triton.BLOCK_BANDS,
             "BLOCK_H": 32,
             "BLOCK_L": 32,
-            "SPLIT": attend.SPLIT,
-            "BLOCK_ORDERED": select_triton.BLOCK_ORDERED,
+            "SPLIT": work_triton.SPLIT,
+            "BLOCK_ORDERED": work_triton.BLOCK_ORDERED,
             "HEAD_DIM_V": job.head_dim,
             "BLOCK_DV": max(128, block_dv) if job.kernel == "guard" else block_dv,
             "FP8_BITS": bits,
@@ -120,7 +120,7 @@ def compile_job(job: Job) -> Compiled:
             "TILE_KEYS": TILE_KEYS,
             "BLOCK_M": attend.JOINED,
             "LANES": 128,
-            "SPLIT_TILES": attend.SPLIT,
+            "SPLIT_TILES": work_triton.SPLIT,
         }
         options = {"num_warps": warps}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 import problems
-from mminference_sgl.kernels import attend, reference
+from mminference_sgl.kernels import attend, reference, work_triton
 from mminference_sgl.kernels.launch_table import Launch
 from mminference_sgl.kernels.operands import Operands
 from mminference_sgl.kernels.tiles import TileLists, TilePass, lists_from_map, tile_visibility
@@ -52,8 +52,8 @@ class Case:
     fp8: bool = False
     every_tile: bool = False
     shared: bool = False
-    split: int = attend.SPLIT
-    pieces: int = attend.SPLIT_PIECES
+    split: int = work_triton.SPLIT
+    pieces: int = work_triton.SPLIT_PIECES
 
 
 CASES = (
@@ -128,13 +128,13 @@ def run(case: Case, dtype: torch.dtype) -> None:
         lists = every_tile(problem, tile_pass) if case.every_tile else random_lists(problem, tile_pass, step)
         for result in (exact, plain):
             result.run(reference, tile_pass, lists, merge=step > 0)
-        with mock.patch.multiple(attend, SPLIT=case.split, SPLIT_PIECES=case.pieces):
-            described, pieces = run_attend(ours, tile_pass, lists, merge=step > 0, launch=case.launch)
+        with mock.patch.multiple(work_triton, SPLIT=case.split, SPLIT_PIECES=case.pieces):
+            started = run_attend(ours, tile_pass, lists, merge=step > 0, launch=case.launch)
         line = compare(case, tile_pass, lists, exact, plain, ours)
-        line |= {"step": step, "described": described, "pieces": pieces}
+        line |= {"step": step, **started}
         if case.launch is not None and case.launch.descriptors:
             other = case.launch._replace(descriptors=False)
-            with mock.patch.multiple(attend, SPLIT=case.split, SPLIT_PIECES=case.pieces):
+            with mock.patch.multiple(work_triton, SPLIT=case.split, SPLIT_PIECES=case.pieces):
                 run_attend(pointers, tile_pass, lists, merge=step > 0, launch=other)
             line["same"] = all(
                 bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
@@ -143,21 +143,44 @@ def run(case: Case, dtype: torch.dtype) -> None:
         print(json.dumps(line), flush=True)
 
 
-def run_attend(result: Result, *arguments, **options) -> tuple[int, int]:
-    """Runs the kernel; returns how many descriptors its launch had, and how many rests of lists."""
-    made = []
-    work_of = attend.work_of
+def run_attend(result: Result, tile_pass: TilePass, lists: TileLists, **options) -> dict[str, object]:
+    """Runs the kernel; how many descriptors its launch had, how many rests of lists, and whether these are in order."""
+    lists = work_triton.put(tile_pass, lists, result.operands.group)
+    with mock.patch.object(attend, "describe", wraps=attend.describe) as describe:
+        result.run(attend, tile_pass, lists, **options)
+    work, lists_of_head = lists.work, result.operands.group // tile_pass.sharing
+    return {
+        "described": describe.call_count,
+        "pieces": int((work.first[: work.pieces] > 0).sum()),
+        "ordered": in_order(lists, lists_of_head),
+    }
 
-    def noted(*given) -> attend.Work:
-        made.append(work_of(*given))
-        return made[-1]
 
-    with (
-        mock.patch.object(attend, "describe", wraps=attend.describe) as describe,
-        mock.patch.object(attend, "work_of", noted),
-    ):
-        result.run(attend, *arguments, **options)
-    return describe.call_count, int((made[0].first[: made[0].pieces] > 0).sum())
+def in_order(lists: TileLists, lists_of_head: int) -> bool:
+    """Whether every entry of every list is read once, rests of long lists first, one after another and none too long.
+
+    Of the lists those of more than twice the mean length come first; both by KV head and neighbouring query tiles.
+    """
+    work, counts, tiles = lists.work, lists.count.tolist(), lists.sink.shape[1]
+    order, first, until = work.order.tolist(), work.first.tolist(), work.until.tolist()
+    entries = [0] * len(counts)
+    for number, (index, start, end) in enumerate(zip(order, first, until, strict=True)):
+        entries[index] += end - start
+        if number < work.pieces and start < end:
+            follows = number > 0 and (order[number - 1], until[number - 1]) == (index, start)
+            if end - start > work_triton.SPLIT or not (start == work_triton.SPLIT or follows):
+                return False
+    own = order[work.pieces :]
+    places = [
+        (
+            counts[index] <= 2 * sum(counts) / len(counts),
+            index // tiles // lists_of_head,
+            index % tiles // work_triton.NEIGHBOURS,
+        )
+        for index in own
+    ]
+    whole = all(start == 0 for start in first[work.pieces :])
+    return entries == counts and sorted(own) == list(range(len(counts))) and places == sorted(places) and whole
 
 
 class Result:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 import problems
-from interpret import distance
-from mminference_sgl.kernels import attend, prepared, stages
-from mminference_sgl.kernels.tiles import TileLists, Work
+from interpret import distance, in_order
+from mminference_sgl.kernels import prepared, stages, work_triton
+from mminference_sgl.kernels.tiles import TileLists
 from mminference_sgl.method import prefill, probe_rows
 from mminference_sgl.method.catalog import HeadSpec
 from mminference_sgl.method.config import AShapeBudget, Config, GridBudget, PatternBudgets, VerticalSlashBudget
@@ -54,6 +54,7 @@ class Layer(NamedTuple):
 LAYERS = (
     Layer("auto", [AUTO] * 4, [VIDEO], 10.0, 0.9),
     Layer("own lists", [AUTO] * 4, [VIDEO], 10.0, 0.5, shared=False, max_density=0.4),
+    Layer("few tiles", [AUTO] * 4, [VIDEO], 1e9, 1e-4, max_density=0.4),
     Layer("in blocks", [AUTO, AUTO, GRID, AUTO], [VIDEO], 10.0, 0.9, blocks=True),
     Layer("probed in blocks", [AUTO, GRID, GRID, GRID], [VIDEO], 10.0, 0.7, probed=True),
     Layer("repaired", [GRID] * 4, [VIDEO], 0.6, 1.5, min_lines=2),
@@ -90,8 +91,7 @@ def compare(layer: Layer) -> None:
     *_, made = problem.plan.prepared.values()
     assert len(problem.plan.prepared) == 1 + layer.blocks
     lists = [listed(one) for _, one in made.passes]
-    works = [one.work for _, one in made.passes]
-    ordered = all(covered(one, work) for (_, one), work in zip(made.passes, works, strict=True))
+    ordered = all(in_order(one, problem.operands.group // tile_pass.sharing) for tile_pass, one in made.passes)
     picks = [group_picks(problem, group) for group in problem.plan.groups]
     repeated = prefill.run_layer(*given, again, "triton")
     same_bits = torch.equal(out, again) and [listed(one) for _, one in made.passes] == lists
@@ -121,7 +121,7 @@ def compare(layer: Layer) -> None:
                 "same_picks": picks == [group_picks(problem, group) for group in problem.plan.groups],
                 "same_bits": same_bits,
                 "ordered": ordered,
-                "pieces": sum(work.pieces for work in works),
+                "pieces": sum(one.work.pieces for _, one in made.passes),
             }
         ),
         flush=True,
@@ -149,28 +149,13 @@ def listed(lists: TileLists) -> list[object]:
     ]
 
 
-def covered(lists: TileLists, work: Work) -> bool:
-    """Whether every entry of every list is read once, long lists before others and none longer than is allowed."""
-    entries = [0] * lists.count.numel()
-    first, until, order = work.first.tolist(), work.until.tolist(), work.order.tolist()
-    for index, start, end in zip(order, first, until, strict=True):
-        entries[index] += end - start
-    counts = lists.count.tolist()
-    long = [counts[index] > 2 * sum(counts) / len(counts) for index in order[work.pieces :]]
-    return (
-        entries == counts
-        and sorted(order[work.pieces :]) == list(range(len(counts)))
-        and sorted(long, reverse=True) == long
-    )
-
-
 if __name__ == "__main__":
     # Memory that nothing was written to is NaN, or the largest integer.
     torch.use_deterministic_algorithms(True)
     # Small problems need most of their tiles, and have no long lists.
     stages.CPU_EASE = stages.EASE
-    attend.SPLIT = prepared.SPLIT = 6
+    work_triton.SPLIT = 6
     # Heads that may share lists take turns at the probe rows.
     probe_rows.LEAST_OF_HEAD = 8
-    prepared.BLOCK = prepared.BLOCK_BANDS = prepared.BLOCK_ORDERED = 64
+    prepared.BLOCK = prepared.BLOCK_BANDS = work_triton.BLOCK_ORDERED = 64
     main(*map(int, sys.argv[1:]))

@@ -30,7 +30,6 @@ from mminference_sgl.kernels.launch_table import (
     fitted,
     lookup,
 )
-from mminference_sgl.kernels.tiles import TileLists
 from test_attention import random_lists
 
 HERE = Path(__file__).parent
@@ -102,6 +101,7 @@ def test_rests_of_long_lists_are_programs_of_their_own() -> None:
         case = next(case for case in interpret.CASES if case.name == line["case"])
         assert (line["pieces"] > 0) == (case.split < 10), line
         assert line["pieces"] <= case.pieces
+        assert line["ordered"], line
     assert any(line["pieces"] >= 10 for line in interpreted("float32") if line["case"] == "too-many-pieces")
 
 
@@ -170,58 +170,6 @@ def test_a_launch_that_cannot_have_its_descriptors_is_refused() -> None:
     launch = Launch(16, 16, 1, 2, descriptors=True)
     with pytest.raises(ValueError, match="80 and 80 are not one box"):
         attend.attend(*given, out, out[..., 0].float(), merge=False, launch=launch)
-
-
-def made_lists(count: torch.Tensor) -> TileLists:
-    """Lists of these lengths, [G, T]."""
-    flat = count.flatten().int()
-    bound = torch.zeros_like(count, dtype=torch.int32)
-    return TileLists(flat * 0, flat, flat // 2, torch.arange(int(flat.max())).int(), bound, bound)
-
-
-def test_lists_start_by_kv_head_and_place_but_the_longest_first() -> None:
-    count = torch.randint(1, 20, (6, 100), generator=torch.Generator().manual_seed(0))
-    count[4, 7], count[1, 99] = 500, 400
-    order = attend.start_order(made_lists(count), 500, lists_per_head=3).tolist()
-    assert sorted(order) == list(range(600))
-    assert order[:2] == [407, 199]
-    assert max(count.flatten()[order[2:]]) < 2 * count.float().mean()
-    place = [(number // 100 // 3, number % 100 // attend.NEIGHBOURS) for number in order[2:]]
-    assert place == sorted(place)
-    for block in set(place):
-        lengths = [int(count.flatten()[number]) for number, at in zip(order[2:], place, strict=True) if at == block]
-        assert lengths == sorted(lengths, reverse=True)
-
-
-@pytest.mark.parametrize("most", [1000, 40, 3])
-def test_every_entry_of_a_list_is_some_programs(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "SPLIT", 8)
-    monkeypatch.setattr(attend, "SPLIT_PIECES", most)
-    count = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
-    count[0] = 0
-    lists = made_lists(count)
-    work = attend.work_of(lists, 50, 1)
-    assert work.pieces <= most
-    entries = [set() for _ in range(count.numel())]
-    taken = set()
-    for number, (own, first, until) in enumerate(
-        zip(*(x.tolist() for x in (work.order, work.first, work.until)), strict=True)
-    ):
-        part = set(range(first, until))
-        assert not part & entries[own]
-        entries[own] |= part
-        if number >= work.pieces:
-            assert first == 0
-            assert own not in taken
-            taken.add(own)
-        elif part:
-            assert first % 8 == 0
-            assert until - first <= 8
-            # The pieces of a list follow one another, as the kernel that joins them has it.
-            assert first == 8 or (int(work.order[number - 1]), int(work.until[number - 1])) == (own, first)
-    assert entries == [set(range(length)) for length in lists.count.tolist()]
-    if most == 1000:
-        assert int((work.until - work.first).max()) == 8
 
 
 @pytest.mark.parametrize(
