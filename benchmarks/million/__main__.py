@@ -179,11 +179,12 @@ def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
                 raise ServerError(f"a chunk ran dense: {dense[0].reason}: {dense[0].detail}", running.log())
             print(f"{answer.prompt_tokens} tokens, decoded and prepared in {answer.preprocess_s:.0f} s, "
                   f"prefilled in {answer.forward_s:.0f} s", flush=True)  # fmt: skip
-    sparse = {chunk.prefix: (chunk.density, chunk.error) for chunk in found}
+    # Chunks begin behind the few tokens that all prompts begin with, if they are cached.
+    sparse = {chunk.prefix // CHUNK: (chunk.density, chunk.error) for chunk in found}
     # What is left for a chunk of its own is the question, of a few rows.
     prefixes = range(0, tokens, CHUNK)
     return [
-        Line(prefix, took.attention, took.linear, *sparse.get(prefix, (1.0, 0.0)), resident)
+        Line(prefix, took.attention, took.linear, *sparse.get(prefix // CHUNK, (1.0, 0.0)), resident)
         for prefix, took, resident in zip(prefixes, times, watch.resident, strict=False)
     ], watch.peak
 

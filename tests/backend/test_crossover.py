@@ -45,7 +45,8 @@ def test_measuring_stops_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> Non
         return Timing(1.0, 1.0, budget)
 
     assert crossover.measured(times).tokens == LENGTHS[2]
-    assert tried == [(LENGTHS[0], DENSITY), (LENGTHS[1], DENSITY), (LENGTHS[1], DENSER)]
+    # Two seconds each: four times as many would take too long.
+    assert tried == [(LENGTHS[0], DENSITY), *((LENGTHS[1], budget) for budget in (DENSITY, DENSITY, DENSER))]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +66,24 @@ def test_density_at_which_sparse_takes_as_long_as_dense(few: Timing, more: Timin
     assert found.density == pytest.approx(density)
 
 
+@pytest.mark.parametrize(("seconds", "longer"), [(0.01, 4), (0.19, 4), (0.26, 2), (2.0, 1)])
+def test_densities_are_compared_at_a_length_that_time_allows(seconds: float, longer: int) -> None:
+    """Attention takes four times as long at twice the length."""
+    tried = []
+
+    def times(length: int, budget: float) -> Timing:
+        tried.append((length, budget))
+        return Timing(seconds / 2, seconds / 2 * (1 if length < LENGTHS[2] else 1.5), budget)
+
+    assert crossover.measured(times).tokens == LENGTHS[2]
+    assert tried[-2:] == [(longer * LENGTHS[2], DENSITY), (longer * LENGTHS[2], DENSER)]
+
+
 def test_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "deep" / "crossover.json"
     monkeypatch.setattr(crossover, "_times", lambda shape, length, budget: Timing(budget, length / 10240, budget))
-    first = Crossover(4096, 0.4)
+    # At 8K tokens, where dense takes .8 s and sparse as many as its budget.
+    first = Crossover(4096, 0.8)
     assert crossover.of(shape(), file) == first
     assert json.loads(file.read_text()) == {shape().key: dataclasses.asdict(first)}
     monkeypatch.setattr(crossover, "_times", lambda *_: pytest.fail("measured again"))

@@ -53,6 +53,7 @@ DENSITY = 0.2
 """Share of the causal tiles up to which sparse computes: to random keys attention is so flat that it would need all."""
 DENSER = 0.6
 """A second share, where seconds are compared by density."""
+LONGER = 4
 LAYERS = 4
 """Layers that are timed together on CUDA, if there are as many."""
 _LONG = 0.5
@@ -93,7 +94,7 @@ class Shape:
         )
         tiles = (self.dtype, self.chunk_tokens, self.implementation, self.config.tile_queries, self.config.tile_keys)
         cuda = (f"FA3 {_fa3_version()}",) if self.device.type == "cuda" else ()
-        counted = (f"layers {self.sparse_layers}", f"density {DENSITY}", *cuda)
+        counted = (f"layers {self.sparse_layers}", f"densities {DENSITY} {DENSER}", *cuda)
         return " ".join(str(part) for part in (*parts, *tiles, *counted))
 
     @property
@@ -158,7 +159,9 @@ def of(shape: Shape, file: Path | None = None) -> Crossover:
 def measured(times: Callable[[int, float], Timing]) -> Crossover:
     """The first of :data:`LENGTHS` at which sparse wins; ``times``: seconds at a length and a budget of tiles.
 
-    Where time runs out, the first length that was not tried; where sparse never wins, twice the last one.
+    Where time runs out, the first length that was not tried; where sparse never wins, twice the last one. Densities are
+    compared at up to :data:`LONGER` times the last length that was tried, as far as time allows: there selection is a
+    smaller share of what sparse takes, as it is in the long requests that this is for.
     """
     deadline = time.perf_counter() + SECONDS
     tokens, tried, few = 2 * LENGTHS[-1], LENGTHS[0], None
@@ -171,7 +174,9 @@ def measured(times: Callable[[int, float], Timing]) -> Crossover:
             tokens = length
             break
     assert few is not None
-    return Crossover(tokens, _worthwhile(few, times(tried, DENSER)))
+    longest = min(LONGER, math.sqrt(SECONDS / max(few.sparse + few.dense, 1e-9))) * tried
+    compared = max(length for length in LENGTHS if length <= max(longest, tried))
+    return Crossover(tokens, _worthwhile(times(compared, DENSITY), times(compared, DENSER)))
 
 
 def _worthwhile(few: Timing, more: Timing) -> float:

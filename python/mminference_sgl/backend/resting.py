@@ -2,7 +2,7 @@
 
 How many tiles a layer needs is known when its selection has been paid for. But what one chunk of a request needed tells
 what the next one will: where the density was above the one at which sparse takes as long as dense on this machine
-(:mod:`.crossover`), the layer runs dense until the request has half as many keys again, and is then looked at anew.
+(:mod:`.crossover`), the layer runs dense until a chunk begins behind half as many keys again, and is looked at anew.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Resting:
         """Notes which layers saved nothing in a forward; those that rested in it say nothing new."""
         for chunk in chunks:
             for layer, density in chunk.densities.items():
-                if density > self._dense_above and not self._rests(chunk.layout, layer, chunk.num_keys, forward):
+                if density > self._dense_above and not self._rests(chunk.layout, layer, chunk.prefix, forward):
                     before = chunk.layout.resting.get(layer, ())
-                    kept = [(number, until) for number, until in before if until > chunk.num_keys]
+                    kept = [(number, until) for number, until in before if until > chunk.prefix]
                     chunk.layout.resting[layer] = [*kept, (forward, int(GROWTH * chunk.num_keys))]
 
     def requests(self, layer: int, requests: Sequence[SparseRequest], present: int) -> frozenset[int]:
         """Those requests of the present forward for which a layer rests, as indices."""
         return frozenset(
-            index for index, one in enumerate(requests) if self._rests(one.layout, layer, one.num_keys, present)
+            index for index, one in enumerate(requests) if self._rests(one.layout, layer, one.prefix, present)
         )
 
-    def _rests(self, layout: DeviceLayout, layer: int, num_keys: int, present: int) -> bool:
+    def _rests(self, layout: DeviceLayout, layer: int, prefix: int, present: int) -> bool:
         found = layout.resting.get(layer, ())
-        return any(self.is_due(forward, present) and num_keys < until for forward, until in found)
+        return any(self.is_due(forward, present) and prefix < until for forward, until in found)

@@ -36,7 +36,7 @@ class DeviceLayout:
     key tile; ``cell_tiles`` and ``sequence_tiles``: bounds and modalities of the key tiles of both orders; ``arrival``
     int32 [n]: key tiles of the cell order as they get their first key.
     ``search``: that for the strides of runs without a grid, None where there are none.
-    ``resting``: layers with nothing to save -> the forwards that found it and the numbers of keys until which it holds.
+    ``resting``: layers with nothing to save -> the forwards that found it and the prefixes until which it holds.
     """
 
     def __init__(self, layout: _core.Layout, tile_keys: int, device: torch.device) -> None:
