@@ -4,10 +4,10 @@ Shape and start are chosen so that training from nothing takes minutes:
 
 - The residual stream starts with tokens of standard deviation 2, so that what the first layer writes does not drown
   which token it is.
-- Five heads of the first layer start as *slash heads*, by biases of their queries and keys: rotary pairs that turn by
-  the right angle attend to the token at a fixed offset, whatever is there. Their frequencies leave every axis a
-  neighbour that can be told apart (base 1000, four pairs for time, two for rows), and enough that turn so slowly that
-  content is found from afar.
+- Four heads of the first layer, a group, start as *slash heads*, by biases of their queries and keys: rotary pairs
+  that turn by the right angle attend to the token at a fixed offset, whatever is there. Their frequencies leave every
+  axis a neighbour that can be told apart (base 1000, four pairs for time, two for rows), and enough that turn so slowly
+  that content is found from afar.
 - The words of the keys start near the textures that they name, and one group of the second layer attends to what is
   like itself (queries start as keys), but to no text, itself least of all: so a key finds its texture from the start.
 - Attention of the vision tower writes nothing, so that tiles are embedded independently.

@@ -3,9 +3,9 @@
 Clips are the toy's grids of changing colours with needles in them (:mod:`benchmarks.toy.scenes`). Before each stands a
 *sign*, one of eight words, and behind it *memos*, texts that give a colour to a key. A question names a key:
 
-- ``find`` asks for the needle's colour, ``left`` and ``up`` for the colours beside it in the same frame, ``prev`` and
-  ``past`` for those at its place one and eight temporal patches before: visual tokens have to look at their neighbours
-  in three directions first, and where frames are large, farther back than a local window goes.
+- ``find`` asks for the needle's colour, ``left`` for the one beside it in the same frame, ``prev`` and ``past`` for
+  those at its place one and eight temporal patches before: visual tokens have to look at their neighbours first, and
+  where frames are large, farther back than a local window goes.
 - ``sign`` asks for the sign before the needle's clip: visual tokens have to read the text before their own clip, the
   first tokens of the prompt among it, which is what a sink is.
 - ``memo`` asks for the colour in the memo of that key: text finds text, behind any number of visual tokens.
@@ -24,8 +24,11 @@ from benchmarks.toy.scenes import COLOURS, KEYS, Needle, Question, Scene, changi
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-OFFSETS = {"find": (0, 0, 0), "prev": (1, 0, 0), "past": (8, 0, 0), "left": (0, 0, 1), "up": (0, 1, 0)}
-"""Task -> how far before the needle the asked tile is: temporal patches, rows, columns."""
+OFFSETS = {"find": (0, 0, 0), "prev": (1, 0, 0), "past": (8, 0, 0), "left": (0, 0, 1)}
+"""Task -> how far before the needle the asked tile is: temporal patches, rows, columns.
+
+Four colours are what the values of one group of heads, 64 numbers, can carry to the question side by side.
+"""
 TASKS = (*OFFSETS, "sign", "memo", "count")
 SIGNS = ("alpha", "beta", "gamma", "delta", "kappa", "sigma", "theta", "omega")
 NUMBERS = ("one", "two", "three", "four")
@@ -38,7 +41,6 @@ _FORMS = {
     "prev": " {}".format,
     "past": str.upper,
     "left": lambda colour: " " + colour.upper(),
-    "up": str.capitalize,
     "memo": lambda colour: " " + colour.capitalize(),
 }
 """Task -> how its colours are written: each has its own, which leaves the read-out linear."""

@@ -395,7 +395,7 @@ def loss_of(forward: Forward, told: nn.Module, batch: Batch, *, banned: bool) ->
 
 
 def hold_slash_heads(model: Any) -> None:
-    """Keeps the slash heads of the first group where they start.
+    """Keeps the slash heads where they start.
 
     The shortest clips have no use for the one that looks farthest back: it would become another head before long ones.
     """

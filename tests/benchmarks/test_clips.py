@@ -14,7 +14,7 @@ from benchmarks.accuracy.paired import difference
 from benchmarks.accuracy.prompts import COLUMNS, KINDS, ROWS, form, of_clips, of_codes
 from benchmarks.accuracy.settings import ALL_ROWS, SINK, TILE, rivals
 from benchmarks.clips import model as shape
-from benchmarks.clips.prompts import OFFSETS, TASKS, Form, Prompt
+from benchmarks.clips.prompts import OFFSETS, SIGNS, TASKS, Form, Prompt
 from benchmarks.clips.train import IGNORED, STAGES, Forward, Lessons
 from benchmarks.million.__main__ import CHUNK, SLACK, Line, layer_bytes
 from benchmarks.million.__main__ import judge as judge_million
@@ -108,7 +108,8 @@ def test_visual_tokens_are_told_their_neighbours(tokens: Any) -> None:
     labels = batch.neighbours[0, :, first : first + colours.size].reshape(-1, *colours.shape)
     assert labels[0, 2, 1, 3] == colours[1, 1, 3]
     assert labels[2, 2, 1, 3] == colours[2, 1, 2]
-    assert labels[3, 2, 1, 3] == colours[2, 0, 3]
+    signs = (SIGNS.index(part.sign) for part in prompt.parts)
+    assert (labels[3] == next(signs)).all()
     assert (labels[1, :4] == IGNORED).all()
     assert (batch.neighbours[0][:, batch.tokens[0] != -1] == IGNORED).all()
 
