@@ -58,6 +58,8 @@ SPARE = 1024
 """Tokens of context and pool besides the video's."""
 SLACK = 256 * 2**20
 """Bytes by which memory may grow from the first chunk on, besides the pool's and a layer's keys and values."""
+EMBEDDINGS_MB = 4096
+"""Room for the video's embeddings: what SGLang's cache has none for is computed anew for every chunk."""
 SAMPLE_S = 0.2
 SEED = 20261128
 
@@ -168,6 +170,7 @@ def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
                 "MMINFERENCE_CONFIG": json.dumps(config),
                 "MMINFERENCE_LOG": "debug",
                 "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+                "SGLANG_VLM_CACHE_SIZE_MB": str(EMBEDDINGS_MB),
             },
         ) as running:
             with Watch(running) as watch:
