@@ -58,8 +58,6 @@ SPARE = 1024
 """Tokens of context and pool besides the video's."""
 SLACK = 256 * 2**20
 """Bytes by which memory may grow from the first chunk on, besides the pool's and a layer's keys and values."""
-EMBEDDINGS_MB = 4096
-"""Room for the video's embeddings: what SGLang's cache has none for is computed anew for every chunk."""
 SAMPLE_S = 0.2
 SEED = 20261128
 
@@ -170,7 +168,7 @@ def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
                 "MMINFERENCE_CONFIG": json.dumps(config),
                 "MMINFERENCE_LOG": "debug",
                 "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-                "SGLANG_VLM_CACHE_SIZE_MB": str(EMBEDDINGS_MB),
+                "SGLANG_VLM_CACHE_SIZE_MB": str(embeddings_mb(tokens)),
             },
         ) as running:
             with Watch(running) as watch:
@@ -190,6 +188,12 @@ def serve(tokens: int, config: dict[str, Any]) -> tuple[list[Line], int]:
         Line(prefix, took.attention, took.linear, *sparse.get(prefix // CHUNK, (1.0, 0.0)), resident)
         for prefix, took, resident in zip(prefixes, times, watch.resident, strict=False)
     ], watch.peak
+
+
+def embeddings_mb(tokens: int) -> int:
+    """Room for the video's embeddings: what SGLang's cache has none for is computed anew for every chunk."""
+    hidden = json.loads((CHECKPOINT / "config.json").read_text())["text_config"]["hidden_size"]
+    return 64 + tokens * int(hidden) * 4 // 2**20
 
 
 def dense_seconds(shape: Shape, prefix: int) -> float:
