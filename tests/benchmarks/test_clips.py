@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.accuracy import prompts
 from benchmarks.accuracy.__main__ import DEPTHS, Result, depths, judge, main, run
 from benchmarks.accuracy.codes import CARD_FRAMES, SIDE, Code
 from benchmarks.accuracy.paired import difference
-from benchmarks.accuracy.prompts import COLUMNS, KINDS, ROWS, form, of_clips, of_codes
-from benchmarks.accuracy.settings import ALL_ROWS, SINK, TILE, rivals
+from benchmarks.accuracy.prompts import KINDS, form, of_clips, of_codes
+from benchmarks.accuracy.settings import ALL_ROWS, SINK, TILE_KEYS, TILE_ROWS, rivals
 from benchmarks.clips import model as shape
 from benchmarks.clips.prompts import OFFSETS, SIGNS, TASKS, Form, Prompt
 from benchmarks.clips.train import IGNORED, STAGES, Forward, Lessons
@@ -162,14 +163,14 @@ def test_paired_interval() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [2048, 32768])
 def test_prompts_have_the_length_asked_for(kind: str, length: int) -> None:
-    frame = ROWS * COLUMNS
+    frame = prompts.ROWS * prompts.COLUMNS
     visual = sum(t * y * x for t, y, x in form(kind, length).shapes)
     assert length - 2 * frame < visual <= length
 
 
 @pytest.mark.parametrize("length", [4096, 8300])
 def test_the_control_is_as_dense_as_it_is_asked_to_be(length: int) -> None:
-    rows, keys = TILE
+    rows, keys = TILE_ROWS, TILE_KEYS
     for density in (0.1, 0.2, 0.6):
         settings = dict(rivals(density, length))
         assert settings["grid"]["max_density"] == density
