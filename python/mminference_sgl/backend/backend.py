@@ -185,8 +185,10 @@ class MMInferenceAttnBackend(AttentionBackend):
             reason = "no keys of its own" if forward.plan is not None else forward.over
         else:
             reason = layer_reason(layer, self.token_to_kv_pool, kwargs)
-            if not reason and self._rests_whole(forward, layer):
+            resting = self._resting.requests(layer.layer_id, forward.plan.requests, self._forwards)
+            if not reason and len(resting) == len(forward.plan.requests):
                 reason = _NO_GAIN
+                forward.reports.append((layer.layer_id, prefill.dense_reports(forward.plan, layer.tp_q_head_num)))
         if reason:
             self.counters[f"dense_layers:{reason}"] += 1
             self._prepare_dense(forward, forward.full_batch)
@@ -196,7 +198,7 @@ class MMInferenceAttnBackend(AttentionBackend):
             assert v is not None
             if save_kv_cache:
                 set_kv_buffer(self.token_to_kv_pool, layer, forward_batch, k, v)
-            sparse = self._sparse_extend(forward, q, k, v, layer, kwargs)
+            sparse = self._sparse_extend(forward, q, k, v, layer, resting, kwargs)
             if sparse is None:
                 self._prepare_dense(forward, forward.full_batch)
                 sparse = self._dense_extend(q, k, v, layer, forward_batch, False, **kwargs)
@@ -212,17 +214,18 @@ class MMInferenceAttnBackend(AttentionBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
+        resting: frozenset[int],
         kwargs: dict[str, Any],
     ) -> torch.Tensor | None:
         """None if memory ran out: then this layer and the ones behind it are dense, for all requests of the batch."""
         assert forward.plan is not None
         operands = self._operands(q, layer)
         given = operands, forward.plan, self._layer_specs(layer), self._start.config
-        number, dense = layer.layer_id, self._resting.requests(layer.layer_id, forward.plan.requests, self._forwards)
+        number, implementation = layer.layer_id, self._start.implementation
         try:
             out = torch.empty_like(operands.query)
             out[forward.rows :] = 0
-            reports = self._run_layer(*given, out, self._start.implementation, number, clock=forward.clock, dense=dense)
+            reports = self._run_layer(*given, out, implementation, number, clock=forward.clock, dense=resting)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -238,15 +241,6 @@ class MMInferenceAttnBackend(AttentionBackend):
         self.counters["sparse_layers"] += 1
         forward.reports.append((layer.layer_id, reports))
         return out.view(q.shape)
-
-    def _rests_whole(self, forward: _Forward, layer: RadixAttention) -> bool:
-        """Whether a layer has nothing to save for any request; then that is what it did."""
-        assert forward.plan is not None
-        requests = forward.plan.requests
-        if len(self._resting.requests(layer.layer_id, requests, self._forwards)) < len(requests):
-            return False
-        forward.reports.append((layer.layer_id, prefill.dense_reports(forward.plan, layer.tp_q_head_num)))
-        return True
 
     def _operands(self, q: torch.Tensor, layer: RadixAttention) -> Operands:
         return Operands(

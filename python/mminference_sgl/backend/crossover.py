@@ -10,7 +10,7 @@ as in models whose other layers are linear attention, the more.
 On CUDA some layers run behind one another, as in a model: a layer alone would wait for its launches, which others hide.
 There sparse has a budget of tiles that it uses up, since random operands need next to none.
 
-The density is where a line through two budgets, at the length at which sparse wins, meets the time of dense.
+The density is where a line through two budgets, at a length beyond that at which sparse wins, meets the time of dense.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ DENSITY = 0.2
 DENSER = 0.6
 """A second share, where seconds are compared by density."""
 LONGER = 4
+"""How many times longer what densities are compared at may be than what sparse first wins at."""
 LAYERS = 4
 """Layers that are timed together on CUDA, if there are as many."""
 _LONG = 0.5

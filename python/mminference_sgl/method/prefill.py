@@ -318,8 +318,7 @@ class _Layer:
 
     def searches(self, group: RowGroup) -> bool:
         """Whether some head of the layer has a choice; blocks of heads are watched together, all of them or none."""
-        whole = replace(self, heads=slice(0, len(self.all_specs)))
-        return any(pair != _DENSE for pair in whole.pairs(group))
+        return group.request not in self.dense and any(spec.of(group.modality) != _DENSE for spec in self.all_specs)
 
     @property
     def tilings(self) -> list[Tiling]:
